@@ -1,0 +1,32 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+THREADS ?= 2
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/quickstart.py
+
+test: $(READY)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	@echo "Each benchmark is run by hand; its docstring says what it takes:"
+	@ls benchmarks/*.py | sed 's|^|  $(BIN)/python |'
+
+# torch comes first and pinned: a resolver left to choose takes a build with gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,bench,dashboard]"
+	@touch $@
+
+clean:
+	rm -rf .venv

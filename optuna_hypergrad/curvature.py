@@ -1,0 +1,74 @@
+"""What a few products tell of an operator's spectrum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .operators import AbstractLinearOperator
+
+
+def lanczos(
+    operator: AbstractLinearOperator, start: Tensor, num_products: int
+) -> tuple[Tensor, float]:
+    """Ritz values of a symmetric operator, by Lanczos with full reorthogonalization.
+
+    Args:
+        operator: Symmetric, acting on ``(P,)``.
+        start: Non-zero start vector ``(P,)``.
+        num_products: At most this many products; fewer where an invariant subspace is found.
+
+    Returns:
+        The Ritz values in ascending order (float64, at most ``num_products`` of them), and a bound on
+        the distance of the largest one to an eigenvalue.
+
+    Reference: Golub & Van Loan (2013), "Matrix computations", section 10.1; as a probe for training,
+    Granziol, Zohren & Roberts (2022), "Learning rates as a function of batch size".
+    """
+    num_products = min(num_products, operator.size)
+    basis: list[Tensor] = []
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    q = start / torch.linalg.vector_norm(start)
+    beta = 0.0
+    for _ in range(num_products):
+        basis.append(q)
+        w = operator(q)
+        diagonal.append(float(torch.dot(w, q)))
+        for _ in range(2):
+            for column in basis:
+                w = w.sub(column, alpha=float(torch.dot(w, column)))
+        beta = float(torch.linalg.vector_norm(w))
+        spread = max(abs(d) for d in diagonal) + sum(off_diagonal[-1:])
+        if beta <= 10 * float(torch.finfo(w.dtype).eps) * spread:
+            beta = 0.0
+            break
+        off_diagonal.append(beta)
+        q = w / beta
+    m = len(diagonal)
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if m > 1:
+        side = torch.tensor(off_diagonal[: m - 1], dtype=torch.float64)
+        tridiagonal = tridiagonal + torch.diag(side, 1) + torch.diag(side, -1)
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    return values, beta * abs(float(vectors[-1, -1]))
+
+
+def largest_eigenvalue(
+    operator: AbstractLinearOperator, like: Tensor, num_products: int = 10, seed: int = 0
+) -> float:
+    """An upper estimate of the largest eigenvalue of a symmetric operator.
+
+    The largest Ritz value plus its residual bound: 1 over it is a step length at which gradient
+    descent and the Neumann series converge. Start vector: standard normal, from ``seed``.
+
+    Args:
+        operator: Symmetric, acting on ``(P,)``.
+        like: Any vector ``(P,)`` of the dtype and device to use.
+        num_products: Products to spend.
+        seed: Of the start vector.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(operator.size, generator=generator, dtype=torch.float32)
+    values, bound = lanczos(operator, start.to(like), num_products)
+    return float(values[-1]) + bound

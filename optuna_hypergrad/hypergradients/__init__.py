@@ -1,0 +1,29 @@
+"""Hypergradient estimators, one file per method."""
+
+from .._registry import registry
+from ._base import (
+    AbstractHypergradientEstimator,
+    AbstractPullbackEstimator,
+    EstimatorState,
+    HypergradientEstimate,
+    Pulled,
+    Solved,
+    hypergradient,
+)
+from .implicit import Implicit
+from .unroll import Unroll
+
+REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[type-abstract]
+
+__all__ = [
+    "REGISTRY",
+    "AbstractHypergradientEstimator",
+    "AbstractPullbackEstimator",
+    "EstimatorState",
+    "HypergradientEstimate",
+    "Implicit",
+    "Pulled",
+    "Solved",
+    "Unroll",
+    "hypergradient",
+]

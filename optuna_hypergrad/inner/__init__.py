@@ -1,0 +1,29 @@
+"""Inner solvers, one file per method."""
+
+from .._registry import registry
+from ._base import (
+    AbstractInnerSolver,
+    AbstractMinimizer,
+    AbstractStepSolver,
+    InnerSolution,
+    inner_solve,
+)
+from .adam import Adam
+from .gradient_descent import GradientDescent
+from .heavy_ball import HeavyBall
+from .lbfgs import LBFGS
+
+REGISTRY = registry(AbstractInnerSolver, globals())
+
+__all__ = [
+    "LBFGS",
+    "REGISTRY",
+    "AbstractInnerSolver",
+    "AbstractMinimizer",
+    "AbstractStepSolver",
+    "Adam",
+    "GradientDescent",
+    "HeavyBall",
+    "InnerSolution",
+    "inner_solve",
+]

@@ -1,0 +1,248 @@
+"""Solving the inner problem. One loop, ``inner_solve``; one file per method."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._errors import RequirementError
+from .._results import SUCCESS, Result, Status
+from .._typing import Params
+from ..operators import scalar
+from ..problem import BilevelProblem
+
+InnerState = dict[str, Params]
+"""A solver's memory between steps, by role (``{"velocity": {...}}``). Empty for none."""
+
+StepSize = float | str | Callable[[Params, int], Tensor]
+"""A number; the name of an outer parameter; or ``(outer_params, step) -> 0-d tensor``."""
+
+InnerObjective = Callable[[Params], Tensor]
+"""``w -> g(w)`` on one batch at one ``lam``."""
+
+Evaluate = Callable[[Params], tuple[Tensor, Params]]
+"""``w -> (g(w), dg/dw)`` on the current batch; differentiable where the loop asked for it."""
+
+
+@dataclass(frozen=True)
+class InnerSolution:
+    """Where an inner solve ended.
+
+    Attributes:
+        inner_params: ``w``; carries a graph where ``create_graph`` was set.
+        state: The solver's memory, for a warm start.
+        num_steps: Steps taken.
+        value: Inner objective before the last step (after it, for solvers that know it). Detached.
+        gradient_norm: Norm of its gradient at the same point; NaN if nothing asked for it.
+        result: Success, or a sentence that says what to change.
+    """
+
+    inner_params: Params
+    state: InnerState
+    num_steps: int
+    value: float
+    gradient_norm: float
+    result: Result = SUCCESS
+
+
+class AbstractInnerSolver(abc.ABC):
+    """Settings of a method for the inner problem. Frozen; ``inner_solve`` runs it."""
+
+    name: ClassVar[str]
+
+    def hyperparameters(self) -> frozenset[str]:
+        """Names of outer parameters that steer the solver itself (a learning rate)."""
+        return frozenset()
+
+    def fixed_step_size(self) -> float | None:
+        """The step size, if it is one number."""
+        return None
+
+
+class AbstractMinimizer(AbstractInnerSolver):
+    """A solver that runs to a tolerance on one batch in one go. It cannot be unrolled."""
+
+    @abc.abstractmethod
+    def minimize(
+        self, objective: InnerObjective, inner_params: Params, max_steps: int | None
+    ) -> InnerSolution:
+        """Minimize; ``max_steps`` overrides the solver's own limit (and its tolerance)."""
+
+
+@dataclass(frozen=True)
+class AbstractStepSolver(AbstractInnerSolver):
+    """A solver that is a step: torch operations only, no branches on values, so it can be unrolled.
+
+    Args:
+        step_size: ``eta``.
+        max_steps: At most this many steps; exactly this many where ``rtol = atol = 0``.
+        rtol: Stop when the gradient norm falls below ``rtol`` times its first value.
+        atol: Stop when the gradient norm falls below ``atol``.
+    """
+
+    step_size: StepSize = 0.1
+    max_steps: int = 100
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        label = type(self).__name__
+        if self.max_steps < 0 or self.rtol < 0 or self.atol < 0:
+            raise ValueError(f"{label} needs max_steps, rtol and atol >= 0.")
+        if isinstance(self.step_size, (int, float)) and not (
+            self.step_size > 0 and math.isfinite(self.step_size)
+        ):
+            raise ValueError(f"{label} needs a positive finite step_size, got {self.step_size}.")
+
+    def hyperparameters(self) -> frozenset[str]:
+        return frozenset({self.step_size}) if isinstance(self.step_size, str) else frozenset()
+
+    def fixed_step_size(self) -> float | None:
+        return float(self.step_size) if isinstance(self.step_size, (int, float)) else None
+
+    @abc.abstractmethod
+    def init(self, inner_params: Params) -> InnerState:
+        """The memory before the first step."""
+
+    @abc.abstractmethod
+    def step(
+        self,
+        evaluate: Evaluate,
+        inner_params: Params,
+        outer_params: Params,
+        state: InnerState,
+        index: int,
+    ) -> tuple[Params, InnerState, Tensor, Params]:
+        """One step: ``(w', state', g(w), dg/dw)``."""
+
+
+def resolve(setting: StepSize, outer_params: Params, index: int) -> Any:
+    """A setting's value at a step: a number, or a tensor that carries its graph.
+
+    Raises:
+        RequirementError: if it names an outer parameter that does not exist.
+    """
+    if isinstance(setting, str):
+        if setting not in outer_params:
+            raise RequirementError(
+                f"The inner solver's step size is the outer parameter {setting!r}, which is not among "
+                f"{sorted(outer_params)}."
+            )
+        return outer_params[setting]
+    return setting(outer_params, index) if callable(setting) else setting
+
+
+def gradient_of(
+    objective: InnerObjective, inner_params: Params, create_graph: bool
+) -> tuple[Tensor, Params]:
+    """``g`` and ``dg/dw`` at ``inner_params``; as a function of ``w`` and ``lam`` if ``create_graph``."""
+    with torch.enable_grad():
+        at = inner_params if create_graph else _tree.leaves(inner_params)
+        value = scalar(objective(at), "inner_objective")
+        if not value.requires_grad:
+            raise RequirementError(
+                "inner_objective does not depend on inner_params through differentiable torch operations."
+            )
+        gradients = torch.autograd.grad(
+            value, tuple(at.values()), create_graph=create_graph, materialize_grads=True
+        )
+    return value, _tree.from_list(at, gradients)
+
+
+def inner_solve(
+    problem: BilevelProblem,
+    solver: AbstractInnerSolver,
+    inner_params: Params,
+    outer_params: Params,
+    *,
+    start: int = 0,
+    state: InnerState | None = None,
+    num_steps: int | None = None,
+    create_graph: bool = False,
+) -> InnerSolution:
+    """Run an inner solver: ``max_steps`` steps, or fewer where a tolerance is met.
+
+    Args:
+        problem: Its ``inner_batch(start + t)`` is the batch of step ``t``.
+        solver: The method.
+        inner_params: ``w_0``.
+        outer_params: ``lam``.
+        start: Index of the first step.
+        state: The solver's memory from an earlier call; ``None`` for a fresh one.
+        num_steps: Exactly this many steps instead of the solver's own limits.
+        create_graph: Keep the graph from ``w_0`` and ``lam`` to the result.
+
+    Raises:
+        RequirementError: if ``create_graph`` is asked of a solver that cannot be unrolled.
+    """
+    if isinstance(solver, AbstractMinimizer):
+        if create_graph:
+            raise RequirementError(
+                f"{type(solver).__name__} cannot be unrolled: its steps branch on values. Use Implicit with "
+                f"it, or a step solver (GradientDescent, HeavyBall, Adam) with Unroll."
+            )
+        objective = _objective(problem, _tree.detach(outer_params), start)
+        return solver.minimize(objective, _tree.detach(inner_params), num_steps)
+    if not isinstance(solver, AbstractStepSolver):
+        raise RequirementError(
+            f"inner_solver must be an AbstractStepSolver or AbstractMinimizer, not {solver!r:.80}."
+        )
+    w = inner_params if create_graph else _tree.detach(inner_params)
+    lam = outer_params if create_graph else _tree.detach(outer_params)
+    memory = solver.init(_tree.detach(inner_params)) if state is None else state
+    budget = solver.max_steps if num_steps is None else num_steps
+    tolerant = num_steps is None and (solver.rtol > 0 or solver.atol > 0)
+    taken, norm, first = 0, math.nan, math.nan
+    value = torch.tensor(math.nan)
+    converged = not tolerant
+    while taken < budget and not (tolerant and converged):
+        objective = _objective(problem, lam, start + taken)
+        evaluate = partial(gradient_of, objective, create_graph=create_graph)
+        w, memory, value, gradient = solver.step(evaluate, w, lam, memory, start + taken)
+        taken += 1
+        if tolerant:
+            norm = float(_tree.norm(_tree.detach(gradient)))
+            first = norm if math.isnan(first) else first
+            converged = norm <= max(solver.atol, solver.rtol * first)
+            if not math.isfinite(norm):
+                break
+    return InnerSolution(
+        inner_params=w,
+        state=memory,
+        num_steps=taken,
+        value=float(value.detach()),
+        gradient_norm=norm,
+        result=verdict(solver, w, float(value.detach()), norm, converged),
+    )
+
+
+def _objective(problem: BilevelProblem, outer_params: Params, index: int) -> InnerObjective:
+    batch = problem.inner_batch(index)
+    return lambda at: problem.inner_objective(at, outer_params, batch)
+
+
+def verdict(
+    solver: AbstractInnerSolver, w: Params, value: float, norm: float, converged: bool
+) -> Result:
+    """How a solve ended, in words."""
+    if not _tree.all_finite(_tree.detach(w)):
+        return Result(
+            Status.NONFINITE,
+            f"The inner solve by {type(solver).__name__} ended in NaN or infinite parameters (inner objective "
+            f"{value:.3g}); lower its step size, or tighten the bounds of the hyperparameters that it diverges at.",
+        )
+    if not converged:
+        return Result(
+            Status.MAX_STEPS_REACHED,
+            f"{type(solver).__name__} stopped at a gradient norm of {norm:.1e}, above its tolerance; raise its "
+            f"max_steps, or loosen atol or rtol.",
+        )
+    return SUCCESS

@@ -1,0 +1,37 @@
+"""Gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .._typing import Params
+from ._base import AbstractStepSolver, Evaluate, InnerState, resolve
+
+
+@dataclass(frozen=True)
+class GradientDescent(AbstractStepSolver):
+    """``w <- w - eta g_w(w)`` (stochastic where ``inner_batch`` gives minibatches).
+
+    Reference: Cauchy (1847); unrolled by Domke (2012), "Generic methods for optimization-based
+    modeling".
+    """
+
+    name: ClassVar[str] = "gradient_descent"
+
+    def init(self, inner_params: Params) -> InnerState:
+        return {}
+
+    def step(
+        self,
+        evaluate: Evaluate,
+        inner_params: Params,
+        outer_params: Params,
+        state: InnerState,
+        index: int,
+    ) -> tuple[Params, InnerState, Tensor, Params]:
+        eta = resolve(self.step_size, outer_params, index)
+        value, gradient = evaluate(inner_params)
+        return {k: w - eta * gradient[k] for k, w in inner_params.items()}, state, value, gradient

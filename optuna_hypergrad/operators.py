@@ -1,0 +1,299 @@
+"""Linear operators of one solve: built once, then applied to flat vectors ``(P,)``.
+
+Linear algebra happens on flat vectors, so that a solver is a few lines and a product costs little
+beyond itself. Half-precision parameters are accumulated in float32.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from . import _tree
+from ._errors import ObjectiveError, RequirementError
+from ._typing import Batch, Objective, Params
+
+
+class Flattener:
+    """The layout of a dict of tensors as one vector ``(P,)``, and back."""
+
+    def __init__(self, like: Params) -> None:
+        self.names = list(like)
+        self.shapes = [v.shape for v in like.values()]
+        self.sizes = [v.numel() for v in like.values()]
+        self.dtypes = [v.dtype for v in like.values()]
+        self.size = sum(self.sizes)
+        self.device = next(iter(like.values())).device
+        widest = self.dtypes[0]
+        for dtype in self.dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        self.dtype = torch.float32 if widest in (torch.float16, torch.bfloat16) else widest
+        self._uniform = all(d == self.dtype for d in self.dtypes)
+
+    def flatten(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+        """``(P,)`` in the accumulation dtype. A single tensor is viewed, not copied."""
+        if len(tensors) == 1:
+            return tensors[0].reshape(-1).to(self.dtype)
+        if self._uniform:
+            return torch.cat([t.reshape(-1) for t in tensors])
+        return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector`` in the shapes (and copies in the dtypes) of the parameters."""
+        if len(self.shapes) == 1:
+            parts: list[Tensor] = [vector.view(self.shapes[0])]
+        else:
+            parts = [
+                p.view(s) for p, s in zip(torch.split(vector, self.sizes), self.shapes, strict=True)
+            ]
+        if self._uniform:
+            return parts
+        return [p.to(d) for p, d in zip(parts, self.dtypes, strict=True)]
+
+    def unflatten(self, vector: Tensor) -> Params:
+        return _tree.from_list(self.names, self.split(vector))
+
+
+class AbstractLinearOperator(abc.ABC):
+    """A square linear map on flat vectors. ``num_products`` counts how often it was applied."""
+
+    symmetric: bool = True
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    num_products: int = 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """``(P,) -> (P,)``."""
+        self.num_products += 1
+        return self._apply(vector)
+
+    @abc.abstractmethod
+    def _apply(self, vector: Tensor) -> Tensor: ...
+
+
+class MatrixOperator(AbstractLinearOperator):
+    """An explicit matrix ``(P, P)``."""
+
+    def __init__(self, matrix: Tensor, symmetric: bool | None = None) -> None:
+        self.matrix = matrix
+        self.size = matrix.shape[0]
+        self.dtype, self.device = matrix.dtype, matrix.device
+        self.symmetric = torch.equal(matrix, matrix.mT) if symmetric is None else symmetric
+
+    def _apply(self, vector: Tensor) -> Tensor:
+        return self.matrix @ vector
+
+
+class DampedOperator(AbstractLinearOperator):
+    """``base + damping * I``."""
+
+    def __init__(self, base: AbstractLinearOperator, damping: float) -> None:
+        self.base, self.damping = base, damping
+        self.size, self.dtype, self.device = base.size, base.dtype, base.device
+        self.symmetric = base.symmetric
+
+    def _apply(self, vector: Tensor) -> Tensor:
+        return self.base(vector).add(vector, alpha=self.damping)
+
+
+class InnerGraph:
+    """The gradient of the inner objective with its double-backward graph, kept for one solve.
+
+    ``hvp`` and ``cross_vjp`` both walk this one graph, so dropout masks, buffers and the batch are
+    the same in every product. Cost: one gradient evaluation to build, its activations in memory.
+    """
+
+    def __init__(
+        self, inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
+    ) -> None:
+        self.inner_params = _tree.leaves(inner_params)
+        self.outer_params = _tree.leaves(outer_params)
+        self.layout = Flattener(inner_params)
+        with torch.enable_grad():
+            value = scalar(
+                inner_objective(self.inner_params, self.outer_params, batch), "inner_objective"
+            )
+            if not value.requires_grad:
+                raise ObjectiveError(
+                    "inner_objective does not depend on inner_params through differentiable torch operations."
+                )
+            self._leaves = tuple(self.inner_params.values())
+            gradients = torch.autograd.grad(
+                value, self._leaves, create_graph=True, materialize_grads=True
+            )
+        self.value = value.detach()
+        detached = [g.detach() for g in gradients]
+        self.gradient_norm = float(_tree.norm(_tree.from_list(self.layout.names, detached)))
+        self._alive = tuple(i for i, g in enumerate(gradients) if g.requires_grad)
+        # Edges keep the graph without the gradient's own memory.
+        self._gradients = tuple(get_gradient_edge(gradients[i]) for i in self._alive)
+
+    def hvp(self, vector: Tensor) -> Tensor:
+        """``H v``: ``(P,) -> (P,)`` with ``H = d2g/dw2``."""
+        if not self._gradients:
+            return torch.zeros_like(vector)
+        products = torch.autograd.grad(
+            self._gradients,
+            self._leaves,
+            self._cotangents(vector),
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return self.layout.flatten(products)
+
+    def cross_vjp(self, vector: Tensor) -> dict[str, Tensor | None]:
+        """``M^T v`` with ``M = d2g/(dw dlam)``, by hyperparameter; ``None`` where g_w ignores it."""
+        if not self._gradients:
+            return dict.fromkeys(self.outer_params)
+        products = torch.autograd.grad(
+            self._gradients,
+            tuple(self.outer_params.values()),
+            self._cotangents(vector),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return dict(zip(self.outer_params, products, strict=True))
+
+    def _cotangents(self, vector: Tensor) -> list[Tensor]:
+        parts = self.layout.split(vector)
+        return parts if len(self._alive) == len(parts) else [parts[i] for i in self._alive]
+
+
+class HessianOperator(AbstractLinearOperator):
+    """``d2g/dw2`` from a kept double-backward graph (1.1-2.9 gradient evaluations a product)."""
+
+    def __init__(self, graph: InnerGraph) -> None:
+        self.graph = graph
+        self.size, self.dtype, self.device = (
+            graph.layout.size,
+            graph.layout.dtype,
+            graph.layout.device,
+        )
+
+    def _apply(self, vector: Tensor) -> Tensor:
+        return self.graph.hvp(vector)
+
+
+class GaussNewtonOperator(AbstractLinearOperator):
+    """``J^T (d2 loss / d outputs2) J`` plus the exact Hessian of a regularizer, graphs kept."""
+
+    def __init__(self, curvature: GaussNewton, graph: InnerGraph, batch: Batch) -> None:
+        layout = graph.layout
+        self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
+        self._layout = layout
+        lam = _tree.detach(graph.outer_params)
+        self._leaves = tuple(graph.inner_params.values())
+        with torch.enable_grad():
+            outputs = curvature.outputs(graph.inner_params, lam, batch)
+            if not outputs.requires_grad:
+                raise ObjectiveError("GaussNewton: outputs(...) does not depend on inner_params.")
+            self._outputs = outputs
+            at = outputs.detach().requires_grad_(True)
+            loss = scalar(curvature.loss(at, lam, batch), "GaussNewton loss")
+            (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
+            self._at, self._slope = at, slope
+            self._dual = torch.zeros_like(outputs, requires_grad=True)
+            transposed = torch.autograd.grad(
+                outputs, self._leaves, self._dual, create_graph=True, materialize_grads=True
+            )
+            self._alive = tuple(i for i, t in enumerate(transposed) if t.requires_grad)
+            self._transposed = tuple(transposed[i] for i in self._alive)
+        self._regularizer = (
+            None
+            if curvature.regularizer is None
+            else InnerGraph(curvature.regularizer, _tree.detach(graph.inner_params), lam, batch)
+        )
+
+    def _apply(self, vector: Tensor) -> Tensor:
+        parts = self._layout.split(vector)
+        (pushed,) = torch.autograd.grad(
+            self._transposed, self._dual, [parts[i] for i in self._alive], retain_graph=True
+        )
+        if self._slope.requires_grad:
+            (bent,) = torch.autograd.grad(
+                self._slope, self._at, pushed, retain_graph=True, materialize_grads=True
+            )
+            pulled = torch.autograd.grad(
+                self._outputs, self._leaves, bent, retain_graph=True, materialize_grads=True
+            )
+            product = self._layout.flatten(pulled)
+        else:
+            product = torch.zeros_like(vector)
+        if self._regularizer is not None:
+            product = product + self._regularizer.hvp(vector)
+        return product
+
+
+class AbstractCurvature(abc.ABC):
+    """Which matrix stands for the inner Hessian: settings that build an operator for one solve."""
+
+    @abc.abstractmethod
+    def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator: ...
+
+
+@dataclass(frozen=True)
+class Hessian(AbstractCurvature):
+    """The exact Hessian of the inner objective."""
+
+    def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator:
+        return HessianOperator(graph)
+
+
+@dataclass(frozen=True)
+class GaussNewton(AbstractCurvature):
+    """The generalized Gauss-Newton matrix (Schraudolph 2002): positive semidefinite for a convex loss.
+
+    It equals the Hessian where the model is linear in ``w``; elsewhere it is a bias, and is reported
+    in the estimate's stats as ``exact_hessian = 0``.
+
+    Args:
+        outputs: ``(inner_params, outer_params, batch) -> tensor``, the model.
+        loss: ``(outputs, outer_params, batch) -> scalar tensor``, convex in the outputs.
+        regularizer: ``(inner_params, outer_params, batch) -> scalar tensor`` or ``None``; its exact
+            Hessian is added, so that ``loss(outputs) + regularizer`` is the inner objective.
+    """
+
+    outputs: Callable[[Params, Params, Batch], Tensor]
+    loss: Callable[[Tensor, Params, Batch], Tensor]
+    regularizer: Objective | None = None
+
+    def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator:
+        return GaussNewtonOperator(self, graph, batch)
+
+
+def dense(operator: AbstractLinearOperator, max_size: int) -> Tensor:
+    """The matrix ``(P, P)`` of an operator, column by column.
+
+    Raises:
+        RequirementError: if ``P > max_size``.
+    """
+    if operator.size > max_size:
+        raise RequirementError(
+            f"The inner problem has {operator.size} parameters; a dense matrix is refused above "
+            f"{max_size}. Use CG or Neumann, or raise max_size."
+        )
+    identity = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
+    return torch.stack([operator(column) for column in identity], dim=1)
+
+
+def scalar(value: object, label: str) -> Tensor:
+    """``value`` as a 0-d tensor.
+
+    Raises:
+        ObjectiveError: if it is not a tensor with exactly one entry, or is not finite.
+    """
+    if not isinstance(value, Tensor):
+        raise ObjectiveError(
+            f"{label} returned a {type(value).__name__}; return a scalar torch tensor."
+        )
+    if value.numel() != 1:
+        raise ObjectiveError(
+            f"{label} returned a tensor of shape {tuple(value.shape)}; reduce it to a scalar, e.g. by .mean()."
+        )
+    return value.reshape(())

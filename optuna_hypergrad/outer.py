@@ -1,0 +1,376 @@
+"""The outer loop: solve, differentiate, step, project; report, prune, checkpoint, resume."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import _tree
+from ._errors import HyperparameterError, SolverError
+from ._results import SUCCESS, Result
+from ._typing import Params
+from .checkpoint import Checkpoints
+from .hypergradients import AbstractHypergradientEstimator, EstimatorState, Implicit
+from .hypergradients._base import outer_value_at, run_inner
+from .inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
+from .problem import BilevelProblem, check_problem
+from .search_space import Domain
+
+if TYPE_CHECKING:
+    import optuna
+
+OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+ValueKind = Literal["cold", "warm", "retrained"]
+MAX_REPORTS = 200
+DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.Adam, lr=0.1)
+
+
+@dataclass(frozen=True)
+class BilevelResult:
+    """Where a bilevel run ended.
+
+    Attributes:
+        outer_params: ``lam`` after the last outer step: external values, inside their bounds.
+        inner_params: ``w`` after a last inner solve at that ``lam``.
+        outer_value: ``f(w, lam)`` there.
+        value_kind: What ``outer_value`` is: ``"cold"`` or ``"warm"``. Warm-started values flatter.
+        retrained_value: ``f`` after training again from the first ``inner_params`` with the final
+            ``lam`` (``final_eval="retrain"``), else ``None``.
+        retrained_params: ``w`` of that training, else ``None``.
+        history: One dict per outer step: ``outer_value``, ``hypergradient_norm`` (in internal
+            coordinates, entries that a bound holds back left out), and the estimator's stats.
+        result: Success, or how the run failed.
+    """
+
+    outer_params: Params
+    inner_params: Params
+    outer_value: float
+    value_kind: ValueKind
+    retrained_value: float | None = None
+    retrained_params: Params | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    result: Result = SUCCESS
+
+
+def minimize_bilevel(
+    problem: BilevelProblem,
+    inner_params: Params,
+    outer_params: Params,
+    *,
+    inner_solver: AbstractInnerSolver,
+    num_steps: int,
+    estimator: AbstractHypergradientEstimator | None = None,
+    optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
+    bounds: Mapping[str, Domain | tuple[float, float]] | None = None,
+    warm_start: bool = True,
+    burn_in: int = 0,
+    final_eval: Literal["retrain"] | None = None,
+    retrain_steps: int | None = None,
+    trial: optuna.Trial | None = None,
+    checkpoint_every: int | None = None,
+    name: str = "bilevel",
+    progress: bool = False,
+    throw: bool = True,
+) -> BilevelResult:
+    """Minimize ``f(w*(lam), lam)`` over ``lam`` by hypergradients.
+
+    Args:
+        problem: Objectives and batches.
+        inner_params: ``w_0``; never written to.
+        outer_params: ``lam_0``: floating-point tensors of any shape; never written to.
+        inner_solver: Its ``max_steps`` is the number of inner steps between outer steps.
+        num_steps: Outer steps.
+        estimator: Of the hypergradient; ``Implicit()`` by default.
+        optimizer: Factory of the outer optimizer. It moves *internal* coordinates: ``log lam`` where
+            the bounds say ``log=True``, ``lam / unit`` elsewhere, so ``lr=0.1`` is a step of about a
+            tenth of a natural unit.
+        bounds: By name, a :class:`Domain` or ``(low, high)``. They hold after every step, exactly.
+            Unnamed hyperparameters are unbounded.
+        warm_start: Continue the inner problem from where the last outer step left it; otherwise solve
+            it from ``inner_params`` each time.
+        burn_in: Inner steps before the first outer step (warm starts only).
+        final_eval: ``"retrain"`` trains once more from ``inner_params`` with the final ``lam``, the
+            honest value beside the warm one (Vicol et al. 2022).
+        retrain_steps: Inner steps of that training; by default as many as the run took.
+        trial: The Optuna trial that this run is: values are reported to it, its pruner is asked, and
+            checkpoints go to the tensor store of its study. A trial that has a checkpoint is continued
+            from it, bit for bit.
+        checkpoint_every: Outer steps between checkpoints; with a trial, about twenty in all by default.
+            0 for none.
+        name: Of the checkpoint, where one trial has several runs.
+        progress: Show a progress bar.
+        throw: Raise when a solve fails; otherwise stop there and say so in ``result``.
+
+    Raises:
+        HyperparameterError: bounds that cannot be used, or a start outside of them.
+        SolverError: if a solve failed and ``throw`` is set.
+        optuna.TrialPruned: if the trial's pruner says so.
+    """
+    estimator = Implicit() if estimator is None else estimator
+    domains = _domains(outer_params, bounds or {})
+    check_problem(problem, inner_params, outer_params)
+    estimator.check(problem, inner_solver, inner_params, outer_params)
+    _check_start(outer_params, domains)
+    if num_steps < 0 or burn_in < 0:
+        raise ValueError("minimize_bilevel needs num_steps >= 0 and burn_in >= 0.")
+
+    run = _Run.start(inner_params, outer_params, domains, optimizer)
+    if checkpoint_every is None:
+        checkpoint_every = max(1, num_steps // 20) if trial is not None else 0
+    checkpoints = (
+        Checkpoints.of_trial(trial, name) if trial is not None and checkpoint_every else None
+    )
+    saved = checkpoints.load() if checkpoints is not None else None
+    if saved is not None:
+        run.restore(*saved)
+    elif burn_in and warm_start:
+        run.burn_in(problem, inner_solver, burn_in)
+
+    report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
+    bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
+    result = SUCCESS
+    with bar:
+        while run.step < num_steps:
+            given = run.inner_params if warm_start else _tree.detach(inner_params)
+            state = run.state if warm_start else EstimatorState()
+            estimate = estimator.estimate(
+                problem, inner_solver, given, run.outer_params, run.step, state
+            )
+            if not estimate.result:
+                result = replace(
+                    estimate.result,
+                    message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
+                )
+                break
+            run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
+            record = {"outer_value": float(estimate.outer_value), **run.last_norm, **estimate.stats}
+            run.history.append(record)
+            bar.set_postfix_str(
+                f"value {record['outer_value']:.5g}, |hypergradient| {record['hypergradient_norm']:.2g}",
+                refresh=False,
+            )
+            bar.update()
+            if trial is not None and (run.step - 1) % report_every == 0:
+                trial.report(record["outer_value"], run.step - 1)
+            due = checkpoint_every and (run.step % checkpoint_every == 0 or run.step == num_steps)
+            if checkpoints is not None and due:
+                checkpoints.save(run.step, *run.snapshot())
+            if trial is not None and trial.should_prune():
+                from optuna import TrialPruned
+
+                raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
+    if not result and throw:
+        raise SolverError(result.message, result)
+    return _finish(
+        problem,
+        inner_solver,
+        inner_params,
+        run,
+        warm_start,
+        final_eval,
+        retrain_steps,
+        result,
+        trial,
+        num_steps,
+    )
+
+
+class _Run:
+    """The state of a run: all of it is in ``snapshot()``, and nothing else is needed to go on."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.inner_params: Params = {}
+        self.outer_params: Params = {}
+        self.state = EstimatorState()
+        self.history: list[dict[str, float]] = []
+        self.last_norm: dict[str, float] = {}
+        self._internal: Params = {}
+        self._domains: dict[str, Domain] = {}
+
+    @classmethod
+    def start(
+        cls,
+        inner_params: Params,
+        outer_params: Params,
+        domains: dict[str, Domain],
+        optimizer: OptimizerFactory,
+    ) -> _Run:
+        run = cls()
+        run._domains = domains
+        run.inner_params = _tree.clone(inner_params)
+        run.outer_params = _tree.clone(outer_params)
+        run._internal = {
+            k: domains[k].to_internal(v.detach()).clone().requires_grad_(True)
+            for k, v in outer_params.items()
+        }
+        run._optimizer = optimizer(list(run._internal.values()))
+        return run
+
+    _optimizer: torch.optim.Optimizer
+
+    def burn_in(
+        self, problem: BilevelProblem, inner_solver: AbstractInnerSolver, num_steps: int
+    ) -> None:
+        head = inner_solve(
+            problem, inner_solver, self.inner_params, self.outer_params, num_steps=num_steps
+        )
+        head.result.raise_if_failed()
+        self.inner_params = head.inner_params
+        self.state = EstimatorState(head.num_steps, head.state or None)
+
+    def advance(
+        self,
+        gradient: Params,
+        inner_params: Params,
+        state: EstimatorState,
+        domains: dict[str, Domain],
+    ) -> None:
+        """One outer step along ``gradient`` (external), projected on the bounds."""
+        held = 0.0
+        for k, u in self._internal.items():
+            low, high = domains[k].internal_bounds()
+            slope = domains[k].internal_gradient(gradient[k], self.outer_params[k])
+            u.grad = slope.to(u.dtype)
+            blocked = ((u.detach() <= low) & (slope > 0)) | ((u.detach() >= high) & (slope < 0))
+            held += float(slope.masked_fill(blocked, 0.0).double().pow(2).sum())
+        self._optimizer.step()
+        with torch.no_grad():
+            for k, u in self._internal.items():
+                low, high = domains[k].internal_bounds()
+                u.clamp_(low, high)
+                self.outer_params[k] = domains[k].to_external(u.detach().clone())
+                u.grad = None
+        self.last_norm = {"hypergradient_norm": math.sqrt(held)}
+        self.inner_params, self.state = inner_params, state
+        self.step += 1
+
+    def snapshot(self) -> tuple[Params, dict[str, Any]]:
+        tensors: Params = {f"inner/{k}": v for k, v in self.inner_params.items()}
+        tensors |= {f"internal/{k}": v.detach() for k, v in self._internal.items()}
+        for role, tree in (self.state.solver_state or {}).items():
+            tensors |= {f"solver/{role}/{k}": v for k, v in tree.items()}
+        tensors["rng"] = torch.get_rng_state()
+        numbers: dict[str, Any] = {
+            "step": self.step,
+            "inner_index": self.state.inner_index,
+            "solver_roles": {r: list(t) for r, t in (self.state.solver_state or {}).items()},
+            "has_solver_state": self.state.solver_state is not None,
+            "history": self.history,
+            "optimizer": {},
+        }
+        for i, entry in self._optimizer.state_dict()["state"].items():
+            plain: dict[str, Any] = {}
+            for key, v in entry.items():
+                if isinstance(v, Tensor):
+                    tensors[f"optimizer/{i}/{key}"] = v
+                else:
+                    plain[key] = v
+            numbers["optimizer"][str(i)] = plain
+        return tensors, numbers
+
+    def restore(self, tensors: Params, numbers: dict[str, Any]) -> None:
+        self.step, self.history = numbers["step"], numbers["history"]
+        self.inner_params = {k: tensors[f"inner/{k}"].to(v) for k, v in self.inner_params.items()}
+        with torch.no_grad():
+            for k, u in self._internal.items():
+                u.copy_(tensors[f"internal/{k}"])
+                self.outer_params[k] = self._domains[k].to_external(u.detach().clone())
+        some = next(iter(self.inner_params.values()))
+        solver_state = {
+            role: {k: tensors[f"solver/{role}/{k}"].to(some.device) for k in names}
+            for role, names in numbers["solver_roles"].items()
+        }
+        self.state = EstimatorState(
+            numbers["inner_index"], solver_state if numbers["has_solver_state"] else None
+        )
+        state_dict = self._optimizer.state_dict()
+        state_dict["state"] = {int(i): dict(plain) for i, plain in numbers["optimizer"].items()}
+        for key, v in tensors.items():
+            if key.startswith("optimizer/"):
+                _, i, field_name = key.split("/", 2)
+                state_dict["state"][int(i)][field_name] = v
+        self._optimizer.load_state_dict(state_dict)
+        torch.set_rng_state(tensors["rng"])
+
+
+def _finish(
+    problem: BilevelProblem,
+    inner_solver: AbstractInnerSolver,
+    first_params: Params,
+    run: _Run,
+    warm_start: bool,
+    final_eval: str | None,
+    retrain_steps: int | None,
+    result: Result,
+    trial: optuna.Trial | None,
+    num_steps: int,
+) -> BilevelResult:
+    kind: ValueKind = "warm" if warm_start else "cold"
+    given = run.inner_params if warm_start else _tree.detach(first_params)
+    state = run.state if warm_start else EstimatorState()
+    last = run_inner(problem, inner_solver, given, run.outer_params, state)
+    if result and not last.result:
+        result = last.result
+    value = outer_value_at(problem, last.inner_params, run.outer_params, num_steps)
+    retrained: float | None = None
+    retrained_params: Params | None = None
+    if final_eval == "retrain" and result:
+        budget = retrain_steps
+        if budget is None and isinstance(inner_solver, AbstractStepSolver):
+            budget = run.state.inner_index if warm_start else inner_solver.max_steps
+        again = inner_solve(problem, inner_solver, first_params, run.outer_params, num_steps=budget)
+        result = again.result
+        retrained_params = again.inner_params
+        retrained = outer_value_at(problem, retrained_params, run.outer_params, num_steps)
+    if trial is not None:
+        trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
+        trial.set_user_attr(f"{kind}_value", value)
+        if retrained is not None:
+            trial.set_user_attr("retrained_value", retrained)
+    return BilevelResult(
+        outer_params=run.outer_params,
+        inner_params=last.inner_params,
+        outer_value=value,
+        value_kind=kind,
+        retrained_value=retrained,
+        retrained_params=retrained_params,
+        history=run.history,
+        result=result,
+    )
+
+
+def _domains(
+    outer_params: Params, bounds: Mapping[str, Domain | tuple[float, float]]
+) -> dict[str, Domain]:
+    for name in bounds:
+        if name not in outer_params:
+            near = difflib.get_close_matches(name, outer_params, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise HyperparameterError(
+                f"bounds names {name!r}, which is not among outer_params ({sorted(outer_params)}).{hint}"
+            )
+    domains = {}
+    for name in outer_params:
+        given = bounds.get(name, Domain())
+        domain = given if isinstance(given, Domain) else Domain(float(given[0]), float(given[1]))
+        domain.check(name)
+        domains[name] = domain
+    return domains
+
+
+def _check_start(outer_params: Params, domains: dict[str, Domain]) -> None:
+    for name, value in outer_params.items():
+        if not domains[name].contains(value.detach()):
+            raise HyperparameterError(
+                f"outer_params[{name!r}] starts outside its bounds [{domains[name].low}, {domains[name].high}] "
+                f"(min {float(value.min()):.3g}, max {float(value.max()):.3g}); clamp it, or widen the bounds."
+            )

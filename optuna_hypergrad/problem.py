@@ -1,0 +1,108 @@
+"""What is being solved: two objectives and the batches they see. Data only, no solver, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._errors import HyperparameterError, ProblemError
+from ._typing import Batch, Objective, Params
+
+
+def full_batch(step: int) -> Batch:
+    """The batch function of objectives that close over all of their data: always ``None``."""
+    return None
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    """``min over lam of f(w*(lam), lam)`` with ``w*(lam) = argmin over w of g(w, lam)``.
+
+    Args:
+        inner_objective: ``g(inner_params, outer_params, batch) -> scalar tensor``.
+        outer_objective: ``f(inner_params, outer_params, batch) -> scalar tensor``.
+        inner_batch: ``step -> batch`` of ``g``. It must give equal data for equal steps, so that a
+            resumed run is the same run and all products of one solve see one matrix.
+        outer_batch: ``step -> batch`` of ``f``, likewise.
+    """
+
+    inner_objective: Objective
+    outer_objective: Objective
+    inner_batch: Callable[[int], Batch] = full_batch
+    outer_batch: Callable[[int], Batch] = full_batch
+
+
+def check_problem(
+    problem: BilevelProblem, inner_params: Params, outer_params: Params, step: int = 0
+) -> None:
+    """Refuse, before any work, a problem from which no hypergradient can be taken.
+
+    Raises:
+        HyperparameterError: if the outer parameters are not named floating-point tensors.
+        ProblemError: if the inner parameters are not, or a batch cannot be replayed.
+    """
+    check_params(outer_params, "outer_params", HyperparameterError)
+    check_params(inner_params, "inner_params", ProblemError)
+    for label, batch_of in (
+        ("inner_batch", problem.inner_batch),
+        ("outer_batch", problem.outer_batch),
+    ):
+        if batch_of is not full_batch and not same_batch(batch_of(step), batch_of(step)):
+            raise ProblemError(
+                f"{label}({step}) gave different data when called twice. A hypergradient replays batches: "
+                f"derive the indices from the step alone, for example with "
+                f"torch.randperm(n, generator=torch.Generator().manual_seed(step))."
+            )
+
+
+def check_params(params: Mapping[str, Tensor], label: str, error: type[Exception]) -> None:
+    """Refuse anything but a non-empty dict of finite floating-point tensors on one device.
+
+    Raises:
+        error: naming the entry and the remedy.
+    """
+    if not isinstance(params, Mapping) or not params:
+        raise error(f"{label} must be a non-empty dict of tensors, but is {params!r:.80}.")
+    for name, value in params.items():
+        if not isinstance(name, str):
+            raise error(f"{label}: the key {name!r} is not a string.")
+        if not isinstance(value, Tensor):
+            raise error(
+                f"{label}[{name!r}] is a {type(value).__name__}, not a tensor; use torch.tensor(...)."
+            )
+        if not value.is_floating_point():
+            raise error(
+                f"{label}[{name!r}] has dtype {value.dtype}, which has no gradient; use a floating-point dtype."
+            )
+        if value.numel() and not bool(torch.isfinite(value).all()):
+            raise error(
+                f"{label}[{name!r}] holds NaN or infinite entries; start from finite values."
+            )
+    devices = {v.device for v in params.values()}
+    if len(devices) > 1:
+        named = ", ".join(sorted(str(d) for d in devices))
+        raise error(f"{label} is spread over several devices ({named}); move it to one.")
+
+
+def same_batch(a: Any, b: Any) -> bool:
+    """Whether two batches hold equal data (tensors, arrays, numbers, strings, containers of them)."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same_batch(v, b[k]) for k, v in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_batch, a, b))
+    if is_dataclass(a):
+        return all(same_batch(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return bool(a == b)

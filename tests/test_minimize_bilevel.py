@@ -1,0 +1,349 @@
+"""The outer loop: descent, bounds, warm and cold, trials, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import cases
+import optuna
+import pytest
+import torch
+from problems import F64, relative_error
+
+import optuna_hypergrad as ohg
+
+ADAM = functools.partial(torch.optim.Adam, lr=0.1)
+
+
+def run(**settings):
+    case = cases.case("ridge")
+    return ohg.minimize_bilevel(
+        case.problem,
+        case.inner_params,
+        case.outer_params,
+        **{
+            "inner_solver": ohg.LBFGS(),
+            "num_steps": 15,
+            "bounds": {"log_decay": (-6.0, 2.0)},
+            **settings,
+        },
+    )
+
+
+def test_outer_value_falls_to_a_stationary_point() -> None:
+    found = run(num_steps=250, optimizer=functools.partial(torch.optim.Adam, lr=0.05))
+    case = cases.case("ridge")
+    slope = case.truth(found.outer_params)["log_decay"]
+    at = found.outer_params["log_decay"]
+    free = (at > -6.0) & (at < 2.0)
+    assert found.history[0]["outer_value"] > found.outer_value
+    assert float(slope[free].norm()) < 1e-2 * float(cases.truth("ridge")["log_decay"].norm())
+    assert found.value_kind == "warm"
+    assert found.result.success
+
+
+def test_outer_value_belongs_to_the_returned_parameters() -> None:
+    found = run()
+    case = cases.case("ridge")
+    w = case.solution(found.outer_params)
+    assert relative_error(found.inner_params, w) < 1e-6
+    assert found.outer_value == pytest.approx(
+        float(case.problem.outer_objective(w, found.outer_params, None)), rel=1e-6
+    )
+
+
+def test_arguments_are_not_written_to() -> None:
+    case = cases.case("ridge")
+    before = {k: v.clone() for k, v in (case.inner_params | case.outer_params).items()}
+    run()
+    for k, v in (case.inner_params | case.outer_params).items():
+        assert torch.equal(v, before[k])
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_hold_at_every_step_exactly(log: bool, dtype: torch.dtype) -> None:
+    low, high = 0.1, 0.7
+    seen = []
+
+    def outer(w, lam, _):
+        seen.append(lam["x"].detach().clone())
+        return ((w["w"] - torch.tensor([-5.0, 5.0, 0.3], dtype=dtype)) ** 2).sum()
+
+    problem = ohg.BilevelProblem(lambda w, lam, _: ((w["w"] - lam["x"]) ** 2).sum(), outer)
+    start = torch.full((3,), 0.5, dtype=dtype)
+    found = ohg.minimize_bilevel(
+        problem,
+        {"w": torch.zeros(3, dtype=dtype)},
+        {"x": start},
+        inner_solver=ohg.GradientDescent(0.5, max_steps=1),
+        optimizer=functools.partial(torch.optim.SGD, lr=1.0),
+        bounds={"x": ohg.Domain(low, high, log=log)},
+        num_steps=12,
+    )
+    for x in [*seen, found.outer_params["x"]]:
+        assert float(x.double().min()) >= low
+        assert float(x.double().max()) <= high
+    assert float(found.outer_params["x"][0]) == pytest.approx(low, rel=1e-6)
+    assert float(found.outer_params["x"][1]) == pytest.approx(high, rel=1e-6)
+
+
+def test_a_bound_lets_go_when_the_gradient_turns() -> None:
+    """Internal coordinates are projected too: nothing has to come back from beyond the bound."""
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (w["w"] - lam["x"]) ** 2,
+        lambda w, lam, t: (w["w"] - (5.0 if t < 10 else -5.0)) ** 2,
+        outer_batch=lambda t: t,
+    )
+    found = ohg.minimize_bilevel(
+        problem,
+        {"w": torch.tensor(0.0, dtype=F64)},
+        {"x": torch.tensor(0.5, dtype=F64)},
+        inner_solver=ohg.GradientDescent(0.5, max_steps=1),
+        optimizer=functools.partial(torch.optim.SGD, lr=1e-3),
+        bounds={"x": ohg.Domain(0.0, 0.6, unit=1.0)},
+        num_steps=61,
+    )
+    assert float(found.outer_params["x"]) < 0.35
+
+
+def test_log_coordinates_take_the_chain_rule() -> None:
+    """One SGD step in log x moves log x by lr * x * df/dx."""
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (w["w"] - lam["x"]) ** 2, lambda w, lam, _: 3.0 * w["w"]
+    )
+    x = 0.02
+    found = ohg.minimize_bilevel(
+        problem,
+        {"w": torch.tensor(0.0, dtype=F64)},
+        {"x": torch.tensor(x, dtype=F64)},
+        inner_solver=ohg.GradientDescent(0.5, max_steps=1),
+        optimizer=functools.partial(torch.optim.SGD, lr=1.0),
+        bounds={"x": ohg.Domain(1e-6, 1e2, log=True)},
+        num_steps=1,
+    )
+    assert float(found.outer_params["x"]) == pytest.approx(x * math.exp(-3.0 * x), rel=1e-12)
+
+
+def test_cold_runs_solve_from_the_start_each_time() -> None:
+    starts = []
+
+    def inner(w, lam, _):
+        starts.append(float(w["w"].detach()))
+        return (w["w"] - lam["x"]) ** 2
+
+    problem = ohg.BilevelProblem(inner, lambda w, lam, _: w["w"] ** 2)
+    for warm in (False, True):
+        starts.clear()
+        found = ohg.minimize_bilevel(
+            problem,
+            {"w": torch.tensor(7.0, dtype=F64)},
+            {"x": torch.tensor(1.0, dtype=F64)},
+            inner_solver=ohg.GradientDescent(0.1, max_steps=1),
+            num_steps=4,
+            warm_start=warm,
+        )
+        assert (starts.count(7.0) > 2) is not warm
+        assert found.value_kind == ("warm" if warm else "cold")
+
+
+@pytest.mark.parametrize("solver", [ohg.HeavyBall(0.1, max_steps=5), ohg.Adam(0.05, max_steps=5)])
+@pytest.mark.parametrize("stop_at", [5, 10])
+def test_an_interrupted_run_goes_on_bit_for_bit(solver, stop_at: int, tmp_path) -> None:
+    case = cases.case("logistic")
+
+    def go(trial, num_steps):
+        return ohg.minimize_bilevel(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            inner_solver=solver,
+            estimator=ohg.Unroll(),
+            optimizer=ADAM,
+            num_steps=num_steps,
+            checkpoint_every=5,
+            trial=trial,
+        )
+
+    straight = ohg.minimize_bilevel(
+        case.problem,
+        case.inner_params,
+        case.outer_params,
+        inner_solver=solver,
+        estimator=ohg.Unroll(),
+        optimizer=ADAM,
+        num_steps=20,
+    )
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
+    trial = study.ask()
+    go(trial, stop_at)
+    again = optuna.trial.Trial(
+        optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path}/study.db"),
+        trial._trial_id,
+    )
+    resumed = go(again, 20)
+    assert [h["outer_value"] for h in resumed.history] == [
+        h["outer_value"] for h in straight.history
+    ]
+    for k in straight.outer_params:
+        assert torch.equal(resumed.outer_params[k], straight.outer_params[k])
+    for k in straight.inner_params:
+        assert torch.equal(resumed.inner_params[k], straight.inner_params[k])
+
+
+def test_values_are_reported_and_the_pruner_is_obeyed() -> None:
+    class Pruner(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.last_step is not None and trial.last_step >= 6
+
+    study = optuna.create_study(pruner=Pruner())
+    study.optimize(lambda trial: run(trial=trial, num_steps=30).outer_value, n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == optuna.trial.TrialState.PRUNED
+    assert list(trial.intermediate_values) == list(range(7))
+
+
+def test_reports_are_thinned() -> None:
+    study = optuna.create_study()
+    study.optimize(
+        lambda trial: (
+            run(
+                trial=trial, num_steps=450, inner_solver=ohg.GradientDescent(0.3, max_steps=1)
+            ).outer_value
+        ),
+        n_trials=1,
+    )
+    assert 100 < len(study.trials[0].intermediate_values) <= 200
+    assert study.trials[0].user_attrs["value_kind"] == "warm"
+
+
+# refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"bounds": {"log_decai": (0.0, 1.0)}},
+            ohg.HyperparameterError,
+            "Did you mean 'log_decay'",
+        ),
+        (
+            {"bounds": {"log_decay": (2.0, -6.0)}},
+            ohg.HyperparameterError,
+            "low=2.0 is above high=-6.0",
+        ),
+        ({"bounds": {"log_decay": (float("nan"), 1.0)}}, ohg.HyperparameterError, "a bound is NaN"),
+        (
+            {"bounds": {"log_decay": ohg.Domain(-1.0, 1.0, log=True)}},
+            ohg.HyperparameterError,
+            "raise low above 0",
+        ),
+        (
+            {"bounds": {"log_decay": (5.0, 6.0)}},
+            ohg.HyperparameterError,
+            "'log_decay'.* starts outside its bounds",
+        ),
+        ({"num_steps": -1}, ValueError, "num_steps >= 0"),
+        ({"estimator": ohg.Unroll()}, ohg.RequirementError, "LBFGS cannot be unrolled"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(settings, error, message) -> None:
+    with pytest.raises(error, match=message):
+        run(**settings)
+
+
+def with_objectives(inner=None, outer=None, **kwargs):
+    problem = ohg.BilevelProblem(
+        inner or (lambda w, lam, _: ((w["w"] - lam["x"]) ** 2).sum()),
+        outer or (lambda w, lam, _: (w["w"] ** 2).sum()),
+        **kwargs,
+    )
+    return ohg.minimize_bilevel(
+        problem,
+        {"w": torch.zeros(3, dtype=F64)},
+        {"x": torch.ones(3, dtype=F64)},
+        inner_solver=ohg.GradientDescent(0.1, max_steps=3),
+        num_steps=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"inner": lambda w, lam, _: 1.0}, ohg.ObjectiveError, "inner_objective returned a float"),
+        (
+            {"outer": lambda w, lam, _: w["w"]},
+            ohg.ObjectiveError,
+            r"outer_objective returned a tensor of shape \(3,\)",
+        ),
+        (
+            {"outer": lambda w, lam, _: torch.tensor(1.0)},
+            ohg.ObjectiveError,
+            "depends neither on inner_params nor",
+        ),
+        (
+            {"inner": lambda w, lam, _: lam["x"].sum()},
+            ohg.RequirementError,
+            "does not depend on inner_params",
+        ),
+        (
+            {"inner": lambda w, lam, _: (w["w"] ** 2).sum()},
+            ohg.ZeroHypergradientError,
+            "'x' under Implicit is zero by",
+        ),
+        ({"outer": lambda w, lam, _: w["w"].sum() / 0.0}, ohg.SolverError, "NaN or infinite"),
+        (
+            {"inner": lambda w, lam, _: ((w["w"] - lam["x"]) ** 2).sum() * 1e200},
+            ohg.SolverError,
+            "lower its step size",
+        ),
+        (
+            {"inner_batch": lambda t: torch.rand(3)},
+            ohg.ProblemError,
+            r"inner_batch\(0\) gave different data",
+        ),
+        (
+            {"outer_batch": lambda t: {"a": torch.rand(3)}},
+            ohg.ProblemError,
+            r"outer_batch\(0\) gave different",
+        ),
+    ],
+)
+def test_bad_objectives_are_refused_in_words(settings, error, message) -> None:
+    with pytest.raises(error, match=message):
+        with_objectives(**settings)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, "non-empty dict"),
+        ({"x": 1.0}, "is a float, not a tensor"),
+        ({"x": torch.ones(2, dtype=torch.int64)}, "which has no gradient"),
+        ({"x": torch.tensor([1.0, float("nan")])}, "holds NaN or infinite"),
+        ({3: torch.ones(2)}, "is not a string"),
+    ],
+)
+def test_bad_outer_params_are_refused(params, message) -> None:
+    case = cases.case("ridge")
+    with pytest.raises(ohg.HyperparameterError, match=message):
+        ohg.hypergradient(case.problem, case.inner_params, params, estimator=ohg.Implicit())
+
+
+def test_failure_without_throw_is_in_the_result() -> None:
+    case = cases.case("ridge")
+    found = ohg.minimize_bilevel(
+        case.problem,
+        case.inner_params,
+        case.outer_params,
+        inner_solver=ohg.LBFGS(),
+        estimator=ohg.Implicit(ohg.Neumann(30, alpha=100.0)),
+        num_steps=5,
+        throw=False,
+    )
+    assert not found.result
+    assert found.result.status is ohg.Status.DIVERGED
+    assert "Outer step 0" in found.result.message
+    assert torch.equal(found.outer_params["log_decay"], case.outer_params["log_decay"])
