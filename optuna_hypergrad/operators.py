@@ -35,10 +35,10 @@ class Flattener:
         self.dtype = torch.float32 if widest in (torch.float16, torch.bfloat16) else widest
         self._uniform = all(d == self.dtype for d in self.dtypes)
 
-    def flatten(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-        """``(P,)`` in the accumulation dtype. A single tensor is viewed, not copied."""
+    def flatten(self, tensors: list[Tensor] | tuple[Tensor, ...], copy: bool = False) -> Tensor:
+        """``(P,)`` in the accumulation dtype. A single tensor is viewed unless ``copy`` is set."""
         if len(tensors) == 1:
-            return tensors[0].reshape(-1).to(self.dtype)
+            return tensors[0].reshape(-1).to(self.dtype, copy=copy)
         if self._uniform:
             return torch.cat([t.reshape(-1) for t in tensors])
         return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])

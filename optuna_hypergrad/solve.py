@@ -91,9 +91,7 @@ class _Solve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         inner_names, outer_names = ctx.context["inner_names"], ctx.context["outer_names"]
-        pulled = ctx.solved.pullback(
-            {k: c.clone() for k, c in zip(inner_names, cotangents, strict=True)}
-        )
+        pulled = ctx.solved.pullback(dict(zip(inner_names, cotangents, strict=True)))
         pulled.result.raise_if_failed()
         wants_initial = ctx.needs_input_grad[1 : 1 + len(inner_names)]
         for name, wanted in zip(inner_names, wants_initial, strict=True):

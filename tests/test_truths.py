@@ -77,6 +77,20 @@ def test_full_truncation_equals_no_truncation() -> None:
     assert relative_error(found[2], found[0]) == 0.0
 
 
+def test_truncation_does_not_change_the_inner_solution() -> None:
+    case = cases.case("logistic")
+    solver = ohg.HeavyBall(0.5, max_steps=25)
+    full, truncated = (
+        ohg.hypergradient(
+            case.problem, case.inner_params, case.outer_params, estimator=e, inner_solver=solver
+        )
+        for e in (ohg.Unroll(), ohg.Unroll(truncation=10))
+    )
+    assert torch.equal(full.inner_params["w"], truncated.inner_params["w"])
+    assert full.stats["num_inner_steps"] == truncated.stats["num_inner_steps"] == 25
+    assert truncated.stats["num_differentiated_steps"] == 10
+
+
 def test_unrolling_error_falls_as_one_minus_mu_per_step() -> None:
     """On a quadratic, log error against T is a line of slope log(1 - eta mu)."""
     case = cases.case("quadratic")
@@ -166,6 +180,20 @@ def test_two_estimators_alive_at_once_do_not_interact() -> None:
     second = [s.pullback(dict(b)).outer for s in reversed(both)][::-1]
     for x, y in zip(first, second, strict=True):
         assert relative_error(x, y) == 0.0
+
+
+def test_terms_that_share_memory_do_not_corrupt_each_other() -> None:
+    """Autograd may hand out one tensor for two gradients, or an expanded one: a solve must not write to it."""
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (0.5 * w["w"] ** 2 - 3.0 * lam["x"] * w["w"]).sum(),
+        lambda w, lam, _: (w["w"] + lam["x"]).sum(),
+    )
+    x = randn(5, seed=8)
+    for solver in (ohg.CG(5), ohg.Neumann(60, alpha=0.5), ohg.Direct()):
+        found = ohg.hypergradient(
+            problem, {"w": 3.0 * x}, {"x": x}, estimator=ohg.Implicit(solver)
+        )
+        assert torch.allclose(found.value["x"], torch.full_like(x, 4.0), rtol=1e-12)
 
 
 def test_gauss_newton_equals_the_hessian_of_a_linear_model_and_is_psd_otherwise() -> None:
@@ -430,3 +458,43 @@ def test_minimize_bilevel_tells_warm_from_cold_and_retrains() -> None:
     honest = problem.outer_objective(again.inner_params, found.outer_params, None)
     assert found.retrained_value == pytest.approx(float(honest), rel=1e-12)
     assert found.outer_value < 0.5 * found.retrained_value
+
+
+@pytest.mark.parametrize("solver", [ohg.CG(4, 0.0), ohg.Neumann(4, alpha=0.1)])
+def test_compiled_products_equal_eager_ones(solver) -> None:
+    case = cases.case("quadratic")
+    eager, compiled = (
+        ohg.hypergradient(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            estimator=ohg.Implicit(solver, damping=0.1, compile=compile),
+        )
+        for compile in (False, True)
+    )
+    assert relative_error(compiled.value, eager.value) < 1e-12
+    assert compiled.stats["num_hvps"] == eager.stats["num_hvps"]
+    assert compiled.stats["residual"] == pytest.approx(eager.stats["residual"], rel=1e-9)
+    assert compiled.stats["inner_gradient_norm"] == pytest.approx(
+        eager.stats["inner_gradient_norm"], rel=1e-9
+    )
+
+
+def test_compiled_solve_reports_what_the_eager_one_does() -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (w["w"] ** 2 * torch.tensor([1.0, -0.5], dtype=F64)).sum() + lam["x"] * w["w"].sum(),
+        lambda w, lam, _: w["w"].sum() + 0 * lam["unused"],
+    )
+    lam = {"x": torch.tensor(1.0, dtype=F64), "unused": torch.tensor(1.0, dtype=F64)}
+    w = {"w": torch.ones(2, dtype=F64)}
+    for compile in (False, True):
+        with pytest.raises(ohg.SolverError, match="direction of curvature"):
+            ohg.hypergradient(
+                problem, w, lam, estimator=ohg.Implicit(ohg.CG(3), compile=compile)
+            )
+    missing = ohg.BilevelProblem(problem.inner_objective, lambda w, lam, _: (w["w"] ** 2).sum())
+    for compile in (False, True):
+        with pytest.raises(ohg.ZeroHypergradientError, match="'unused'"):
+            ohg.hypergradient(
+                missing, w, lam, estimator=ohg.Implicit(ohg.CG(3), damping=2.0, compile=compile)
+            )

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._typing import Params
-from ..ihvp import CG, AbstractLinearSolver, Neumann, linear_solve
+from .._typing import Batch, Objective, Params
+from ..ihvp import CG, AbstractLinearSolver, LinearSolution, Neumann, linear_solve
+from ..ihvp._base import without_products
 from ..inner import AbstractInnerSolver, GradientDescent
-from ..operators import AbstractCurvature, DampedOperator, Hessian, InnerGraph
+from ..operators import AbstractCurvature, DampedOperator, Flattener, Hessian, InnerGraph
 from ..problem import BilevelProblem
 from ._base import (
     AbstractPullbackEstimator,
+    Cotangents,
     EstimatorState,
     Pulled,
     Solved,
     refuse_solver_hyperparameters,
     run_inner,
 )
+from .compiled import compiled_solve
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Implicit(AbstractPullbackEstimator):
         solver: Of ``H v = f_w``.
         damping: Added to the diagonal of ``H``. A bias; what makes singular problems solvable.
         curvature: ``Hessian()``, or ``GaussNewton(...)`` in its place.
+        compile: Compile the whole loop of products with ``torch.compile``, once per inner objective
+            (tens of seconds, more for long loops); then 2-4 times faster where tensors are small.
     """
 
     name: ClassVar[str] = "implicit"
@@ -52,10 +58,16 @@ class Implicit(AbstractPullbackEstimator):
     solver: AbstractLinearSolver = field(default_factory=CG)
     damping: float = 0.0
     curvature: AbstractCurvature = field(default_factory=Hessian)
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
             raise ValueError(f"Implicit needs damping >= 0, got {self.damping}.")
+        if self.compile and not isinstance(self.curvature, Hessian):
+            raise ValueError(
+                "Implicit(compile=True) compiles products with the Hessian only; use compile=False with "
+                "another curvature."
+            )
 
     def check(
         self,
@@ -82,30 +94,42 @@ class Implicit(AbstractPullbackEstimator):
 
         def pullback(cotangent: Params) -> Pulled:
             batch = problem.inner_batch(batch_index)
-            graph = InnerGraph(problem.inner_objective, solution.inner_params, outer_params, batch)
-            operator = self.curvature.build(graph, batch)
-            if self.damping:
-                operator = DampedOperator(operator, self.damping)
-            b = graph.layout.flatten([cotangent.pop(k) for k in list(cotangent)])
-            found = linear_solve(linear_solver, operator, b, overwrite_vector=True, throw=False)
-            del b
+            where = problem.inner_objective, solution.inner_params, outer_params, batch
+            b = Flattener(inner_params).flatten(
+                [cotangent.pop(k) for k in list(cotangent)], copy=True
+            )
+            if self.compile and without_products(b) is None:
+                found, outer, norm = compiled_solve(linear_solver, self.damping, b, *where)
+            else:
+                found, outer, norm = self._solve_kept(linear_solver, b, *where)
             stats = {
                 "num_hvps": float(found.num_products),
                 "residual": found.residual,
-                "inner_gradient_norm": graph.gradient_norm,
+                "inner_gradient_norm": norm,
                 "damping": self.damping,
                 "exact_hessian": float(isinstance(self.curvature, Hessian)),
             }
-            if found.curvature == found.curvature:
+            if not math.isnan(found.curvature):
                 stats["curvature"] = found.curvature
-            return Pulled(
-                outer=graph.cross_vjp(found.x.neg_()),
-                initial=dict.fromkeys(inner_params),
-                result=found.result,
-                stats=stats,
-            )
+            return Pulled(outer, {k: None for k in inner_params}, found.result, stats)
 
         return Solved(replace(solution, inner_params=_tree.detach(solution.inner_params)), pullback)
+
+    def _solve_kept(
+        self,
+        solver: AbstractLinearSolver,
+        b: Tensor,
+        inner_objective: Objective,
+        inner_params: Params,
+        outer_params: Params,
+        batch: Batch,
+    ) -> tuple[LinearSolution, Cotangents, float]:
+        graph = InnerGraph(inner_objective, inner_params, outer_params, batch)
+        operator = self.curvature.build(graph, batch)
+        if self.damping:
+            operator = DampedOperator(operator, self.damping)
+        found = linear_solve(solver, operator, b, overwrite_vector=True, throw=False)
+        return found, graph.cross_vjp(found.x.neg_()), graph.gradient_norm
 
     def _resolved_solver(self, inner_solver: AbstractInnerSolver | None) -> AbstractLinearSolver:
         if not (isinstance(self.solver, Neumann) and self.solver.alpha == "inner_lr"):

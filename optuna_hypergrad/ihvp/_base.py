@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -34,6 +35,21 @@ class LinearSolution:
     curvature: float = math.nan
 
 
+@dataclass(frozen=True)
+class TracedSolution:
+    """What a solver without branches found: tensors only, so that it can be compiled.
+
+    Attributes:
+        x: ``(P,)``.
+        residual: ``|b - H x| / |b|``, 0-d.
+        least_curvature: Smallest ``p.Hp / p.p`` met, 0-d; infinite where none is measured.
+    """
+
+    x: Tensor
+    residual: Tensor
+    least_curvature: Tensor
+
+
 class AbstractLinearSolver(abc.ABC):
     """Settings of a method for ``H x = b``. Frozen; state lives in ``compute``'s locals."""
 
@@ -45,6 +61,41 @@ class AbstractLinearSolver(abc.ABC):
         self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None
     ) -> LinearSolution:
         """``x ~ H^-1 vector`` for a finite, non-zero ``vector`` of shape ``(P,)``, which it may overwrite."""
+
+    def traced(
+        self, product: Callable[[Tensor], Tensor], vector: Tensor, alpha: Tensor
+    ) -> TracedSolution:
+        """The same without branches on values, for ``torch.compile``.
+
+        Args:
+            product: ``v -> H v``.
+            vector: ``b``, not to be overwritten.
+            alpha: Step length of the methods that have one, 0-d.
+
+        Raises:
+            RequirementError: if the method has no such form.
+        """
+        raise RequirementError(
+            f"{self.name} cannot be compiled; use CG or Neumann, or Implicit(compile=False)."
+        )
+
+    def traced_verdict(self, solution: LinearSolution, least_curvature: float) -> Result:
+        """How a traced solve ended, in words."""
+        return solution.result
+
+    def num_traced_products(self) -> int:
+        """Products of the traced form."""
+        return 0
+
+    def fixed_alpha(self) -> float | None:
+        """The step length that the traced form is given; ``None`` if ``step_length`` has to find it."""
+        return 1.0
+
+    def step_length(
+        self, operator: AbstractLinearOperator, like: Tensor
+    ) -> tuple[float, float, Result | None]:
+        """A step length, the largest eigenvalue that it rests on, and a failure to find it or ``None``."""
+        return 1.0, math.nan, None
 
 
 def linear_solve(
@@ -80,30 +131,33 @@ def linear_solve(
             f"if its spectral radius allows."
         )
     before = operator.num_products
-    if not bool(torch.isfinite(vector).all()):
-        solution = LinearSolution(
-            torch.zeros_like(vector),
-            math.nan,
-            result=Result(
-                Status.NONFINITE,
-                "The gradient of the outer objective holds NaN or infinite entries; "
-                "check the outer loss at the inner solution.",
-            ),
-        )
-    elif not bool(vector.any()):
-        solution = LinearSolution(torch.zeros_like(vector), 0.0)
-    else:
+    solution = without_products(vector)
+    if solution is None:
         solution = solver.compute(operator, vector if overwrite_vector else vector.clone(), x0)
-        if solution.result.success and not bool(torch.isfinite(solution.x).all()):
-            solution = replace(
-                solution,
-                result=Result(
-                    Status.NONFINITE,
-                    f"{solver.name} met NaN or infinite values; check the inner loss at the inner solution, "
-                    f"or add damping.",
-                ),
-            )
-    solution = replace(solution, num_products=operator.num_products - before)
+    solution = checked(solver, replace(solution, num_products=operator.num_products - before))
     if throw:
         solution.result.raise_if_failed()
     return solution
+
+
+def without_products(vector: Tensor) -> LinearSolution | None:
+    """The answer where it needs no product: ``b = 0``, or a ``b`` that cannot be solved for."""
+    if not bool(torch.isfinite(vector).all()):
+        message = (
+            "The gradient of the outer objective holds NaN or infinite entries; check the outer loss at "
+            "the inner solution."
+        )
+        nothing = torch.full_like(vector, torch.nan)
+        return LinearSolution(nothing, math.nan, result=Result(Status.NONFINITE, message))
+    return None if bool(vector.any()) else LinearSolution(torch.zeros_like(vector), 0.0)
+
+
+def checked(solver: AbstractLinearSolver, solution: LinearSolution) -> LinearSolution:
+    """A success that holds NaN is none."""
+    if not solution.result or bool(torch.isfinite(solution.x).all()):
+        return solution
+    message = (
+        f"{solver.name} met NaN or infinite values; check the inner loss at the inner solution, or add "
+        f"damping."
+    )
+    return replace(solution, result=Result(Status.NONFINITE, message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .._results import SUCCESS, Result, Status
 from ..operators import AbstractLinearOperator
-from ._base import AbstractLinearSolver, LinearSolution
+from ._base import AbstractLinearSolver, LinearSolution, TracedSolution
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class CG(AbstractLinearSolver):
             hp = operator(p)
             curvature = torch.dot(p, hp)
             if not curvature > 0:
-                result = _no_descent(curvature, p, operator)
+                result = _no_descent(float(curvature / torch.dot(p, p)))
                 break
             alpha = rr / curvature
             x.addcmul_(p, alpha)
@@ -69,13 +70,50 @@ class CG(AbstractLinearSolver):
             rr = rr_next
             del hp
         residual = float((rr / bb).sqrt())
-        if result and self.require_convergence and not rr <= target:
-            result = Result(
-                Status.MAX_STEPS_REACHED,
-                f"CG stopped after {self.max_steps} products at a relative residual of {residual:.1e} "
-                f"(asked for {self.rtol:.1e}); raise max_steps, add damping, or loosen rtol.",
-            )
+        if result and not rr <= target:
+            result = self._unconverged(residual)
         return LinearSolution(x, residual, result=result)
+
+    def traced(
+        self, product: Callable[[Tensor], Tensor], vector: Tensor, alpha: Tensor
+    ) -> TracedSolution:
+        bb = torch.dot(vector, vector)
+        target = max(self.rtol, _smallest_residual(vector)) ** 2 * bb
+        x, r, p, rr = torch.zeros_like(vector), vector, vector, bb
+        least = torch.full_like(bb, torch.inf)
+        for _ in range(self.max_steps):
+            hp = product(p)
+            curvature = torch.dot(p, hp)
+            pp = torch.dot(p, p)
+            going = rr > target
+            least = torch.where(going, torch.minimum(least, curvature / pp), least)
+            going = going & (least > 0)
+            step = torch.where(going, rr / curvature, torch.zeros_like(rr))
+            x = x + step * p
+            r = r - step * hp
+            rr_next = torch.dot(r, r)
+            p = torch.where(going, r + (rr_next / rr) * p, p)
+            rr = torch.where(going, rr_next, rr)
+        return TracedSolution(x, (rr / bb).sqrt(), least)
+
+    def num_traced_products(self) -> int:
+        return self.max_steps
+
+    def traced_verdict(self, solution: LinearSolution, least_curvature: float) -> Result:
+        if not least_curvature > 0:
+            return _no_descent(least_curvature)
+        if solution.residual > self.rtol:
+            return self._unconverged(solution.residual)
+        return SUCCESS
+
+    def _unconverged(self, residual: float) -> Result:
+        if not self.require_convergence:
+            return SUCCESS
+        return Result(
+            Status.MAX_STEPS_REACHED,
+            f"CG stopped after {self.max_steps} products at a relative residual of {residual:.1e} "
+            f"(asked for {self.rtol:.1e}); raise max_steps, add damping, or loosen rtol.",
+        )
 
 
 def _smallest_residual(vector: Tensor) -> float:
@@ -83,8 +121,7 @@ def _smallest_residual(vector: Tensor) -> float:
     return float(torch.finfo(vector.dtype).eps) * 1e-2
 
 
-def _no_descent(curvature: Tensor, p: Tensor, operator: AbstractLinearOperator) -> Result:
-    value = float(curvature / torch.dot(p, p))
+def _no_descent(value: float) -> Result:
     if math.isnan(value):
         return Result(
             Status.NONFINITE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from .._results import SUCCESS, Result, Status
 from ..curvature import largest_eigenvalue
 from ..operators import AbstractLinearOperator
-from ._base import AbstractLinearSolver, LinearSolution
+from ._base import AbstractLinearSolver, LinearSolution, TracedSolution
 
 
 @dataclass(frozen=True)
@@ -52,27 +53,9 @@ class Neumann(AbstractLinearSolver):
     def compute(
         self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None
     ) -> LinearSolution:
-        curvature = math.nan
-        if self.alpha == "lanczos":
-            curvature = largest_eigenvalue(operator, vector, self.num_probes)
-            if not curvature > 0:
-                return LinearSolution(
-                    torch.zeros_like(vector),
-                    math.nan,
-                    result=Result(
-                        Status.NEGATIVE_CURVATURE,
-                        f"Neumann: the largest eigenvalue of the inner Hessian is about {curvature:.1e}, "
-                        f"so no step length converges; add damping or solve the inner problem further.",
-                    ),
-                )
-            alpha = 1.0 / curvature
-        elif isinstance(self.alpha, str):
-            raise ValueError(
-                "Neumann: alpha='inner_lr' has to be resolved from an inner solver with a fixed step size; "
-                "pass the inner solver to the estimator, or give alpha a number."
-            )
-        else:
-            alpha = self.alpha
+        alpha, curvature, failure = self.step_length(operator, vector)
+        if failure:
+            return LinearSolution(torch.zeros_like(vector), math.nan, result=failure)
         bb = torch.dot(vector, vector)
         v = vector if x0 is None else vector - operator(x0)
         start = torch.dot(v, v)
@@ -80,19 +63,59 @@ class Neumann(AbstractLinearSolver):
         for _ in range(self.num_steps):
             v.sub_(operator(v), alpha=alpha)
             total += v
-        end = torch.dot(v, v)
-        residual = float((end / bb).sqrt())
+        residual = float((torch.dot(v, v) / bb).sqrt())
         x = total.mul_(alpha) if x0 is None else total.mul_(alpha).add_(x0)
-        return LinearSolution(
-            x, residual, result=self._verdict(start, end, alpha), curvature=curvature
-        )
+        growth = residual / float((start / bb).sqrt())
+        return LinearSolution(x, residual, result=self._judge(growth, alpha), curvature=curvature)
 
-    def _verdict(self, start: Tensor, end: Tensor, alpha: float) -> Result:
-        if end <= start * 1.0001:
+    def traced(
+        self, product: Callable[[Tensor], Tensor], vector: Tensor, alpha: Tensor
+    ) -> TracedSolution:
+        v = total = vector
+        for _ in range(self.num_steps):
+            v = v - alpha * product(v)
+            total = total + v
+        residual = torch.linalg.vector_norm(v) / torch.linalg.vector_norm(vector)
+        return TracedSolution(alpha * total, residual, torch.full_like(residual, torch.inf))
+
+    def num_traced_products(self) -> int:
+        return self.num_steps
+
+    def fixed_alpha(self) -> float | None:
+        return None if isinstance(self.alpha, str) else self.alpha
+
+    def traced_verdict(self, solution: LinearSolution, least_curvature: float) -> Result:
+        return self._judge(solution.residual, math.nan)
+
+    def step_length(
+        self, operator: AbstractLinearOperator, like: Tensor
+    ) -> tuple[float, float, Result | None]:
+        if self.alpha == "lanczos":
+            curvature = largest_eigenvalue(operator, like, self.num_probes)
+            if curvature > 0:
+                return 1.0 / curvature, curvature, None
+            return (
+                math.nan,
+                curvature,
+                Result(
+                    Status.NEGATIVE_CURVATURE,
+                    f"Neumann: the largest eigenvalue of the inner Hessian is about {curvature:.1e}, "
+                    f"so no step length converges; add damping or solve the inner problem further.",
+                ),
+            )
+        if isinstance(self.alpha, str):
+            raise ValueError(
+                "Neumann: alpha='inner_lr' has to be resolved from an inner solver with a fixed step size; "
+                "pass the inner solver to the estimator, or give alpha a number."
+            )
+        return self.alpha, math.nan, None
+
+    def _judge(self, growth: float, alpha: float) -> Result:
+        if growth <= 1.0001:
             return SUCCESS
         return Result(
             Status.DIVERGED,
-            f"The Neumann series grew by a factor of {float((end / start).sqrt()):.1e} over {self.num_steps} "
-            f"terms at alpha={alpha:.2e}: it converges only for alpha < 2 / lambda_max and a positive "
-            f"semidefinite inner Hessian. Lower alpha, use alpha='lanczos', or add damping.",
+            f"The Neumann series grew by a factor of {growth:.1e} over {self.num_steps} terms at "
+            f"alpha={self.alpha if math.isnan(alpha) else alpha}: it converges only for alpha < 2 / lambda_max and "
+            f"a positive semidefinite inner Hessian. Lower alpha, use alpha='lanczos', or add damping.",
         )

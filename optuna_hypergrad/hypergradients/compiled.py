@@ -1,0 +1,112 @@
+"""The linear solve of implicit differentiation as one compiled function.
+
+Small problems pay for overhead, large ones for memory traffic: ``torch.compile`` removes both when it
+sees the whole loop of products at once. The primal pass is traced once and shared by all products.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._errors import RequirementError
+from .._typing import Batch, Objective, Params
+from ..ihvp import AbstractLinearSolver, LinearSolution
+from ..operators import DampedOperator, Flattener, HessianOperator, InnerGraph
+
+_CACHE_SIZE = 16
+
+
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _compiled(
+    inner_objective: Objective, solver: AbstractLinearSolver, damping: float
+) -> Callable[..., tuple[tuple[Tensor, ...], Params, Tensor]]:
+    def run(
+        w: Params, lam: Params, batch: Batch, b: Tensor, alpha: Tensor
+    ) -> tuple[tuple[Tensor, ...], Params, Tensor]:
+        layout = Flattener(w)
+        gradient, pull = torch.func.vjp(  # type: ignore[misc]
+            lambda w, lam: torch.func.grad(inner_objective)(w, lam, batch), w, lam
+        )
+
+        def product(vector: Tensor) -> Tensor:
+            flat = layout.flatten([pull(layout.unflatten(vector))[0][k] for k in layout.names])
+            return flat + damping * vector if damping else flat
+
+        found = solver.traced(product, b, alpha)
+        cross = pull(layout.unflatten(-found.x))[1]
+        norm = torch.linalg.vector_norm(layout.flatten([gradient[k] for k in layout.names]))
+        return (found.x, found.residual, found.least_curvature), cross, norm
+
+    return torch.compile(run, fullgraph=True, dynamic=False)
+
+
+_PATHS: dict[tuple[Objective, tuple[str, ...]], frozenset[str]] = {}
+
+
+def compiled_solve(
+    solver: AbstractLinearSolver,
+    damping: float,
+    b: Tensor,
+    inner_objective: Objective,
+    inner_params: Params,
+    outer_params: Params,
+    batch: Batch,
+) -> tuple[LinearSolution, dict[str, Tensor | None], float]:
+    """Solve ``(H + damping I) x = b`` and pull back, in one compiled call.
+
+    The first call compiles (tens of seconds). Compiled functions are kept by ``inner_objective``:
+    define it once, not anew in every trial.
+
+    Returns:
+        The solution; ``-M^T x`` by hyperparameter, ``None`` where the inner gradient ignores it; the
+        norm of the inner gradient.
+
+    Raises:
+        RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
+    """
+    w, lam = _tree.detach(inner_params), _tree.detach(outer_params)
+    key = (inner_objective, tuple(lam))
+    alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
+    if key not in _PATHS or alpha is None:
+        graph = InnerGraph(inner_objective, w, lam, batch)
+        if key not in _PATHS:
+            _remember(key, graph.cross_vjp(torch.ones_like(b)))
+        if alpha is None:
+            operator = DampedOperator(HessianOperator(graph), damping)
+            alpha, curvature, failure = solver.step_length(operator, b)
+            probes = operator.num_products
+            if failure is not None:
+                nothing = LinearSolution(torch.zeros_like(b), math.nan, probes, failure, curvature)
+                return nothing, {k: None for k in lam}, graph.gradient_norm
+        del graph
+    run = _compiled(inner_objective, solver, damping)
+    try:
+        with torch.no_grad():
+            found, cross, norm = run(w, lam, batch, b, torch.tensor(alpha, dtype=b.dtype))
+    except Exception as error:
+        raise RequirementError(
+            f"torch.compile could not turn the inner objective and {solver.name} into one graph "
+            f"({type(error).__name__}: {str(error).splitlines()[0]:.200}). Use Implicit(compile=False), or take "
+            f"data-dependent branches, prints and third-party calls out of the inner objective."
+        ) from error
+    x, residual, least_curvature = found
+    solution = LinearSolution(
+        x, float(residual), solver.num_traced_products() + probes, curvature=curvature
+    )
+    verdict = solver.traced_verdict(solution, float(least_curvature))
+    reached = {k: v if k in _PATHS[key] else None for k, v in cross.items()}
+    return replace(solution, result=verdict), reached, float(norm)
+
+
+def _remember(key: tuple[Objective, tuple[str, ...]], cross: dict[str, Tensor | None]) -> None:
+    """Which hyperparameters the inner gradient depends on at all: a trace gives zeros for the rest."""
+    if len(_PATHS) >= _CACHE_SIZE:
+        _PATHS.pop(next(iter(_PATHS)))
+    _PATHS[key] = frozenset(k for k, v in cross.items() if v is not None)

@@ -1,0 +1,173 @@
+"""The mutation suite: each mutant of the method is killed by a named test.
+
+Each row edits one line of a copy of the package and runs the tests that should notice. A row fails if
+the line is gone (update the row), if the mutant survives, or if the tests could not run at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mutant:
+    what: str
+    file: str
+    old: str
+    new: str
+    killed_by: str
+    also: tuple[tuple[str, str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return self.what.replace(" ", "-")
+
+
+TABLES = "tests/test_tables.py"
+TRUTHS = "tests/test_truths.py"
+OUTER = "tests/test_minimize_bilevel.py"
+RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
+
+MUTANTS = [
+    Mutant(
+        "flip the sign of the direct term",
+        "hypergradients/_base.py",
+        "parts[0] + parts[1]",
+        "parts[1] - parts[0]",
+        RIDGE,
+    ),
+    Mutant(
+        "flip the sign of the indirect term",
+        "hypergradients/implicit.py",
+        "graph.cross_vjp(found.x.neg_())",
+        "graph.cross_vjp(found.x)",
+        RIDGE,
+    ),
+    Mutant(
+        "drop alpha from Neumann",
+        "ihvp/neumann.py",
+        "total.mul_(alpha) if x0 is None",
+        "total if x0 is None",
+        f"{TRUTHS}::test_unrolled_descent_from_the_solution_equals_neumann",
+    ),
+    Mutant(
+        "use the old residual in CG",
+        "ihvp/cg.py",
+        "p.mul_(rr_next / rr).add_(r)",
+        "p.mul_(rr_next / rr).add_(r + alpha * hp)",
+        f"{TABLES}::test_linear_solver_converges_or_says_why_not[cg-spd0]",
+    ),
+    Mutant(
+        "return CG's iterate before the last update",
+        "ihvp/cg.py",
+        "x.addcmul_(p, alpha)",
+        "x, ahead = x if _ == 0 else ahead, (x if _ == 0 else ahead) + alpha * p",
+        f"{TRUTHS}::test_cg_iterates_are_krylov_minimizers",
+    ),
+    Mutant(
+        "the outer product of the gradient in place of the Hessian",
+        "operators.py",
+        "        return self.graph.hvp(vector)",
+        "        return self.graph.slope * torch.dot(self.graph.slope, vector)",
+        RIDGE,
+        also=(
+            (
+                "operators.py",
+                "self.value = value.detach()",
+                "self.slope = self.layout.flatten([g.detach() for g in gradients])",
+            ),
+        ),
+    ),
+    Mutant(
+        "add the identity to the damped operator",
+        "operators.py",
+        "self.base(vector).add(vector, alpha=self.damping)",
+        "self.base(vector).add(vector, alpha=1.0 + self.damping)",
+        f"{TRUTHS}::test_damping_is_added_once",
+    ),
+    Mutant(
+        "forget the damping",
+        "hypergradients/implicit.py",
+        "if self.damping:",
+        "if False:",
+        f"{TRUTHS}::test_damped_hypergradient_solves_the_damped_system",
+    ),
+    Mutant(
+        "drop the chain rule of the log transform",
+        "search_space.py",
+        "return gradient * value if self.log",
+        "return gradient if self.log",
+        f"{OUTER}::test_log_coordinates_take_the_chain_rule",
+    ),
+    Mutant(
+        "forget the projection of external values",
+        "search_space.py",
+        "return value.clamp(low, high)",
+        "return value",
+        f"{OUTER}::test_bounds_hold_at_every_step_exactly",
+    ),
+    Mutant(
+        "forget the projection of internal coordinates",
+        "outer.py",
+        "u.clamp_(low, high)",
+        "u.clamp_(low - 1e3, high + 1e3)",
+        f"{OUTER}::test_a_bound_lets_go_when_the_gradient_turns",
+    ),
+    Mutant(
+        "round bounds outwards",
+        "search_space.py",
+        "if bool(outside) and math.isfinite(bound):",
+        "if False:",
+        f"{OUTER}::test_bounds_hold_at_every_step_exactly",
+    ),
+    Mutant(
+        "truncate one step too early",
+        "hypergradients/unroll.py",
+        "lead = inner_solver.max_steps - self.truncation",
+        "lead = inner_solver.max_steps - self.truncation + 1",
+        f"{TRUTHS}::test_truncation_does_not_change_the_inner_solution",
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
+    package = tmp_path / "optuna_hypergrad"
+    shutil.copytree(
+        ROOT / "optuna_hypergrad", package, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for file, old, new in ((mutant.file, mutant.old, mutant.new), *mutant.also):
+        source = (package / file).read_text()
+        assert source.count(old) == 1, f"{old!r} is not (once) in {file}"
+        (package / file).write_text(source.replace(old, new))
+    tests = [str(ROOT / test) for test in mutant.killed_by.split()]
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, str(package), str(ROOT), *tests],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ran.returncode == 1, (
+        f"survived, or could not run (exit {ran.returncode}):\n{ran.stdout[-3000:]}{ran.stderr[-2000:]}"
+    )
+    assert " failed" in ran.stdout
+
+
+RUN = """
+import sys, pytest, optuna_hypergrad
+package, root, *tests = sys.argv[1:]
+if not optuna_hypergrad.__file__.startswith(package):
+    sys.exit(f"the tests would see {optuna_hypergrad.__file__}, not the mutant")
+sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-c", f"{root}/pyproject.toml", *tests]))
+"""
