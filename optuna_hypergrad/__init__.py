@@ -15,12 +15,20 @@ from ._errors import (
 from ._results import Result, Status
 from .hypergradients import HypergradientEstimate, Implicit, Unroll, hypergradient
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
-from .inner import LBFGS, Adam, GradientDescent, HeavyBall, inner_solve
+from .inner import LBFGS, Adam, GradientDescent, HeavyBall, NewtonCG, inner_solve
 from .operators import GaussNewton, Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
 from .search_space import Domain
 from .solve import solve
+from .stores import Retention, TensorStore
+from .studies import (
+    DifferentiableTrial,
+    HypergradientSampler,
+    differentiable,
+    load_tensors,
+    report_hypergradient,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -31,6 +39,7 @@ __all__ = [
     "BilevelProblem",
     "BilevelResult",
     "CorruptTensorError",
+    "DifferentiableTrial",
     "Direct",
     "Domain",
     "GaussNewton",
@@ -39,23 +48,30 @@ __all__ = [
     "Hessian",
     "HypergradError",
     "HypergradientEstimate",
+    "HypergradientSampler",
     "HyperparameterError",
     "Identity",
     "Implicit",
     "MissingTensorError",
     "Neumann",
+    "NewtonCG",
     "ObjectiveError",
     "ProblemError",
     "RequirementError",
     "Result",
+    "Retention",
     "SolverError",
     "Status",
     "StorageError",
+    "TensorStore",
     "Unroll",
     "ZeroHypergradientError",
+    "differentiable",
     "hypergradient",
     "inner_solve",
     "linear_solve",
+    "load_tensors",
     "minimize_bilevel",
+    "report_hypergradient",
     "solve",
 ]

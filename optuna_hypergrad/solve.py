@@ -13,8 +13,11 @@ from . import _tree
 from ._errors import ObjectiveError, RequirementError
 from ._typing import Batch, Objective, Params
 from .hypergradients import AbstractPullbackEstimator, Implicit, Solved
-from .inner import LBFGS, AbstractInnerSolver
+from .ihvp import CG
+from .inner import AbstractInnerSolver, NewtonCG
 from .problem import BilevelProblem, check_problem, full_batch
+
+DEFAULT_ESTIMATOR = Implicit(CG(max_steps=5000, rtol=1e-7, require_convergence=True))
 
 
 def solve(
@@ -36,8 +39,9 @@ def solve(
             must reach it through ``outer_params``, not through a closure.
         inner_params: ``w_0``. Under ``Unroll`` gradients flow to it as well.
         outer_params: ``lam``: tensors of any shape, leaves or not.
-        solver: Of the inner problem; ``LBFGS()`` by default.
-        estimator: ``Implicit()`` by default.
+        solver: Of the inner problem; ``NewtonCG()`` by default.
+        estimator: ``Implicit`` with CG to a relative residual of 1e-7 by default; it raises when
+            that is not reached.
         inner_batch: ``step -> batch``; ``None`` is passed as the batch by default.
 
     Returns:
@@ -47,8 +51,8 @@ def solve(
         SolverError: if the inner solve fails; in the backward pass, if the linear solve does.
         RequirementError: if the estimator cannot be used with this solver or these hyperparameters.
     """
-    solver = LBFGS() if solver is None else solver
-    estimator = Implicit() if estimator is None else estimator
+    solver = NewtonCG() if solver is None else solver
+    estimator = DEFAULT_ESTIMATOR if estimator is None else estimator
     if not isinstance(estimator, AbstractPullbackEstimator):
         raise RequirementError(
             f"ohg.solve needs an estimator with a pullback (Implicit, Unroll), not {estimator!r:.80}; use "

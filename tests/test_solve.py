@@ -14,7 +14,13 @@ import optuna_hypergrad as ohg
 def test_backward_through_solve_is_the_hypergradient(name: str) -> None:
     case = cases.case(name)
     lam = {k: v.clone().requires_grad_() for k, v in case.outer_params.items()}
-    w = ohg.solve(case.problem.inner_objective, case.inner_params, lam, solver=cases.EXACT)
+    w = ohg.solve(
+        case.problem.inner_objective,
+        case.inner_params,
+        lam,
+        solver=cases.EXACT,
+        estimator=ohg.Implicit(ohg.CG(500, 1e-12)),
+    )
     case.problem.outer_objective(w, lam, None).backward()
     assert relative_error({k: v.grad for k, v in lam.items()}, cases.truth(name)) < 1e-8
     for k, v in case.inner_params.items():
@@ -25,7 +31,13 @@ def test_gradients_flow_on_through_functions_of_the_hyperparameters() -> None:
     case = cases.case("ridge")
     scalar = torch.tensor(0.3, dtype=F64, requires_grad=True)
     lam = {"log_decay": case.outer_params["log_decay"] * scalar}
-    w = ohg.solve(case.problem.inner_objective, case.inner_params, lam, solver=cases.EXACT)
+    w = ohg.solve(
+        case.problem.inner_objective,
+        case.inner_params,
+        lam,
+        solver=cases.EXACT,
+        estimator=ohg.Implicit(ohg.CG(500, 1e-12)),
+    )
     case.problem.outer_objective(w, lam, None).backward()
     exact = (
         case.truth({"log_decay": lam["log_decay"].detach()})["log_decay"]

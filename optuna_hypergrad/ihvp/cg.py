@@ -31,8 +31,8 @@ class CG(AbstractLinearSolver):
 
     name: ClassVar[str] = "cg"
     requires: ClassVar[frozenset[str]] = frozenset({"symmetric"})
-    max_steps: int = 100
-    rtol: float = 1e-8
+    max_steps: int = 1000
+    rtol: float = 1e-6
     require_convergence: bool = False
 
     def __post_init__(self) -> None:
@@ -44,32 +44,31 @@ class CG(AbstractLinearSolver):
     def compute(
         self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None
     ) -> LinearSolution:
-        bb = torch.dot(vector, vector)
+        bb = float(torch.dot(vector, vector))
         target = max(self.rtol, _smallest_residual(vector)) ** 2 * bb
         if x0 is None:
             x, r, rr = torch.zeros_like(vector), vector, bb
         else:
             x = x0.clone()
             r = vector.sub_(operator(x))
-            rr = torch.dot(r, r)
+            rr = float(torch.dot(r, r))
         p = r.clone()
         result = SUCCESS
         for _ in range(self.max_steps):
             if rr <= target:
                 break
             hp = operator(p)
-            curvature = torch.dot(p, hp)
+            curvature = float(torch.dot(p, hp))
             if not curvature > 0:
-                result = _no_descent(float(curvature / torch.dot(p, p)))
+                result = _no_descent(curvature / float(torch.dot(p, p)))
                 break
             alpha = rr / curvature
-            x.addcmul_(p, alpha)
-            r.addcmul_(hp, alpha, value=-1)
-            rr_next = torch.dot(r, r)
-            p.mul_(rr_next / rr).add_(r)
-            rr = rr_next
+            x.add_(p, alpha=alpha)
+            r.sub_(hp, alpha=alpha)
             del hp
-        residual = float((rr / bb).sqrt())
+            rr, before = float(torch.dot(r, r)), rr
+            torch.add(r, p, alpha=rr / before, out=p)
+        residual = math.sqrt(rr / bb)
         if result and not rr <= target:
             result = self._unconverged(residual)
         return LinearSolution(x, residual, result=result)

@@ -54,7 +54,7 @@ class Neumann(AbstractLinearSolver):
         self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None
     ) -> LinearSolution:
         alpha, curvature, failure = self.step_length(operator, vector)
-        if failure:
+        if failure is not None:
             return LinearSolution(torch.zeros_like(vector), math.nan, result=failure)
         bb = torch.dot(vector, vector)
         v = vector if x0 is None else vector - operator(x0)

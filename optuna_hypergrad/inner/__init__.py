@@ -12,6 +12,7 @@ from .adam import Adam
 from .gradient_descent import GradientDescent
 from .heavy_ball import HeavyBall
 from .lbfgs import LBFGS
+from .newton_cg import NewtonCG
 
 REGISTRY = registry(AbstractInnerSolver, globals())
 
@@ -25,5 +26,6 @@ __all__ = [
     "GradientDescent",
     "HeavyBall",
     "InnerSolution",
+    "NewtonCG",
     "inner_solve",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,17 +11,16 @@ from torch import Tensor
 
 from .. import _tree
 from .._typing import Params
-from ..ihvp import CG, linear_solve
-from ..operators import HessianOperator, InnerGraph
 from ._base import AbstractMinimizer, InnerObjective, InnerSolution, gradient_of, verdict
+from .newton_cg import NewtonCG, default_atol
 
 _ITERATIONS_PER_CHECK = 20
-_NEWTON = CG(max_steps=200, rtol=1e-6)
 
 
 @dataclass(frozen=True)
 class LBFGS(AbstractMinimizer):
-    """``torch.optim.LBFGS`` with its strong-Wolfe line search; Newton steps by CG where that one ends.
+    """``torch.optim.LBFGS`` with its strong-Wolfe line search; finished by :class:`NewtonCG`
+    where that one stalls or runs out of steps.
 
     For deterministic inner objectives (full batch). Implicit differentiation through it is as exact
     as its tolerance.
@@ -37,7 +36,7 @@ class LBFGS(AbstractMinimizer):
     """
 
     name: ClassVar[str] = "lbfgs"
-    max_steps: int = 1000
+    max_steps: int = 500
     rtol: float = 0.0
     atol: float | None = None
     history: int = 20
@@ -50,15 +49,17 @@ class LBFGS(AbstractMinimizer):
         self, objective: InnerObjective, inner_params: Params, max_steps: int | None
     ) -> InnerSolution:
         dtype = next(iter(inner_params.values())).dtype
-        atol = (1e-8 if dtype == torch.float64 else 1e-5) if self.atol is None else self.atol
+        atol = default_atol(dtype) if self.atol is None else self.atol
         run = _Run(objective, inner_params, self.history)
         budget = self.max_steps if max_steps is None else max_steps
         target = max(atol, self.rtol * run.norm) if max_steps is None else 0.0
         while run.norm > target and run.taken < budget and math.isfinite(run.norm):
             wanted = min(_ITERATIONS_PER_CHECK, budget - run.taken)
             if run.iterate(wanted) < wanted:
-                run.polish(target, budget)
                 break
+        if run.norm > target and math.isfinite(run.norm) and max_steps is None:
+            polished = NewtonCG(atol=target).minimize(objective, run.w, None)
+            return replace(polished, num_steps=run.taken + polished.num_steps)
         return InnerSolution(
             inner_params=_tree.detach(run.w),
             state={},
@@ -86,8 +87,8 @@ class _Run:
         self._measure()
 
     def _measure(self) -> None:
-        value, self._gradient = gradient_of(self._objective, self.w, create_graph=False)
-        self.value, self.norm = float(value.detach()), float(_tree.norm(self._gradient))
+        value, gradient = gradient_of(self._objective, self.w, create_graph=False)
+        self.value, self.norm = float(value.detach()), float(_tree.norm(gradient))
 
     def _closure(self) -> Tensor:
         value, gradient = gradient_of(self._objective, self.w, create_graph=False)
@@ -105,29 +106,6 @@ class _Run:
         self.taken += made
         self._measure()
         return made
-
-    def polish(self, target: float, budget: int) -> None:
-        """Newton steps by CG, judged by the gradient.
-
-        Near the solution the objective's differences drown in rounding, and with them the line
-        search and the curvature pairs; products with the Hessian still tell.
-        """
-        while self.norm > target and self.taken < budget:
-            graph = InnerGraph(lambda w, _, __: self._objective(w), self.w, {}, None)
-            gradient = graph.layout.flatten(list(self._gradient.values()))
-            step = linear_solve(_NEWTON, HessianOperator(graph), gradient, throw=False)
-            if not step.result:
-                return
-            best, norm, value = _tree.clone(self.w), self.norm, self.value
-            for v, d in zip(self.w.values(), graph.layout.split(step.x), strict=True):
-                v.sub_(d)
-            self.taken += 1
-            self._measure()
-            if not self.norm < norm:
-                for k, v in self.w.items():
-                    v.copy_(best[k])
-                self.norm, self.value = norm, value
-                return
 
     def _count(self) -> int:
         state = self._optimizer.state[next(iter(self.w.values()))]
