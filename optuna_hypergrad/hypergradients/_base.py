@@ -23,6 +23,9 @@ from ..inner._base import InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem, check_problem
 
+_LARGE = 100_000
+"""Entries of a direct term from which memory is worth more than one evaluation of ``f``."""
+
 Cotangents = dict[str, Tensor | None]
 """By name; ``None`` where there is no path, which is not the same as zero."""
 
@@ -166,7 +169,12 @@ class AbstractPullbackEstimator(AbstractHypergradientEstimator):
         outer_value, cotangent, direct = outer_gradients(
             problem, solution.inner_params, outer_params, step
         )
+        large = sum(d.numel() for d in direct.values() if d is not None) >= _LARGE
+        if large:
+            direct = {}
         pulled = solved.pullback(cotangent)
+        if large:  # cheaper to compute again than to hold through the solve
+            _, _, direct = outer_gradients(problem, solution.inner_params, outer_params, step)
         value = combine(direct, pulled.outer, outer_params, type(self).__name__, self.sees)
         result = _first_failure(solution.result, pulled.result, _finite(value, outer_value))
         stats = {
