@@ -191,9 +191,7 @@ def test_terms_that_share_memory_do_not_corrupt_each_other() -> None:
     )
     x = randn(5, seed=8)
     for solver in (ohg.CG(5), ohg.Neumann(60, alpha=0.5), ohg.Direct()):
-        found = ohg.hypergradient(
-            problem, {"w": 3.0 * x}, {"x": x}, estimator=ohg.Implicit(solver)
-        )
+        found = ohg.hypergradient(problem, {"w": 3.0 * x}, {"x": x}, estimator=ohg.Implicit(solver))
         assert torch.allclose(found.value["x"], torch.full_like(x, 4.0), rtol=1e-12)
 
 
@@ -488,16 +486,16 @@ def test_compiled_products_equal_eager_ones(solver) -> None:
 
 def test_compiled_solve_reports_what_the_eager_one_does() -> None:
     problem = ohg.BilevelProblem(
-        lambda w, lam, _: (w["w"] ** 2 * torch.tensor([1.0, -0.5], dtype=F64)).sum() + lam["x"] * w["w"].sum(),
+        lambda w, lam, _: (
+            (w["w"] ** 2 * torch.tensor([1.0, -0.5], dtype=F64)).sum() + lam["x"] * w["w"].sum()
+        ),
         lambda w, lam, _: w["w"].sum() + 0 * lam["unused"],
     )
     lam = {"x": torch.tensor(1.0, dtype=F64), "unused": torch.tensor(1.0, dtype=F64)}
     w = {"w": torch.ones(2, dtype=F64)}
     for compile in (False, True):
         with pytest.raises(ohg.SolverError, match="direction of curvature"):
-            ohg.hypergradient(
-                problem, w, lam, estimator=ohg.Implicit(ohg.CG(3), compile=compile)
-            )
+            ohg.hypergradient(problem, w, lam, estimator=ohg.Implicit(ohg.CG(3), compile=compile))
     missing = ohg.BilevelProblem(problem.inner_objective, lambda w, lam, _: (w["w"] ** 2).sum())
     for compile in (False, True):
         with pytest.raises(ohg.ZeroHypergradientError, match="'unused'"):
