@@ -1,0 +1,87 @@
+"""The one place where this library writes an attribute of a study or a trial."""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from optuna.storages import BaseStorage
+
+from .._errors import StorageError
+
+T = TypeVar("T")
+
+MAX_ATTRIBUTE_BYTES = 48_000
+"""MySQL keeps 65,535 bytes of an attribute and may cut the rest off without a word."""
+
+MAX_KEY_LENGTH = 512
+"""Optuna's ``key`` columns are VARCHAR(512)."""
+
+BUSY_TIMEOUT = 60.0
+"""Seconds for which a write waits for other writers of an SQLite file."""
+
+
+def check_attribute(key: str, value: Any) -> None:
+    """Refuse an attribute that some storage would cut off, lose or not accept.
+
+    Raises:
+        StorageError: if ``value`` takes more than :data:`MAX_ATTRIBUTE_BYTES` as JSON, if it is
+            not JSON, or if ``key`` is longer than :data:`MAX_KEY_LENGTH` characters.
+    """
+    if len(key) > MAX_KEY_LENGTH:
+        raise StorageError(
+            f"The attribute key {key[:60]!r}... has {len(key)} characters and databases hold "
+            f"{MAX_KEY_LENGTH}. Use a shorter name."
+        )
+    try:
+        size = len(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise StorageError(f"The attribute {key!r} cannot be written as JSON: {error}.") from error
+    if size > MAX_ATTRIBUTE_BYTES:
+        raise StorageError(
+            f"The attribute {key!r} takes {size} bytes as JSON and the limit is "
+            f"{MAX_ATTRIBUTE_BYTES}, so that every database holds it whole. Use shorter names, "
+            "or keep large data as tensors."
+        )
+
+
+def set_trial_attribute(storage: BaseStorage, trial_id: int, key: str, value: Any) -> None:
+    """Write a system attribute of a running trial. Raises :class:`StorageError` if too large."""
+    check_attribute(key, value)
+    retry_while_busy(lambda: storage.set_trial_system_attr(trial_id, key, value))
+
+
+def set_study_attribute(storage: BaseStorage, study_id: int, key: str, value: Any) -> None:
+    """Write a user attribute of a study. Raises :class:`StorageError` if too large.
+
+    User attributes, because a study renamed in the dashboard loses its system attributes.
+    """
+    check_attribute(key, value)
+    retry_while_busy(lambda: storage.set_study_user_attr(study_id, key, value))
+
+
+def retry_while_busy(action: Callable[[], T], timeout: float = BUSY_TIMEOUT) -> T:
+    """Do ``action``, again and again for ``timeout`` seconds while SQLite says it is locked.
+
+    ``action`` must be idempotent. Every other error passes through.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not _is_busy(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.005, 0.1))
+
+
+def _is_busy(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,140 @@
+"""What in a store is no longer needed: found here, removed by ``TensorStore``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
+
+from .._errors import CorruptTensorError
+from ._identity import uuids_in
+from ._pointer import ATTRIBUTE_PREFIX, BLOB_PREFIX, Pointer, study_of_blob
+from ._retention import Retention, Trajectory
+from .artifact_store import AbstractArtifactStore, StoredArtifact
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What a sweep has found."""
+
+    orphans: tuple[StoredArtifact, ...]
+    """Blobs to which no trial refers."""
+    removed: bool
+    """Whether they were removed (``False`` for a dry run)."""
+    unreadable: tuple[str, ...]
+    """Pointers that could not be read; every blob of their studies was left alone."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(orphan.size for orphan in self.orphans)
+
+    def __str__(self) -> str:
+        verb = "Removed" if self.removed else "Would remove"
+        text = f"{verb} {len(self.orphans)} blobs ({self.num_bytes / 1e6:.1f} MB)."
+        if self.unreadable:
+            text += f" {len(self.unreadable)} pointers are damaged; their studies were left alone."
+        return text
+
+
+def find_expired(
+    storage: BaseStorage,
+    study_id: int,
+    retention: Retention,
+    trajectory: Trajectory | None,
+    gone: set[str],
+) -> tuple[Pointer, ...]:
+    """Pointers of finished trials that ``retention`` does not keep, without the blobs in ``gone``.
+
+    Not those that an unfinished trial, or a study copied from this one, may refer to.
+    """
+    by_role: dict[str, list[tuple[FrozenTrial, Pointer]]] = {}
+    needed: set[str] = set()
+    for trial in storage.get_all_trials(study_id, deepcopy=False):
+        for key, value in _pointer_attributes(trial):
+            if _blob_of(value) in gone:
+                continue
+            try:
+                pointer = Pointer.from_json(value, key, trial.number)
+            except CorruptTensorError:
+                continue  # whoever loads it hears of it
+            if trial.state.is_finished():
+                by_role.setdefault(pointer.role, []).append((trial, pointer))
+            else:
+                needed.add(pointer.blob)
+    directions = storage.get_study_directions(study_id)
+    expired: dict[str, Pointer] = {}
+    for role, entries in by_role.items():
+        trials = list({t.number: t for t, _ in entries}.values())
+        kept = retention.keeps(role, trials, directions, trajectory)
+        needed.update(p.blob for t, p in entries if t.number in kept)
+        expired.update((p.blob, p) for t, p in entries if t.number not in kept)
+    removable = [p for blob, p in expired.items() if blob not in needed]
+    shared = _uuids(storage, excluding=study_id) if removable else set()
+    return tuple(p for p in removable if p.study not in shared)
+
+
+def find_gone(storage: BaseStorage, study_id: int, store: AbstractArtifactStore) -> set[str]:
+    """Blobs that finished trials point to and that are not in ``store`` any more."""
+    referred = {
+        blob
+        for trial in storage.get_all_trials(study_id, deepcopy=False)
+        if trial.state.is_finished()
+        for _, value in _pointer_attributes(trial)
+        if (blob := _blob_of(value)) is not None
+    }
+    if not referred:
+        return set()
+    return referred.difference(a.artifact_id for a in store.stored(BLOB_PREFIX))
+
+
+def find_orphans(
+    storage: BaseStorage, store: AbstractArtifactStore, min_age: float, exclusive: bool
+) -> SweepReport:
+    """Blobs older than ``min_age`` seconds to which no trial in ``storage`` refers.
+
+    Unless ``exclusive``, only those of studies that are in ``storage``: the others may belong to
+    another storage.
+    """
+    latest = time.time() - min_age
+    # Listed before the pointers are read: a blob that gets its pointer meanwhile is no orphan.
+    listed = [a for a in store.stored(BLOB_PREFIX) if a.written <= latest]
+    used: set[str] = set()
+    unreadable: list[str] = []
+    untouchable: set[str] = set()
+    for study in storage.get_all_studies():
+        for trial in storage.get_all_trials(study._study_id, deepcopy=False):
+            for key, value in _pointer_attributes(trial):
+                try:
+                    used.add(Pointer.from_json(value, key, trial.number).blob)
+                except CorruptTensorError as error:
+                    unreadable.append(f"Study {study.study_name!r}: {error}")
+                    untouchable |= uuids_in(study.user_attrs)
+    known = _uuids(storage)
+    orphans = tuple(
+        a
+        for a in listed
+        if a.artifact_id not in used
+        and (exclusive or study_of_blob(a.artifact_id) in known)
+        and study_of_blob(a.artifact_id) not in untouchable
+    )
+    return SweepReport(orphans, removed=False, unreadable=tuple(unreadable))
+
+
+def _pointer_attributes(trial: FrozenTrial) -> Iterator[tuple[str, Any]]:
+    for key, value in trial.system_attrs.items():
+        if key.startswith(ATTRIBUTE_PREFIX):
+            yield key, value
+
+
+def _blob_of(value: Any) -> str | None:
+    blob = value.get("blob") if isinstance(value, Mapping) else None
+    return blob if isinstance(blob, str) else None
+
+
+def _uuids(storage: BaseStorage, excluding: int | None = None) -> set[str]:
+    studies = storage.get_all_studies()
+    return {u for s in studies if s._study_id != excluding for u in uuids_in(s.user_attrs)}

@@ -1,0 +1,45 @@
+"""Which study is this? A UUID, because SQLite gives the id of a deleted study to the next one.
+
+Each worker that finds no UUID writes one under a key of its own, and the smallest wins: attributes
+have no compare-and-swap, and two workers may start at once. ``copy_study`` and the dashboard's
+rename copy user attributes: the copy's inherited UUIDs say which tensors it may read, and it mints
+one of its own, so that two studies never own the same blob.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.storages import BaseStorage
+
+from ._attributes import retry_while_busy, set_study_attribute
+
+ATTRIBUTE_PREFIX = "hypergrad:study:"
+_UUID = re.compile(r"[0-9a-f]{32}")
+_minting = threading.Lock()
+
+
+def uuids_in(user_attrs: Mapping[str, Any]) -> frozenset[str]:
+    """Every UUID by which this study's trials may claim tensors, its own and inherited ones."""
+    found = (k.removeprefix(ATTRIBUTE_PREFIX) for k in user_attrs if k.startswith(ATTRIBUTE_PREFIX))
+    return frozenset(u for u in found if _UUID.fullmatch(u))
+
+
+def study_uuid(storage: BaseStorage, study_id: int) -> str:
+    """The study's own UUID, minted on first use."""
+    own = {"study_id": study_id, "study_name": storage.get_study_name_from_id(study_id)}
+    if found := _own(storage, study_id, own):
+        return found
+    with _minting:
+        if not _own(storage, study_id, own):
+            set_study_attribute(storage, study_id, ATTRIBUTE_PREFIX + uuid.uuid4().hex, own)
+    return _own(storage, study_id, own)
+
+
+def _own(storage: BaseStorage, study_id: int, own: dict[str, Any]) -> str:
+    attrs = retry_while_busy(lambda: storage.get_study_user_attrs(study_id))
+    return min((u for u in uuids_in(attrs) if attrs[ATTRIBUTE_PREFIX + u] == own), default="")

@@ -1,0 +1,369 @@
+"""Blobs in the study's own database, as rows of about 1 MiB.
+
+No foreign key to Optuna's tables: one without CASCADE makes ``delete_study`` silently do nothing on
+PostgreSQL and MySQL. Code for the common subset of SQLAlchemy 1.4.2 and 2.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, BinaryIO, ClassVar
+
+import sqlalchemy as sa
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.dialects import mysql
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+from .._errors import CorruptTensorError, StorageError
+from ._attributes import BUSY_TIMEOUT, retry_while_busy
+from .artifact_store import AbstractArtifactStore, StoredArtifact
+
+SCHEMA_VERSION = 1
+CHUNK_BYTES = 1 << 20
+_MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
+_REMOVED_AT_ONCE = 100
+
+
+def _for_mysql(base: Any, variant: Any) -> Any:
+    return base.with_variant(variant, "mysql").with_variant(variant, "mariadb")
+
+
+_tables = sa.MetaData()
+_options: dict[str, Any] = {
+    f"{dialect}_{option}": value
+    for dialect in ("mysql", "mariadb")
+    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"))
+}
+# Identifiers differ in case on every database, also on MySQL.
+_Id = _for_mysql(sa.String(255), mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"))
+_version = sa.Table(
+    "hypergrad_version",
+    _tables,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    **_options,
+)
+_blobs = sa.Table(
+    "hypergrad_blobs",
+    _tables,
+    sa.Column("artifact_id", _Id, primary_key=True),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("written", sa.BigInteger, nullable=False),
+    **_options,
+)
+_chunks = sa.Table(
+    "hypergrad_chunks",
+    _tables,
+    sa.Column("artifact_id", _Id, primary_key=True),
+    sa.Column("chunk", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("data", _for_mysql(sa.LargeBinary(), mysql.LONGBLOB()), nullable=False),
+    **_options,
+)
+
+_prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
+_preparing = threading.Lock()
+
+
+class RDBArtifactStore(AbstractArtifactStore):
+    """An artifact store in the database of an ``RDBStorage``, through its own engine.
+
+    Its tables, ``hypergrad_version``, ``hypergrad_blobs`` and ``hypergrad_chunks``, are made on the
+    first write. Also good for ``optuna.artifacts.upload_artifact`` and for
+    ``optuna_dashboard.wsgi(storage, artifact_store=...)``.
+
+    Protocol: ``optuna/artifacts/_protocol.py``.
+
+    Args:
+        storage: an ``RDBStorage``, or a storage that wraps one as ``_backend``
+            (``study._storage`` of a study made from a URL does).
+
+    Raises:
+        StorageError: if ``storage`` holds no ``RDBStorage``.
+    """
+
+    name: ClassVar[str] = "rdb"
+
+    def __init__(self, storage: BaseStorage) -> None:
+        found = unwrap_rdb(storage)
+        if found is None:
+            raise StorageError(
+                f"RDBArtifactStore needs an RDBStorage, and {type(storage).__name__} holds none. "
+                "Use another artifact store."
+            )
+        self._storage = found
+
+    @classmethod
+    def beside(cls, storage: BaseStorage) -> RDBArtifactStore | None:
+        return None if unwrap_rdb(storage) is None else cls(storage)
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """A reader that holds one chunk in memory and no transaction open.
+
+        Raises:
+            ArtifactNotFound: if there is no such artifact.
+            CorruptTensorError: if the rows do not add up; before anything large is read.
+        """
+        if not self._has_tables():
+            raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
+        length = sa.func.length(_chunks.c.data)
+        with self._engine.connect() as connection:
+            claimed = connection.execute(
+                sa.select(_blobs.c.num_bytes).where(_blobs.c.artifact_id == artifact_id)
+            ).scalar()
+            count, last, total, longest = connection.execute(
+                sa.select(
+                    sa.func.count(),
+                    sa.func.max(_chunks.c.chunk),
+                    sa.func.sum(length),
+                    sa.func.max(length),
+                ).where(_chunks.c.artifact_id == artifact_id)
+            ).one()
+        if claimed is None and not count:
+            raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
+        if (
+            claimed != int(total or 0)
+            or (count and last != count - 1)
+            or (longest or 0) > _MAX_CHUNK_BYTES
+        ):
+            raise CorruptTensorError(
+                f"The row hypergrad_blobs(artifact_id={artifact_id!r}) says {claimed} bytes, and "
+                f"its {count} rows in hypergrad_chunks hold {total or 0} bytes with the last "
+                f"numbered {last}. Rows were lost, added or changed: use an earlier trial, or a backup."
+            )
+        return io.BufferedReader(_ChunkReader(self, artifact_id, int(claimed)), CHUNK_BYTES)
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """One transaction for the whole artifact. Replaces an artifact of the same identifier.
+
+        Raises:
+            StorageError: if a newer version of this library has made the tables.
+        """
+        start = content_body.tell() if content_body.seekable() else None
+
+        def chunks() -> Iterator[bytes]:
+            if start is not None:
+                content_body.seek(start)
+            while data := content_body.read(CHUNK_BYTES):
+                yield data
+
+        self._write({artifact_id: chunks}, 0.0 if start is None else BUSY_TIMEOUT)
+
+    def write_many(self, bodies: Mapping[str, bytes]) -> None:
+        """One transaction for all of ``bodies``."""
+        self._write({artifact_id: partial(_slices, data) for artifact_id, data in bodies.items()})
+
+    def remove(self, artifact_id: str) -> None:
+        self._require(artifact_id)
+        self.remove_many([artifact_id])
+
+    def remove_many(self, artifact_ids: Iterable[str]) -> None:
+        """Remove those of ``artifact_ids`` that are there, a hundred in one transaction."""
+        wanted = list(artifact_ids)
+        if not wanted or not self._has_tables():
+            return
+        for first in range(0, len(wanted), _REMOVED_AT_ONCE):
+            some = wanted[first : first + _REMOVED_AT_ONCE]
+            retry_while_busy(lambda some=some: self._remove(some))  # type: ignore[misc]
+
+    def stored(self, prefix: str = "") -> Iterator[StoredArtifact]:
+        if not self._has_tables():
+            return
+        with self._engine.connect() as connection:
+            rows = connection.execute(
+                sa.select(_blobs.c.artifact_id, _blobs.c.num_bytes, _blobs.c.written).where(
+                    _blobs.c.artifact_id.startswith(prefix, autoescape=True)
+                )
+            ).all()
+        for artifact_id, num_bytes, written in rows:
+            try:
+                yield StoredArtifact(str(artifact_id), int(num_bytes), float(written))
+            except (TypeError, ValueError):  # SQLite lets any type into any column
+                yield StoredArtifact(str(artifact_id), 0, 0.0)
+
+    @property
+    def _engine(self) -> Engine:
+        # Asked for each time: a pickled RDBStorage comes back with a new one.
+        return self._storage.engine
+
+    def _write(
+        self, bodies: Mapping[str, Callable[[], Iterator[Any]]], timeout: float = BUSY_TIMEOUT
+    ) -> None:
+        self._prepare()
+
+        def attempt() -> None:
+            with self._engine.begin() as connection:
+                # A write first: SQLite then waits for its turn here, and never in mid-transaction.
+                for artifact_id in bodies:
+                    row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
+                    connection.execute(_blobs.insert(), row)
+                for artifact_id, chunks in bodies.items():
+                    _insert_chunks(connection, artifact_id, chunks())
+
+        try:
+            retry_while_busy(attempt, timeout)
+        except IntegrityError:  # from the first statements: nothing was read yet
+            self.remove_many(bodies)
+            retry_while_busy(attempt, timeout)
+
+    def _remove(self, artifact_ids: list[str]) -> None:
+        with self._engine.connect() as connection, _without_wiping(connection), connection.begin():
+            for table in (_chunks, _blobs):
+                connection.execute(table.delete().where(table.c.artifact_id.in_(artifact_ids)))
+
+    def _require(self, artifact_id: str) -> None:
+        if self._has_tables():
+            with self._engine.connect() as connection:
+                query = sa.select(_blobs.c.artifact_id).where(_blobs.c.artifact_id == artifact_id)
+                if connection.execute(query).first() is not None:
+                    return
+        raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
+
+    def _read_chunk(self, artifact_id: str, chunk: int) -> bytes:
+        query = sa.select(_chunks.c.data).where(
+            _chunks.c.artifact_id == artifact_id, _chunks.c.chunk == chunk
+        )
+        where = f"The row hypergrad_chunks(artifact_id={artifact_id!r}, chunk={chunk})"
+        with self._engine.connect() as connection:
+            try:
+                row = connection.execute(query).first()
+                data = None if row is None else bytes(row[0])
+            except (TypeError, ValueError) as error:  # SQLite lets any type into any column
+                raise CorruptTensorError(
+                    f"{where} does not hold bytes. The database was changed: use an earlier trial, "
+                    "or a backup."
+                ) from error
+        if data is None:
+            raise CorruptTensorError(
+                f"{where} is missing. Another worker has removed the artifact while it was read, "
+                "or the database was changed."
+            )
+        return data
+
+    def _has_tables(self) -> bool:
+        engine = self._engine
+        if engine in _prepared:
+            return True
+        if not sa.inspect(engine).has_table(_version.name):
+            return False
+        self._check_version()
+        _prepared.add(engine)
+        return True
+
+    def _prepare(self) -> None:
+        with _preparing:
+            if self._has_tables():
+                return
+            retry_while_busy(self._create_tables)
+            if not self._has_tables():
+                raise StorageError(
+                    f"The table {_version.name} is still missing after it was made. Check that "
+                    "this database user may create tables."
+                )
+
+    def _create_tables(self) -> None:
+        try:
+            # The version comes last: where it is, everything is.
+            _tables.create_all(self._engine, tables=[_blobs, _chunks])
+            _tables.create_all(self._engine, tables=[_version])
+        except (OperationalError, ProgrammingError, IntegrityError):
+            # Another worker makes them in this very moment, or we may not.
+            if not all(sa.inspect(self._engine).has_table(t) for t in _tables.tables):
+                raise
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
+        except IntegrityError:
+            pass  # another worker's row
+
+    def _check_version(self) -> None:
+        with self._engine.connect() as connection:
+            found = connection.execute(sa.select(_version.c.schema_version)).scalar()
+        if found is not None and found > SCHEMA_VERSION:
+            raise StorageError(
+                f"The tensor tables in this database have schema version {found} and this version "
+                f"of optuna_hypergrad knows {SCHEMA_VERSION}. Install a newer optuna_hypergrad; "
+                "nothing was changed."
+            )
+
+
+def _insert_chunks(connection: Connection, artifact_id: str, chunks: Iterator[Any]) -> None:
+    num_bytes = 0
+    for chunk, data in enumerate(chunks):
+        row = {"artifact_id": artifact_id, "chunk": chunk, "data": data}
+        connection.execute(_chunks.insert(), row)
+        num_bytes += len(data)
+    connection.execute(
+        _blobs.update().where(_blobs.c.artifact_id == artifact_id).values(num_bytes=num_bytes)
+    )
+
+
+def _slices(data: bytes) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[i : i + CHUNK_BYTES] for i in range(0, len(view), CHUNK_BYTES))
+
+
+class _ChunkReader(io.RawIOBase):
+    """An artifact as a file; fetches the chunk that it is asked for, each on its own connection."""
+
+    def __init__(self, store: RDBArtifactStore, artifact_id: str, size: int) -> None:
+        self._store = store
+        self._artifact_id = artifact_id
+        self._size = size
+        self._position = 0
+        self._chunk = -1
+        self._start = 0
+        self._data = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._position >= self._size:
+            return 0
+        while not self._start <= self._position < self._start + len(self._data):
+            self._fetch_next()
+        view = memoryview(buffer).cast("B")
+        offset = self._position - self._start
+        part = self._data[offset : offset + len(view)]
+        view[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def _fetch_next(self) -> None:
+        self._start += len(self._data)
+        self._chunk += 1
+        self._data = self._store._read_chunk(self._artifact_id, self._chunk)
+
+
+def unwrap_rdb(storage: object) -> RDBStorage | None:
+    """The ``RDBStorage`` that ``storage`` is or wraps as ``_backend``, if any."""
+    while isinstance(storage, BaseStorage):
+        if isinstance(storage, RDBStorage):
+            return storage
+        storage = getattr(storage, "_backend", None)
+    return None
+
+
+@contextmanager
+def _without_wiping(connection: Connection) -> Iterator[None]:
+    """Do not fill deleted pages with zeros: Debian's SQLite does, for a third of the cost."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    settings = {0: "OFF", 1: "ON", 2: "FAST"}
+    with connection.begin():
+        before = int(connection.exec_driver_sql("PRAGMA secure_delete").scalar() or 0)
+        connection.exec_driver_sql("PRAGMA secure_delete=FAST")
+    try:
+        yield
+    finally:
+        with connection.begin():
+            connection.exec_driver_sql(f"PRAGMA secure_delete={settings[before]}")

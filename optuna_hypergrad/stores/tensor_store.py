@@ -1,0 +1,390 @@
+"""Tensors that belong to a study: saved blob first, verified on loading, removed by policy."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+from sqlalchemy.pool import NullPool, QueuePool
+
+from .._errors import CorruptTensorError, HyperparameterError, MissingTensorError, StorageError
+from .._typing import Params
+from ._attributes import check_attribute, retry_while_busy, set_trial_attribute
+from ._encoding import DecodeError, TensorSpec, check_text, decode, encode, specs_of
+from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
+from ._identity import study_uuid
+from ._pointer import ATTRIBUTE_PREFIX, ROLE, Pointer, attribute_key, claimable, new_blob
+from ._retention import Retention, Trajectory
+from .artifact_store import AbstractArtifactStore, default_artifact_store
+from .file_system import AtomicFileSystemArtifactStore
+from .rdb import unwrap_rdb
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
+_Encoded = dict[tuple[str, str], tuple[bytes, tuple[TensorSpec, ...]]]
+
+T = TypeVar("T")
+
+_READ_BYTES = 1 << 20
+_INT64 = 2**63
+
+
+class TensorStore:
+    """Dicts of tensors by study, trial, name, role and step, in an artifact store.
+
+    A blob is written first, and then a pointer to it: a system attribute of the trial, one per
+    name and role. A crash in between leaves a blob that nothing refers to, for :meth:`sweep`. A
+    pointer is replaced in one piece, and its old blob is removed only after that.
+
+    Args:
+        artifact_store: anything with Optuna's three-method ``ArtifactStore`` protocol.
+        storage: the study's storage.
+        retention: what :meth:`apply_retention` leaves in the store.
+        exclusive: whether ``artifact_store`` serves this ``storage`` and no other, so that a sweep
+            may remove the blobs of studies that are not in ``storage`` (any more).
+    """
+
+    def __init__(
+        self,
+        artifact_store: ArtifactStore,
+        storage: BaseStorage,
+        retention: Retention | None = None,
+        *,
+        exclusive: bool = False,
+    ) -> None:
+        missing = [m for m in ("open_reader", "write", "remove") if not hasattr(artifact_store, m)]
+        if missing:
+            raise StorageError(
+                f"tensor_store= needs an artifact store with the methods open_reader, write and "
+                f"remove, and {type(artifact_store).__name__} lacks {', '.join(missing)}. Give a "
+                "directory, or a store of optuna.artifacts."
+            )
+        self.artifact_store = artifact_store
+        self.retention = Retention() if retention is None else retention
+        self._storage = storage
+        self._exclusive = exclusive
+        self._gone: dict[int, set[str]] = {}  # per study: blobs that retention has removed
+        self._thread: tuple[int, ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_thread": None}
+
+    @classmethod
+    def of_study(
+        cls,
+        study: Study,
+        artifact_store: ArtifactStore | str | os.PathLike[str] | None = None,
+        retention: Retention | None = None,
+    ) -> TensorStore:
+        """The store of a study: in its database, beside its Journal file, or in its memory.
+
+        Args:
+            artifact_store: use this one instead, or this directory.
+
+        Raises:
+            StorageError: if the storage has no place of its own and none is given.
+        """
+        storage = study._storage
+        if artifact_store is None:
+            return cls(default_artifact_store(storage), storage, retention, exclusive=True)
+        if isinstance(artifact_store, (str, os.PathLike)):
+            artifact_store = AtomicFileSystemArtifactStore(artifact_store)
+        return cls(artifact_store, storage, retention)
+
+    def save(
+        self, study_id: int, trial_id: int, name: str, role: str, step: int, tensors: Params
+    ) -> Pointer:
+        """Write ``tensors`` and point to them from a running trial, in place of what was there.
+
+        Args:
+            name: any text; usually the hyperparameter.
+            role: what the tensors are: ``[a-z][a-z0-9_]*``, such as ``"value"``.
+            step: an integer that fits into 64 bits.
+            tensors: any shapes, strides and devices, also sharing memory; dtypes of safetensors.
+
+        Raises:
+            HyperparameterError: for names or tensors that cannot be stored. Nothing is written.
+            StorageError: if the trial has finished, or the names need more than an attribute holds.
+                What was stored before is still there.
+        """
+        return self.save_all(study_id, trial_id, step, {(name, role): tensors})[0]
+
+    def save_all(
+        self, study_id: int, trial_id: int, step: int, tensors: Mapping[tuple[str, str], Params]
+    ) -> list[Pointer]:
+        """:meth:`save` for several ``{(name, role): tensors}``; one sync to disk for all blobs."""
+        return self._write(study_id, trial_id, step, _encode_all(step, tensors))
+
+    def save_all_soon(
+        self, study_id: int, trial_id: int, step: int, tensors: Mapping[tuple[str, str], Params]
+    ) -> Future[list[Pointer]]:
+        """:meth:`save_all` on a thread of this store's own, while the caller computes on.
+
+        Bad input is refused here and now, and the tensors may be changed afterwards. Everything
+        else is told by ``result()``, which must be called before the trial finishes. Where the
+        storage is bound to one thread (SQLite in memory) this is done when it returns.
+        """
+        blobs = _encode_all(step, tensors)
+        return self._soon(self._write, study_id, trial_id, step, blobs)
+
+    def load(self, pointer: Pointer, device: str | torch.device = "cpu") -> Params:
+        """The tensors that were saved, bit for bit and in order, on ``device``.
+
+        Raises:
+            MissingTensorError: if the blob is not in the store (any more).
+            CorruptTensorError: if its bytes, or the pointer's claims, are not what was saved.
+        """
+        data = retry_while_busy(lambda: self._read(pointer))
+        if pointer.digest(data) != pointer.sha256:
+            raise CorruptTensorError(
+                f"The SHA-256 of {pointer} does not match: the bytes in the store, or what the "
+                f"pointer says about them, have changed since they were written. {_REMEDY}"
+            )
+        try:
+            tensors = decode(data)
+        except DecodeError as error:
+            raise CorruptTensorError(f"Cannot read {pointer}: {error}. {_REMEDY}") from error
+        if pointer.tensors is not None and specs_of(tensors) != pointer.tensors:
+            raise CorruptTensorError(
+                f"The blob of {pointer} holds other tensors than its pointer says. {_REMEDY}"
+            )
+        return {n: t.to(device) for n, t in tensors.items()}
+
+    def pointers(
+        self,
+        frozen_trial: FrozenTrial,
+        name: str | None = None,
+        role: str | None = None,
+    ) -> list[Pointer]:
+        """What a trial points to, by role and name. A retried or copied trial inherits pointers.
+
+        Raises:
+            CorruptTensorError: if an attribute that should be a pointer is none.
+        """
+        attrs = frozen_trial.system_attrs
+        keys: Iterable[str]
+        if name is not None and role is not None:
+            keys = [attribute_key(name, role)] if attribute_key(name, role) in attrs else []
+        else:
+            keys = [k for k in attrs if k.startswith(ATTRIBUTE_PREFIX)]
+        found = (Pointer.from_json(attrs[k], k, frozen_trial.number) for k in keys)
+        return sorted(
+            (p for p in found if name in (None, p.name) and role in (None, p.role)),
+            key=lambda p: (p.role, p.name),
+        )
+
+    def discard(self, *pointers: Pointer) -> None:
+        """Remove blobs whatever the retention policy says. Those that are gone already are fine.
+
+        The pointers stay, because a finished trial cannot be changed; loading one then raises
+        :class:`MissingTensorError`.
+        """
+        self._remove([p.blob for p in pointers])
+
+    def apply_retention(
+        self, study_id: int, trajectory: Trajectory | None = None
+    ) -> tuple[Pointer, ...]:
+        """Remove the blobs of finished trials that ``self.retention`` does not keep.
+
+        A blob stays while an unfinished trial, or another study in this storage that was copied
+        from this one, may refer to it.
+
+        Args:
+            trajectory: which trajectory a finished trial belongs to, or ``None`` if that is over;
+                transient roles (optimizer states) are kept for each. Without it, the study is one.
+
+        Returns:
+            Pointers to what was removed now.
+        """
+        gone = self._gone_blobs(study_id)
+        expired = find_expired(self._storage, study_id, self.retention, trajectory, gone)
+        if expired:
+            self._remove([p.blob for p in expired])
+            gone.update(p.blob for p in expired)
+        return expired
+
+    def apply_retention_soon(
+        self, study_id: int, trajectory: Trajectory | None = None
+    ) -> Future[tuple[Pointer, ...]]:
+        """:meth:`apply_retention` on the thread of :meth:`save_all_soon`, after its work so far."""
+        return self._soon(self.apply_retention, study_id, trajectory)
+
+    def sweep(self, dry_run: bool = False, *, min_age: float = 3600.0) -> SweepReport:
+        """Remove blobs to which no trial of any study refers: of deleted studies and failed writes.
+
+        Args:
+            dry_run: only report.
+            min_age: seconds; younger blobs are left alone, as their pointers may be on the way.
+
+        Raises:
+            StorageError: if the artifact store cannot list what it holds.
+        """
+        store = self.artifact_store
+        if not isinstance(store, AbstractArtifactStore):
+            raise StorageError(
+                f"{type(store).__name__} cannot list its artifacts, so orphans cannot be found. "
+                f"Remove artifacts named 'hg-<study>-<blob>' with the tools of that store."
+            )
+        report = find_orphans(self._storage, store, min_age, self._exclusive)
+        if dry_run:
+            return report
+        self._remove([orphan.artifact_id for orphan in report.orphans])
+        return replace(report, removed=True)
+
+    def _write(self, study_id: int, trial_id: int, step: int, blobs: _Encoded) -> list[Pointer]:
+        study = study_uuid(self._storage, study_id)
+        number = self._storage.get_trial_number_from_id(trial_id)
+        bodies: dict[Pointer, bytes] = {}
+        for (name, role), (data, specs) in blobs.items():
+            blob = new_blob(study)
+            claims = Pointer(study, number, name, role, step, blob, len(data), claimable(specs))
+            pointer = replace(claims, sha256=claims.digest(data))
+            check_attribute(pointer.key, pointer.to_json())
+            bodies[pointer] = data
+        previous = self._system_attrs(trial_id)
+        self._put({pointer.blob: data for pointer, data in bodies.items()})
+        replaced: list[str] = []
+        try:
+            for pointer in bodies:
+                set_trial_attribute(self._storage, trial_id, pointer.key, pointer.to_json())
+                replaced += _replaced_blob(previous.get(pointer.key), pointer)
+        except UpdateFinishedTrialError as error:
+            # Surely not written. After any other error it may be, and the sweep decides.
+            written = list(bodies)[list(bodies).index(pointer) :]
+            self._remove([p.blob for p in written])
+            raise StorageError(
+                f"Trial {number} has finished, so {pointer.name!r} (role {pointer.role!r}) cannot "
+                "be stored in it any more. Save tensors while the trial is running."
+            ) from error
+        finally:
+            self._remove(replaced)
+        return list(bodies)
+
+    def _soon(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        if not _is_for_threads(self._storage):
+            done: Future[T] = Future()
+            try:
+                done.set_result(function(*arguments))
+            except Exception as error:
+                done.set_exception(error)
+            return done
+
+        def on_thread() -> T:
+            try:
+                return function(*arguments)
+            finally:
+                self._storage.remove_session()
+
+        if self._thread is None or self._thread[0] != os.getpid():  # threads do not survive a fork
+            self._thread = os.getpid(), ThreadPoolExecutor(1, "hypergrad-tensors")
+        return self._thread[1].submit(on_thread)
+
+    def _put(self, bodies: Mapping[str, bytes]) -> None:
+        if isinstance(self.artifact_store, AbstractArtifactStore):
+            self.artifact_store.write_many(bodies)
+            return
+        for blob, data in bodies.items():
+            self.artifact_store.write(blob, io.BytesIO(data))
+
+    def _read(self, pointer: Pointer) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        try:
+            with self.artifact_store.open_reader(pointer.blob) as reader:
+                # Piece by piece: memory follows what is there, not what the pointer claims.
+                while size <= pointer.size and (part := reader.read(_READ_BYTES)):
+                    parts.append(part)
+                    size += len(part)
+        except ArtifactNotFound as error:
+            raise MissingTensorError(self._why_missing(pointer)) from error
+        except CorruptTensorError as error:
+            raise CorruptTensorError(f"Cannot read {pointer}: {error}") from error
+        if size != pointer.size:
+            found = f"more than {pointer.size}" if size > pointer.size else str(size)
+            raise CorruptTensorError(
+                f"The blob of {pointer} has {found} bytes and should have {pointer.size}. {_REMEDY}"
+            )
+        return b"".join(parts)
+
+    def _why_missing(self, pointer: Pointer) -> str:
+        kind = getattr(self.artifact_store, "name", type(self.artifact_store).__name__)
+        return (
+            f"There is nothing in the store ({kind}) for {pointer}. The retention policy has "
+            f"probably removed it: it {self.retention.explain(pointer.role)}; set retention= to "
+            "keep more. Or the study was copied from a storage whose tensors were not copied with "
+            "it, or it was written with another tensor_store=."
+        )
+
+    def _system_attrs(self, trial_id: int) -> dict[str, Any]:
+        # Through _CachedStorage this would read the whole trial, parameter by parameter.
+        storage = unwrap_rdb(self._storage) or self._storage
+        return retry_while_busy(lambda: storage.get_trial_system_attrs(trial_id))
+
+    def _remove(self, blobs: list[str]) -> None:
+        if isinstance(self.artifact_store, AbstractArtifactStore):
+            self.artifact_store.remove_many(blobs)
+            return
+        for blob in blobs:
+            try:
+                self.artifact_store.remove(blob)
+            except ArtifactNotFound:
+                continue
+
+    def _gone_blobs(self, study_id: int) -> set[str]:
+        """Blobs of this study that need no second look: those that the listing, if any, lacks."""
+        if study_id in self._gone:
+            return self._gone[study_id]
+        gone: set[str] = set()
+        if isinstance(self.artifact_store, AbstractArtifactStore):
+            gone = find_gone(self._storage, study_id, self.artifact_store)
+        return self._gone.setdefault(study_id, gone)
+
+
+_REMEDY = "Use an earlier trial, or a backup of the storage."
+
+
+def _encode_all(step: int, tensors: Mapping[tuple[str, str], Params]) -> _Encoded:
+    for name, role in tensors:
+        _check_claims(name, role, step)
+    return {claim: encode(entry) for claim, entry in tensors.items()}
+
+
+def _replaced_blob(previous: Any, pointer: Pointer) -> list[str]:
+    """The blob that only ``previous``, the pointer now replaced by ``pointer``, can refer to."""
+    if previous is None:
+        return []
+    try:
+        old = Pointer.from_json(previous, pointer.key, pointer.trial)
+    except CorruptTensorError:
+        return []  # names no blob that could be trusted
+    # A retried trial inherits the pointers of the failed one, which still refers to the blob.
+    return [old.blob] if (old.study, old.trial) == (pointer.study, pointer.trial) else []
+
+
+def _is_for_threads(storage: BaseStorage) -> bool:
+    rdb = unwrap_rdb(storage)
+    return rdb is None or isinstance(rdb.engine.pool, (QueuePool, NullPool))
+
+
+def _check_claims(name: str, role: str, step: int) -> None:
+    check_text(name, "name under which tensors are stored")
+    if not isinstance(role, str) or not ROLE.fullmatch(role):
+        raise HyperparameterError(
+            f"The role of {name!r} must look like 'step_state' (at most 32 letters, digits and "
+            f"underscores), not {role!r}."
+        )
+    if type(step) is not int or not -_INT64 <= step < _INT64:
+        raise HyperparameterError(
+            f"The step of {name!r} must be an integer of at most 64 bits, not {step!r}."
+        )
