@@ -1,0 +1,175 @@
+"""The default outer rule: a quasi-Newton model, scaled by the gradient's sizes, trusted in a cube."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._typing import Params
+from ._abstract import AbstractStepRule, Bounds, Proposal, StepState
+from ._box import Layout, floored, minimize_in_box, projected, secant_model
+from ._noisy import averaged_step, start_averaging, take_in_noisy
+from ._work import Work
+
+_HISTORY_ENTRIES = 400_000
+
+
+@dataclass(frozen=True)
+class TrustRegion(AbstractStepRule):
+    """Every evaluation is a step: limited-memory BFGS in a box, without line searches.
+
+    The model's diagonal is proportional to a decaying maximum of every entry's gradient to the
+    power ``power``: an entry whose gradient is tiny (a decay that has little effect where it is)
+    moves about as far as the others. 1 makes the first step a sign step; 0 is plain BFGS. The
+    model is minimized where the bounds meet a cube around the best point; the cube grows and
+    shrinks with the quality of the model's predictions (Nocedal & Wright 2006, chapters 4 and 7).
+    A step to a worse or non-finite value is taken back and shortened; a worse one's gradient still
+    improves the model.
+
+    Noise is recognized by gradients that do not explain the difference of two values: twice in a
+    row, the trapezoidal rule along the step is off by more than ``noise``; for smooth losses its
+    error is of third order. From then on steps are those of Adam (Kingma & Ba 2015) with decaying
+    lengths, and worse values stand.
+
+    Args:
+        power: Of the gradient's size in the diagonal.
+        radius: Half the side of the first cube, in internal units.
+        history: Secant pairs; fewer above 57,000 entries, one above 400,000.
+        memory: Decay of the maximum of the gradient's size, per accepted step.
+        noise: Error of the trapezoidal rule, relative to its terms, that makes an evaluation
+            suspicious; ``inf`` takes every loss for smooth.
+        patience: Evaluations without a better value that end the trajectory.
+        gtol: Projected gradient, relative to the first one, that ends it.
+        ftol: Predicted decrease, relative to the progress so far, that ends it when seen twice.
+        min_radius: A smaller cube ends it.
+    """
+
+    name: ClassVar[str] = "trust_region"
+
+    power: float = 0.9
+    radius: float = 1.0
+    history: int = 7
+    memory: float = 0.5
+    noise: float = 0.5
+    patience: int = 30
+    gtol: float = 1e-7
+    ftol: float = 1e-9
+    min_radius: float = 1e-6
+
+    def init(self, point: Params, lower: Bounds, upper: Bounds) -> StepState:
+        return StepState({}, {"radius": self.radius})
+
+    def step(
+        self,
+        state: StepState,
+        point: Params,
+        value: float,
+        gradient: Params,
+        lower: Bounds,
+        upper: Bounds,
+    ) -> Proposal:
+        work = Work.of(state, Layout(point, lower, upper), point, value, gradient)
+        if "value" not in work.numbers:
+            if work.slope is None:
+                reason = "The first evaluation had no finite value and gradient: start elsewhere."
+                return Proposal(point, state, reason)
+            work.begin()
+            work.tensors["size"] = work.slope.abs()
+        elif "length" in work.numbers:
+            take_in_noisy(work, self.patience)
+        else:
+            self._take_in(work)
+        if "length" in work.numbers:
+            ahead = averaged_step(work)
+        else:
+            ahead = self._model_step(work)
+            self._judge(work)
+        return work.proposal(ahead)
+
+    def _take_in(self, work: Work) -> None:
+        """Keep the point or take the step back, and learn from it."""
+        n, base = work.numbers, work.tensors
+        step = work.point - base["point"]
+        reach = float(step.abs().max())
+        work.count()
+        if work.slope is None:
+            n["radius"] = 0.3 * min(reach, n["radius"])
+            return
+        change = work.slope - base["gradient"]
+        before, after = float(base["gradient"] @ step), float(work.slope @ step)
+        gain = n["value"] - work.value
+        error = abs(gain + 0.5 * (before + after))
+        doubtful = error > self.noise * 0.5 * (abs(before) + abs(after))
+        steep = float(work.slope.abs().max()) > 10 * float(base["size"].max())
+        if not math.isfinite(error) or (doubtful and steep and gain < 0):
+            n["radius"] = 0.3 * min(reach, n["radius"])  # it exploded: nothing to learn from
+            return
+        n["suspicious"] = n["suspicious"] + 1 if doubtful else 0
+        if n["suspicious"] >= 2:
+            if error <= 1e-5 * work.progress() + 1e-12 * abs(work.value):
+                work.stop = f"Values change by no more than their own error, {error:.2g}."
+            else:
+                start_averaging(work, n.get("reach", reach), error)
+                return
+        self._learn(base, n, step, change)
+        if gain < 0:
+            n["radius"] *= 0.4
+            return
+        quality = gain / max(n["predicted"], 1e-300)
+        if quality > 0.75 and reach >= 0.9 * n["radius"]:
+            n["radius"] = min(2.0 * n["radius"], 50.0)
+        elif quality < 0.25:
+            n["radius"] *= 0.5
+        n["reach"] = reach
+        base["size"] = torch.maximum(work.slope.abs(), self.memory * base["size"])
+        work.keep()
+
+    def _learn(self, base: Params, n: dict[str, float], step: Tensor, change: Tensor) -> None:
+        """Add a secant pair, unless the loss bends downwards along it."""
+        bent, least = float(step @ change), 1e-8 if step.numel() <= 65_536 else 1e-2
+        if not bent > least * float(step.norm()) * float(change.norm()):
+            return
+        pairs = min(self.history, max(_HISTORY_ENTRIES // max(step.numel(), 1), 1))
+        for key, row in (("steps", step), ("changes", change)):
+            kept = [base[key][1 - pairs :]] if key in base and pairs > 1 else []
+            base[key] = torch.cat([*kept, row[None]])
+
+    def _model_step(self, work: Work) -> Tensor:
+        n, base = work.numbers, work.tensors
+        radius, slope = n["radius"], base["gradient"]
+        weight = floored(base["size"]) ** self.power
+        none = slope.new_zeros(0, slope.numel())
+        steps, changes = base.get("steps", none), base.get("changes", none)
+        if len(steps):
+            change = changes[-1]
+            curvature = float(change @ (change / weight)) / float(steps[-1] @ change)
+        else:  # the entry of the largest gradient would move by three radii
+            curvature = float((slope.abs() / weight).max()) / (3.0 * radius)
+        diagonal = (curvature * weight).clamp(min=torch.finfo(weight.dtype).tiny)
+        product = secant_model(diagonal, steps, changes)
+        low = (work.low - base["point"]).clamp(min=-radius)
+        high = (work.high - base["point"]).clamp(max=radius)
+        max_steps, rtol = (80, 1e-8) if not work.layout.large else (6, 1e-3)
+        step, predicted = minimize_in_box(slope, product, diagonal, low, high, max_steps, rtol)
+        n["predicted"] = predicted
+        return base["point"] + step
+
+    def _judge(self, work: Work) -> None:
+        """Say why the trajectory is over, if it is."""
+        n, base = work.numbers, work.tensors
+        size = float(projected(base["gradient"], base["point"], work.low, work.high).abs().max())
+        first = n.setdefault("first_size", size)
+        small = n["predicted"] <= self.ftol * work.progress()
+        n["small"] = n.get("small", 0) + 1 if small else 0
+        if size <= self.gtol * first:
+            work.stop = f"The projected gradient is {size:.2g}, {self.gtol:g} of the first."
+        elif n["small"] >= 2:
+            work.stop = f"The model predicts a decrease of {n['predicted']:.2g}, too small to see."
+        elif n["radius"] < self.min_radius:
+            work.stop = f"Steps were taken back until they were below {self.min_radius:g}."
+        elif n["since_best"] >= self.patience:
+            work.stop = f"No better value in {self.patience} evaluations."
