@@ -1,0 +1,14 @@
+"""The Optuna side: a sampler, a trial adapter, and gradients from anywhere."""
+
+from .differentiable import differentiable, report_hypergradient
+from .sampler import HypergradientSampler
+from .tensors import load_tensors
+from .trial import DifferentiableTrial
+
+__all__ = [
+    "DifferentiableTrial",
+    "HypergradientSampler",
+    "differentiable",
+    "load_tensors",
+    "report_hypergradient",
+]

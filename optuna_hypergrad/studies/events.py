@@ -1,0 +1,134 @@
+"""What a trial leaves behind in its system attributes: a claim, its gradient, its outcome.
+
+The three together are one event; a study's trajectories are the fold of its events in the order of
+their trial numbers, and nothing else is kept anywhere (except tensors, in the tensor store).
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from . import host
+
+CLAIM, GRADIENT, OUTCOME = "hypergrad:claim", "hypergrad:gradient", "hypergrad:outcome"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Which step a trial works on, written before the work.
+
+    Args:
+        trajectory: Number of the trial that opened the trajectory; its own for a new one.
+        parent: Number of the trial whose step this one follows; ``None`` for a start.
+        source: Where a start came from: ``"init"``, ``"enqueued"``, ``"base"``, or a trial's number.
+        owner: The process that works on it (:func:`this_process`).
+    """
+
+    trajectory: int
+    parent: int | None
+    source: str = "init"
+    owner: str = ""
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Claim | None:
+        data = host.read_attribute(trial.system_attrs, CLAIM)
+        return None if data is None else cls(**{k: data[k] for k in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended, written before the trial is finished.
+
+    Args:
+        kind: ``"good"``: a value and a gradient; ``"bad"``: an evaluation that failed, so the step is
+            taken back; ``"void"``: nothing was evaluated (bad input, interruption): it never happened.
+        trajectory: As claimed; the trial's own number where it turned out to be a new start.
+        parent: As claimed, ``None`` for a start.
+        value: What the objective returned; ``None`` unless it is finite.
+        stop: Why the trajectory is over, if it is.
+        numbers: Numbers of the step rule's state, where the trajectory has tensors.
+        definitions: Hyperparameters that are tensors, in the trial that opened the trajectory.
+    """
+
+    kind: Literal["good", "bad", "void"]
+    trajectory: int = -1
+    parent: int | None = None
+    value: float | None = None
+    stop: str | None = None
+    numbers: dict[str, Any] | None = None
+    definitions: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Outcome | None:
+        data = host.read_attribute(trial.system_attrs, OUTCOME)
+        return None if data is None else cls(**{k: data[k] for k in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def encode_gradient(gradient: dict[str, float], names: list[str]) -> dict[str, Any]:
+    """``names`` (sorted) are left out where they are exactly the gradient's."""
+    ordered = sorted(gradient)
+    packed = np.array([gradient[n] for n in ordered], dtype="<f8").tobytes()
+    return {
+        "names": None if ordered == names else ordered,
+        "float64": base64.b64encode(packed).decode("ascii"),
+    }
+
+
+def gradient_of(trial: FrozenTrial) -> tuple[list[str], np.ndarray] | None:
+    """Names (sorted) and d(objective)/d(value) of a trial's numbers, or ``None``."""
+    data = host.read_attribute(trial.system_attrs, GRADIENT)
+    if data is None:
+        return None
+    names = data["names"] if data["names"] is not None else continuous_names(trial)
+    array = np.frombuffer(base64.b64decode(data["float64"]), dtype="<f8").astype(np.float64)
+    if len(names) != len(array):
+        raise ValueError(
+            f"Trial {trial.number}: its stored gradient has {len(array)} numbers for {len(names)} names."
+        )
+    return list(names), array
+
+
+def continuous_names(trial: FrozenTrial) -> list[str]:
+    """Names of a trial's floats without a step, sorted."""
+    return sorted(n for n, d in trial.distributions.items() if host.is_continuous(d))
+
+
+def this_process() -> str:
+    """Names this process among all that ever ran on this machine, where the system can tell."""
+    return f"{socket.gethostname()}|{os.getpid()}|{_birth(os.getpid())}"
+
+
+def is_dead(owner: str) -> bool:
+    """Whether the process that wrote a claim is known to be gone. When in doubt, it lives."""
+    parts = owner.split("|")
+    if len(parts) != 3 or not parts[1].isdigit():
+        return False
+    machine, pid, (birth, _, space) = parts[0], int(parts[1]), parts[2].partition("@")
+    here = _birth(os.getpid()).partition("@")[2]
+    if machine != socket.gethostname() or not birth or space != here:
+        return False
+    return _birth(pid) != parts[2]
+
+
+def _birth(pid: int) -> str:
+    """Start time and namespace of a process; empty where there is none, or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        space = os.readlink(f"/proc/{pid}/ns/pid")
+        return f"{stat.rsplit(')', 1)[1].split()[19]}@{space}"
+    except (OSError, IndexError):
+        return ""

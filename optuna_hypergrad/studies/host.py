@@ -1,0 +1,229 @@
+"""All that touches Optuna's private interface (checked against optuna 5.0)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.storages import BaseStorage
+from optuna.study import Study, StudyDirection
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+
+from ..stores import MAX_ATTRIBUTE_BYTES, set_trial_attribute
+
+logger = optuna.logging.get_logger("optuna.hypergradients")
+
+
+def storage_of(study: Study) -> BaseStorage:
+    return study._storage
+
+
+def study_id_of(study: Study) -> int:
+    return study._study_id
+
+
+def trial_id_of(trial: optuna.Trial | FrozenTrial) -> int:
+    return trial._trial_id
+
+
+def all_trials(study: Study) -> list[FrozenTrial]:
+    """Every trial of the study by number, fresh and uncopied; under Hyperband too, all of them."""
+    return study._storage.get_all_trials(study._study_id, deepcopy=False)
+
+
+def recent_trials(study: Study, at_least: int) -> list[FrozenTrial]:
+    """Every trial, as of the last ``ask`` if that includes ``at_least`` of them."""
+    trials = study._get_trials(deepcopy=False, use_cache=True)
+    return trials if len(trials) >= at_least else all_trials(study)
+
+
+def is_multi_objective(study: Study) -> bool:
+    return len(study.directions) > 1
+
+
+def sign_of(study: Study) -> float:
+    """+1 where the study minimizes, -1 where it maximizes."""
+    return -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+
+
+def is_continuous(distribution: BaseDistribution) -> bool:
+    return isinstance(distribution, FloatDistribution) and distribution.step is None
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return bool(distribution._contains(distribution.to_internal_repr(value)))
+    except ValueError:
+        return False
+
+
+def single_value(distribution: BaseDistribution) -> Any:
+    return optuna.distributions._get_single_value(distribution)
+
+
+def find_sampler(sampler: Any, kind: type[Any]) -> Any:
+    """The sampler of class ``kind``, also under a wrapper such as ``PartialFixedSampler``."""
+    seen = 0
+    while sampler is not None and not isinstance(sampler, kind) and seen < 8:
+        sampler, seen = getattr(sampler, "_base_sampler", None), seen + 1
+    return sampler if isinstance(sampler, kind) else None
+
+
+def write_attribute(study: Study, trial_id: int, key: str, payload: dict[str, Any]) -> None:
+    """One trial system attribute; in numbered pieces, the head last, where it is too long."""
+    text = json.dumps(payload, allow_nan=False)
+    storage = study._storage
+    if len(text) <= MAX_ATTRIBUTE_BYTES:
+        set_trial_attribute(storage, trial_id, key, payload)
+        return
+    size = MAX_ATTRIBUTE_BYTES // 2  # quotes inside a string are escaped when it is stored
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    for i, piece in enumerate(pieces):
+        set_trial_attribute(storage, trial_id, f"{key}:{i}", piece)
+    set_trial_attribute(storage, trial_id, key, {"pieces": len(pieces)})
+
+
+def read_attribute(attributes: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """What :func:`write_attribute` wrote, or ``None``."""
+    payload = attributes.get(key)
+    if not isinstance(payload, dict):
+        return None
+    if "pieces" in payload:
+        text = "".join(str(attributes[f"{key}:{i}"]) for i in range(int(payload["pieces"])))
+        payload = json.loads(text)
+    return payload
+
+
+def attributes_of(study: Study, trial_id: int) -> dict[str, Any]:
+    return study._storage.get_trial_system_attrs(trial_id)
+
+
+def frozen_of(trial: optuna.Trial) -> FrozenTrial:
+    """What a running trial has so far; follows it."""
+    return trial._cached_frozen_trial
+
+
+def replayed(trial: BaseTrial, name: str) -> Any:
+    """A value with which a ``FixedTrial`` or ``FrozenTrial`` was made, or ``None``."""
+    return getattr(trial, "_params", trial.params).get(name)
+
+
+def fixed_params(trial: FrozenTrial) -> dict[str, Any]:
+    """Values that were enqueued for this trial."""
+    return dict(trial.system_attrs.get("fixed_params", {}))
+
+
+class ViewStudy(Study):
+    """A study as the base sampler is to see it: the trials that it is given and no others.
+
+    Made without ``Study.__init__``, so that it also works on the restricted study that a sampler
+    receives under ``HyperbandPruner``.
+    """
+
+    _shown: list[FrozenTrial]
+
+    @classmethod
+    def of(cls, study: Study, shown: Sequence[FrozenTrial]) -> ViewStudy:
+        view = cls.__new__(cls)
+        for name in ("_storage", "_study_id", "_directions", "study_name", "pruner", "sampler"):
+            setattr(view, name, getattr(study, name))
+        view._thread_local = type(study._thread_local)()
+        view._stop_flag = False
+        view._shown = list(shown)
+        return view
+
+    def get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return self._get_trials(deepcopy, states)
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        shown = [t for t in self._shown if states is None or t.state in states]
+        return copy.deepcopy(shown) if deepcopy else shown
+
+    def stop(self) -> None:
+        """A base sampler that has proposed everything it can does not end the trajectories."""
+
+
+def representative(
+    number: int,
+    trial_id: int,
+    state: TrialState,
+    value: float | None,
+    params: dict[str, Any],
+    distributions: dict[str, BaseDistribution],
+    like: FrozenTrial,
+    intermediate_values: dict[int, float] | None = None,
+) -> FrozenTrial:
+    """A trial that was not: one trajectory, as the base sampler is to see it."""
+    return FrozenTrial(
+        number=number,
+        state=state,
+        value=value,
+        datetime_start=like.datetime_start,
+        datetime_complete=like.datetime_complete if state.is_finished() else None,
+        params=params,
+        distributions=distributions,
+        user_attrs=dict(like.user_attrs),
+        system_attrs={k: v for k, v in like.system_attrs.items() if not k.startswith("hypergrad:")},
+        intermediate_values=intermediate_values or {},
+        trial_id=trial_id,
+    )
+
+
+def _random_states(sampler: Any, depth: int = 0) -> Iterator[tuple[Any, str]]:
+    """(owner, attribute) of every random generator inside a sampler."""
+    for name, value in sorted(vars(sampler).items()):
+        if isinstance(value, (LazyRandomState, np.random.RandomState, np.random.Generator)):
+            yield sampler, name
+        elif isinstance(value, BaseSampler) and depth < 4:
+            yield from _random_states(value, depth + 1)
+
+
+def seeded_copy(sampler: BaseSampler, entropy: Sequence[int]) -> BaseSampler:
+    """A copy of an unused sampler whose every random generator is seeded from ``entropy``.
+
+    A sampler that keeps randomness elsewhere than in NumPy generators among its attributes, or
+    cannot be copied, comes back as it is: its choices are then its own, resumed or not.
+    """
+    try:
+        fresh = copy.deepcopy(sampler)
+    except Exception:
+        return sampler
+    for i, (owner, name) in enumerate(_random_states(fresh)):
+        seeds = np.random.SeedSequence([*entropy, i])
+        old = getattr(owner, name)
+        if isinstance(old, np.random.Generator):
+            setattr(owner, name, np.random.default_rng(seeds))
+            continue
+        state = np.random.RandomState(seeds.generate_state(4))
+        if isinstance(old, LazyRandomState):
+            lazy = LazyRandomState()
+            lazy._rng = state
+            setattr(owner, name, lazy)
+        else:
+            setattr(owner, name, state)
+    return fresh
+
+
+def own_seed(sampler: BaseSampler) -> int | None:
+    """A number drawn from the generator of a seeded sampler, which is left as it was."""
+    for owner, name in _random_states(sampler):
+        value = getattr(owner, name)
+        if isinstance(value, LazyRandomState):
+            value = value._rng
+        if isinstance(value, np.random.RandomState):
+            return int(copy.deepcopy(value).randint(2**31))
+    return None

@@ -1,0 +1,286 @@
+"""One trial's plan: which step it is, from which point, and how that is decided."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from .._typing import Params
+from ..stores import TensorStore
+from . import host
+from .events import CLAIM, Claim, is_dead, this_process
+from .points import Definition
+from .proposals import Proposer
+from .racing import Race
+from .trajectory import Cursor, Ledger, Trajectory
+
+StartFrom = Literal["best", "base", "init"]
+
+_PROPOSALS = 8
+"""How often the base sampler is asked for a setting that is new, or not clearly bad."""
+
+_WAIT_FOR_RIVAL = 1.0
+"""Seconds for which a claim waits for a later one on the same step to be withdrawn."""
+
+
+@dataclass
+class Plan:
+    """What one running trial is to do, and what it has reported so far. Lives in one process.
+
+    Args:
+        claim: The step that it works on; ``None`` while nothing has been differentiated.
+        trajectory: The one that it continues, ``None`` for a start.
+        values: Suggested values by name.
+        distributions: Of ``values``.
+        tensors: Values of tensors, external and flat.
+        proposer: The base sampler in front of what it may see.
+    """
+
+    claim: Claim | None = None
+    trajectory: Trajectory | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    distributions: dict[str, BaseDistribution] = field(default_factory=dict)
+    tensors: Params = field(default_factory=dict)
+    tensors_from: int | None = None
+    proposer: Proposer | None = None
+    definitions: dict[str, Definition] = field(default_factory=dict)
+    inits: dict[str, float] = field(default_factory=dict)
+    started: Params = field(default_factory=dict)
+    tensor_gradient: Params = field(default_factory=dict)
+    float_gradient: dict[str, float] = field(default_factory=dict)
+    reported: bool = False
+    committed: bool = False
+    void: bool = False
+    cursor: Cursor | None = None
+
+    def definitions_of_tensors(self) -> dict[str, Definition]:
+        return {n: d for n, d in self.definitions.items() if d.kind != "float"}
+
+
+@dataclass
+class Memory:
+    """What a sampler keeps of one study in this process. All of it can be rebuilt from storage."""
+
+    ledger: Ledger
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    plans: dict[int, Plan] = field(default_factory=dict)
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    store: TensorStore | None = None
+    said: set[str] = field(default_factory=set)
+
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            host.logger.warning(text)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Decides what a trial does. Settings only; see :class:`HypergradientSampler` for them."""
+
+    base: BaseSampler
+    seed: int
+    race: Race
+    start: StartFrom
+
+    def is_differentiated(
+        self, memory: Memory, trials: Sequence[FrozenTrial], trial: FrozenTrial
+    ) -> bool:
+        """Whether gradients decide: some trial had one, or one that runs now is to have one."""
+        claims = memory.ledger.claims(trials, trial.number)
+        return memory.ledger.started or bool(live(claims))
+
+    def plan(self, memory: Memory, study: Study, trial: FrozenTrial) -> Plan | None:
+        """Claim a step for ``trial``; ``None`` while the study is the base sampler's alone."""
+        ledger, excluded = memory.ledger, set[int]()
+        trials = host.recent_trials(study, max(trial.number + 1, ledger.seen))
+        ledger.sync(trials)
+        if not self.is_differentiated(memory, trials, trial):
+            return None
+        enqueued = host.fixed_params(trial)
+        while True:
+            claims = live(ledger.claims(trials, trial.number))
+            taken = {c.trajectory for c in claims.values()} | excluded
+            chosen, setting, proposer = self._choose(
+                ledger, study, trials, trial, taken, bool(enqueued)
+            )
+            if chosen is None:
+                plan = self._open(ledger, study, trials, trial, claims, setting, proposer, enqueued)
+                self._write(study, trial, plan.claim)
+                return plan
+            claim = Claim(chosen.id, chosen.last, "step", this_process())
+            self._write(study, trial, claim)
+            trials = host.all_trials(study)
+            if self._won(ledger, study, trials, trial, claim):
+                return Plan(
+                    claim=claim,
+                    trajectory=chosen,
+                    values=dict(chosen.setting),
+                    distributions={n: chosen.distributions[n] for n in chosen.setting},
+                )
+            excluded.add(chosen.id)
+            trials = host.all_trials(study)
+            ledger.sync(trials)
+
+    def _choose(
+        self,
+        ledger: Ledger,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        trial: FrozenTrial,
+        taken: set[int],
+        enqueued: bool,
+    ) -> tuple[Trajectory | None, dict[str, Any], Proposer | None]:
+        """A trajectory to continue, or else a setting for a new one."""
+        if enqueued:
+            return self._inherited(ledger, trial, taken), {}, None
+        chosen = self.race.choose(ledger.trajectories, taken)
+        if chosen is not None:
+            return chosen, {}, None
+        others, everything = ledger.other_distributions(), ledger.trajectories.values()
+        if not others:
+            return self.race.best_of(everything, ledger.trajectories, taken, 1.0), {}, None
+        for attempt in range(_PROPOSALS):
+            proposer = self._proposer(ledger, study, trials, trial, set(others), attempt)
+            setting = proposer.propose(others)
+            same = [t for t in everything if all(setting.get(n) == v for n, v in t.setting.items())]
+            if not same:
+                return None, setting, proposer
+            chosen = self.race.best_of(same, ledger.trajectories, taken)
+            if chosen is not None:
+                return chosen, {}, None
+        chosen = self.race.best_of(everything, ledger.trajectories, taken, 1.0)
+        return chosen, setting, proposer
+
+    def _inherited(self, ledger: Ledger, trial: FrozenTrial, taken: set[int]) -> Trajectory | None:
+        """The trajectory of a trial that Optuna retries, if its step is still to be done."""
+        claim = Claim.of(trial)
+        found = None if claim is None else ledger.trajectories.get(claim.trajectory)
+        if claim is None or found is None or found.id in taken or found.last != claim.parent:
+            return None
+        return found
+
+    def _open(
+        self,
+        ledger: Ledger,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        trial: FrozenTrial,
+        claims: dict[int, Claim],
+        setting: dict[str, Any],
+        proposer: Proposer | None,
+        enqueued: dict[str, Any],
+    ) -> Plan:
+        """A new trajectory: its setting is given; here its start is chosen."""
+        best = ledger.best()
+        source, values, tensors_from = "base", dict(setting), None
+        floats = ledger.float_distributions()
+        known = {t.key for t in ledger.trajectories.values()}
+        fresh = bool(setting) and repr(sorted(setting.items())) not in known
+        if enqueued:
+            source = "enqueued"
+        elif not ledger.started and not claims:
+            source = "init"
+        elif best is not None and self.start == "best" and (fresh or not floats):
+            source = str(best.best.number)  # type: ignore[union-attr]
+        elif fresh and self.start == "init":
+            source = "init"
+        if best is not None and source != "init":
+            tensors_from = best.best.number  # type: ignore[union-attr]
+        if proposer is None:
+            names = set(ledger.other_distributions()) or set(floats)
+            proposer = self._proposer(ledger, study, trials, trial, names, 0)
+            if source == "enqueued":
+                values = proposer.propose(
+                    {n: d for n, d in ledger.other_distributions().items() if n not in enqueued}
+                )
+        if source.isdigit():
+            params = trials[int(source)].params
+            values |= {n: params[n] for n in floats if n in params}
+        elif source == "base" and floats:
+            starter = proposer
+            if ledger.other_distributions():
+                starter = self._proposer(ledger, study, trials, trial, set(floats), _PROPOSALS)
+            values |= starter.propose(dict(floats))
+        return Plan(
+            claim=Claim(trial.number, None, source, this_process()),
+            values={n: v for n, v in values.items() if n not in enqueued},
+            distributions={n: ledger.distributions[n] for n in values if n not in enqueued},
+            tensors_from=tensors_from,
+            proposer=proposer,
+        )
+
+    def _proposer(
+        self,
+        ledger: Ledger,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        trial: FrozenTrial,
+        names: set[str],
+        stage: int,
+    ) -> Proposer:
+        entropy = [self.seed, self.ordinal(ledger, trials, trial), stage]
+        return Proposer(self.base, entropy, study, ledger, trials, trial, names)
+
+    def ordinal(self, ledger: Ledger, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
+        """The trial's number among those that count: lost ones do not, so that a study which was
+        cut off goes on with the choices that it would have made."""
+        gone = sum(1 for n in ledger.lost if n < trial.number)
+        for number, claim in ledger.claims(trials, trial.number).items():
+            gone += number < trial.number and is_dead(claim.owner)
+        return trial.number - gone
+
+    def proposer_of(self, memory: Memory, study: Study, trial: FrozenTrial) -> Proposer:
+        """For a parameter that nobody foresaw."""
+        ledger, trials = memory.ledger, host.all_trials(study)
+        ledger.sync(trials)
+        names = set(ledger.other_distributions()) or set(ledger.owned)
+        return self._proposer(ledger, study, trials, trial, names, _PROPOSALS + 1)
+
+    def _write(self, study: Study, trial: FrozenTrial, claim: Claim | None) -> None:
+        if claim is not None:
+            host.write_attribute(study, host.trial_id_of(trial), CLAIM, claim.to_json())
+
+    def _won(
+        self,
+        ledger: Ledger,
+        study: Study,
+        trials: Sequence[FrozenTrial],
+        trial: FrozenTrial,
+        claim: Claim,
+    ) -> bool:
+        """Whether nobody else works on, or has finished, the claimed step.
+
+        Both rivals write before they read, so at least one sees the other. The later trial gives
+        way at once; the earlier one waits for that, and gives way itself when it does not happen,
+        because the later one may have looked before this claim was written.
+        """
+        deadline = time.monotonic() + _WAIT_FOR_RIVAL
+        while True:
+            ledger.sync(trials)
+            if ledger.trajectories[claim.trajectory].last != claim.parent:
+                return False
+            rivals = [
+                n
+                for n, c in live(ledger.claims(trials, trial.number)).items()
+                if (c.trajectory, c.parent) == (claim.trajectory, claim.parent)
+            ]
+            if not rivals:
+                return True
+            if min(rivals) < trial.number or time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+            trials = host.all_trials(study)
+
+
+def live(claims: dict[int, Claim]) -> dict[int, Claim]:
+    """Without those of processes that are known to be gone."""
+    return {n: c for n, c in claims.items() if not is_dead(c.owner)}

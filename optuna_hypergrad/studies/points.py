@@ -1,0 +1,200 @@
+"""Continuous hyperparameters of one trajectory: what each is, and all of them as one point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from torch import Tensor
+
+from .._errors import HyperparameterError
+from .._typing import Params
+from ..search_space import Domain
+
+Bounds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A hyperparameter as one ``suggest_*`` call defined it.
+
+    Args:
+        name: As suggested.
+        kind: A number, a tensor, or a dict of tensors.
+        domains: Per entry: ``""`` for a number or a tensor, the keys of a dict.
+        shapes: Per entry.
+        dtypes: Per entry, such as ``"float32"``.
+    """
+
+    name: str
+    kind: Literal["float", "tensor", "tree"]
+    domains: dict[str, Domain]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    @classmethod
+    def of_float(cls, name: str, domain: Domain) -> Definition:
+        return cls(name, "float", {"": domain}, {"": ()}, {"": "float64"})
+
+    def flat(self, key: str) -> str:
+        """The name of an entry in a point."""
+        return f"{self.name}/{key}" if self.kind == "tree" else self.name
+
+    def difference(self, other: Definition, shapes: bool) -> str | None:
+        """In words, what ``other`` defines differently (natural units aside), or ``None``."""
+        if self.kind != other.kind:
+            return f"it was a {_KINDS[self.kind]} and is now a {_KINDS[other.kind]}"
+        if shapes and self.shapes != other.shapes:
+            changed = [
+                f"{self.flat(k)!r} from {self.shapes.get(k)} to {other.shapes.get(k)}"
+                for k in sorted(self.shapes.keys() | other.shapes.keys())
+                if self.shapes.get(k) != other.shapes.get(k)
+            ]
+            return f"shapes changed: {', '.join(changed[:3])}"
+        for k in self.domains.keys() & other.domains.keys():
+            old, new = self.domains[k], other.domains[k]
+            if (old.low, old.high, old.log) != (new.low, new.high, new.log):
+                return (
+                    f"low={old.low}, high={old.high}, log={old.log} became "
+                    f"low={new.low}, high={new.high}, log={new.log}"
+                )
+            if shapes and self.dtypes[k] != other.dtypes[k]:
+                return f"dtype {self.dtypes[k]} became {other.dtypes[k]}"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        keys = sorted(self.domains)
+        return {
+            "kind": self.kind,
+            "entries": {
+                k: [self.domains[k].to_json(), list(self.shapes[k]), self.dtypes[k]] for k in keys
+            },
+        }
+
+    @classmethod
+    def from_json(cls, name: str, data: dict[str, Any]) -> Definition:
+        entries = data["entries"]
+        return cls(
+            name,
+            data["kind"],
+            {k: Domain.from_json(e[0]) for k, e in entries.items()},
+            {k: tuple(int(n) for n in e[1]) for k, e in entries.items()},
+            {k: str(e[2]) for k, e in entries.items()},
+        )
+
+
+_KINDS = {"float": "number", "tensor": "tensor", "tree": "dict of tensors"}
+
+
+def domain_of(name: str, distribution: BaseDistribution) -> Domain:
+    if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
+        raise HyperparameterError(
+            f"Hyperparameter {name!r} is {distribution}, which has no hypergradient; suggest it with "
+            "suggest_float and without step=."
+        )
+    return Domain(distribution.low, distribution.high, distribution.log)
+
+
+@dataclass
+class PointSpace:
+    """The continuous hyperparameters of one trajectory, as named tensors in internal coordinates.
+
+    Numbers with equal domains are one float64 vector, so that a thousand of them cost a handful of
+    tensor operations.
+
+    Args:
+        floats: Domain of each number.
+        tensors: Definition of each tensor or dict of tensors.
+    """
+
+    floats: dict[str, Domain]
+    tensors: dict[str, Definition] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = sorted(self.floats)
+        groups: dict[Domain, list[int]] = {}
+        for i, name in enumerate(self.names):
+            groups.setdefault(self.floats[name], []).append(i)
+        self.domains: dict[str, Domain] = {}
+        self._index: dict[str, np.ndarray] = {}
+        for i, (domain, members) in enumerate(groups.items()):
+            self.domains[f"#float:{i}"] = domain
+            self._index[f"#float:{i}"] = np.array(members)
+        self.lower: Bounds = {}
+        self.upper: Bounds = {}
+        for definition in self.tensors.values():
+            for key, domain in definition.domains.items():
+                self.domains[definition.flat(key)] = domain
+        for name, domain in self.domains.items():
+            self.lower[name], self.upper[name] = domain.internal_bounds()
+
+    def pack(self, array: np.ndarray) -> Params:
+        """Numbers in the order of ``names`` -> vectors, one for each domain."""
+        return {k: torch.from_numpy(array[i]) for k, i in self._index.items()}
+
+    def unpack(self, point: Mapping[str, Tensor]) -> np.ndarray:
+        array = np.empty(len(self.names))
+        for k, i in self._index.items():
+            array[i] = point[k].numpy()
+        return array
+
+    def array(self, values: Mapping[str, Any], missing: float = math.nan) -> np.ndarray:
+        return np.array([float(values.get(n, missing)) for n in self.names], dtype=np.float64)
+
+    def to_internal(self, external: Params) -> Params:
+        return {k: self.domains[k].to_internal(v) for k, v in external.items()}
+
+    def to_external(self, point: Params) -> Params:
+        return {k: self.domains[k].to_external(v) for k, v in point.items()}
+
+    def internal_gradient(self, gradient: Params, external: Params) -> Params:
+        return {k: self.domains[k].internal_gradient(g, external[k]) for k, g in gradient.items()}
+
+    def float_values(self, external: Params) -> dict[str, float]:
+        """External numbers by name: Python floats inside the bounds."""
+        return dict(zip(self.names, self.unpack(external).tolist(), strict=True))
+
+    def tensor_values(self, external: Params) -> Params:
+        return {k: v for k, v in external.items() if k not in self._index}
+
+
+def nested(definition: Definition, flat: Mapping[str, Tensor]) -> Tensor | Params:
+    """A hyperparameter's own entries out of a flat dict: a tensor, or a dict of tensors."""
+    if definition.kind == "tree":
+        return {k: flat[definition.flat(k)] for k in definition.domains}
+    return flat[definition.name]
+
+
+def flatten(definition: Definition, value: Tensor | Mapping[str, Tensor]) -> Params:
+    if isinstance(value, Mapping):
+        return {definition.flat(k): v for k, v in value.items()}
+    return {definition.name: value}
+
+
+def place(state: Params, point: Params) -> Params:
+    """State tensors on the devices of the entries that they are named after."""
+    placed = {}
+    for name, tensor in state.items():
+        owner = next((p for n, p in point.items() if name == n or name.endswith("/" + n)), None)
+        placed[name] = tensor if owner is None else tensor.to(owner.device)
+    return placed
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise HyperparameterError(f"{name!r} is not a torch dtype.")
+    return dtype
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -1,0 +1,108 @@
+"""What the base sampler is shown, and what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from . import host
+from .events import is_dead
+from .trajectory import Ledger
+
+
+def representatives(
+    ledger: Ledger, trials: Sequence[FrozenTrial], names: set[str]
+) -> list[FrozenTrial]:
+    """One finished trial for each trajectory, with its best value and, of its start, only ``names``.
+
+    Trials from before or beside the trajectories are shown as they are, and trials that are opening
+    a trajectory as running ones.
+    """
+    shown: list[FrozenTrial] = []
+    for t in ledger.trajectories.values():
+        if t.best is None:
+            if trials[t.id].state == TrialState.PRUNED:
+                shown.append(_cut(trials[t.id], names))
+            continue
+        params = {n: v for n, v in {**t.setting, **t.first}.items() if n in names}
+        shown.append(
+            host.representative(
+                t.id,
+                t.trial_id,
+                TrialState.COMPLETE,
+                ledger.sign * t.best.value,
+                params,
+                {n: t.distributions[n] for n in params},
+                trials[t.best.number],
+            )
+        )
+    for number in ledger.foreign:
+        shown.append(_cut(trials[number], names))
+    for number, claim in ledger.claims(trials, but=-1).items():
+        if claim.parent is None and not is_dead(claim.owner):
+            shown.append(_cut(trials[number], names))
+    return sorted(shown, key=lambda t: t.number)
+
+
+def _cut(trial: FrozenTrial, names: set[str]) -> FrozenTrial:
+    params = {n: v for n, v in trial.params.items() if n in names}
+    return host.representative(
+        trial.number,
+        host.trial_id_of(trial),
+        trial.state,
+        trial.value if trial.state.is_finished() else None,
+        params,
+        {n: trial.distributions[n] for n in params},
+        trial,
+        dict(trial.intermediate_values),
+    )
+
+
+class Proposer:
+    """A seeded copy of the base sampler in front of the representatives of a study's trajectories.
+
+    Args:
+        base: The user's base sampler, unused.
+        entropy: Seeds the copy.
+        names: The hyperparameters that it is to know of.
+    """
+
+    def __init__(
+        self,
+        base: BaseSampler,
+        entropy: Sequence[int],
+        study: Study,
+        ledger: Ledger,
+        trials: Sequence[FrozenTrial],
+        trial: FrozenTrial,
+        names: set[str],
+    ) -> None:
+        self.sampler = host.seeded_copy(base, entropy)
+        self.view = host.ViewStudy.of(
+            study, [t for t in representatives(ledger, trials, names) if t.number != trial.number]
+        )
+        self.trial = _cut(trial, set())
+        self.sampler.before_trial(self.view, self.trial)
+
+    def propose(self, distributions: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """A value for each of ``distributions``: jointly where the sampler can, one by one elsewhere."""
+        space = self.sampler.infer_relative_search_space(self.view, self.trial)
+        space = {n: d for n, d in space.items() if n in distributions}
+        joint = self.sampler.sample_relative(self.view, self.trial, space)
+        values = {}
+        for name, distribution in distributions.items():
+            if name in joint and host.contains(distribution, joint[name]):
+                values[name] = joint[name]
+            else:
+                values[name] = self.one(name, distribution)
+        return values
+
+    def one(self, name: str, distribution: BaseDistribution) -> Any:
+        if distribution.single():
+            return host.single_value(distribution)
+        return self.sampler.sample_independent(self.view, self.trial, name, distribution)

@@ -1,0 +1,337 @@
+"""The state of trajectories: taken from storage before a step, put there after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from .._errors import CorruptTensorError, MissingTensorError
+from .._typing import Params
+from ..step_rules import AbstractStepRule, StepState
+from ..stores import TensorStore
+from . import host
+from .events import OUTCOME, Claim, Outcome, gradient_of
+from .plan import Memory, Plan
+from .points import Definition, PointSpace, domain_of, nested, place
+from .racing import Race
+from .trajectory import Cursor, Trajectory, advance
+
+StoreOf = Callable[[Study], TensorStore]
+
+STATE = "trajectory"
+_JITTER = 0.3
+_TENSOR_CURSORS = 2
+
+
+class LostTrajectoryError(Exception):
+    """The tensors that a trajectory needs to go on are gone."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Folds finished trials into the state of their trajectory, with the tensors' part in the store.
+
+    Args:
+        rule: Takes the outer steps.
+        race: Says which trajectories are over.
+        seed: Of the small displacements that keep two workers from the very same start.
+    """
+
+    rule: AbstractStepRule
+    race: Race
+    seed: int
+
+    def resume(self, memory: Memory, plan: Plan, study: Study, store_of: StoreOf) -> None:
+        """Fill in where the trajectory of ``plan`` goes next.
+
+        Raises:
+            LostTrajectoryError: if its tensors cannot be read any more.
+        """
+        trajectory = plan.trajectory
+        assert trajectory is not None
+        cursor = memory.cursors.get(trajectory.last, trajectory.cursor)
+        if cursor is None or cursor.after != trajectory.last:
+            if trajectory.space.tensors:
+                cursor = self._load(trajectory, study, store_of(study))
+            else:
+                cursor = self._replay(memory, trajectory, study, cursor)
+        trajectory.cursor = plan.cursor = cursor
+        external = trajectory.space.to_external(cursor.point)
+        plan.values |= trajectory.space.float_values(external)
+        plan.tensors = trajectory.space.tensor_values(external)
+        for name in trajectory.space.names:
+            plan.distributions[name] = trajectory.distributions[name]
+
+    def start_of(
+        self,
+        memory: Memory,
+        plan: Plan,
+        definition: Definition,
+        init: Params,
+        study: Study,
+        trial: FrozenTrial,
+        store: TensorStore,
+    ) -> Params:
+        """Where the tensors of ``definition`` are in this trial: external and flat."""
+        flat = {definition.flat(k): k for k in definition.domains}
+        if plan.trajectory is not None:
+            if all(f in plan.tensors for f in flat):
+                return {f: plan.tensors[f].to(init[f].device) for f in flat}
+            return init
+        start = init
+        if plan.tensors_from is not None:
+            donor = host.all_trials(study)[plan.tensors_from]
+            start = self._borrow(definition, init, donor, store)
+        assert plan.claim is not None
+        rivals = self._same_start(memory, plan, study, trial)
+        if rivals:
+            generator = torch.Generator().manual_seed(
+                int(np.random.SeedSequence([self.seed, rivals]).generate_state(1)[0])
+            )
+            for f, k in flat.items():
+                domain = definition.domains[k]
+                u = domain.to_internal(start[f])
+                noise = torch.randn(u.shape, generator=generator, dtype=torch.float32)
+                start = {**start, f: domain.to_external(u + _JITTER * noise.to(u))}
+        return start
+
+    def _same_start(self, memory: Memory, plan: Plan, study: Study, trial: FrozenTrial) -> int:
+        """Number of trajectories that start where this one would, with no number to tell them apart."""
+        ledger, claim = memory.ledger, plan.claim
+        assert claim is not None
+        if plan.distributions.keys() & ledger.owned:
+            return 0
+        setting = {n: v for n, v in plan.values.items() if n not in ledger.owned}
+        same = sum(
+            1
+            for t in ledger.trajectories.values()
+            if t.source == claim.source and t.setting == setting
+        )
+        trials = host.all_trials(study)
+        for number, other in ledger.claims(trials, trial.number).items():
+            same += number < trial.number and other.parent is None and other.source == claim.source
+        return same
+
+    def _borrow(
+        self, definition: Definition, init: Params, donor: FrozenTrial, store: TensorStore
+    ) -> Params:
+        try:
+            (pointer,) = store.pointers(donor, definition.name, "value")
+            stored = store.load(pointer)
+        except (ValueError, MissingTensorError, CorruptTensorError):
+            return init
+        found = {definition.flat(k): v for k, v in stored.items()}
+        if found.keys() != init.keys() or any(
+            found[f].shape != init[f].shape or found[f].dtype != init[f].dtype for f in init
+        ):
+            return init
+        return {f: found[f].to(init[f].device) for f in init}
+
+    def record(
+        self,
+        memory: Memory,
+        plan: Plan,
+        claim: Claim,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+        store_of: StoreOf,
+    ) -> None:
+        """Write the outcome of a running trial, and its tensors and the state after it, if any."""
+        known = memory.ledger.trajectories.get(claim.trajectory)
+        if claim.parent is not None and (known is None or known.last != claim.parent):
+            memory.ledger.sync(host.all_trials(study))
+        outcome = self._outcome(memory, plan, claim, study, trial, state, values, store_of)
+        trial_id = host.trial_id_of(trial)
+        host.write_attribute(study, trial_id, OUTCOME, outcome.to_json())
+        if plan.definitions_of_tensors() and outcome.kind != "void":
+            ledger, race = memory.ledger, self.race
+
+            def open_trajectory(other: FrozenTrial) -> int | None:
+                found = ledger.of_trial(other.number)
+                return None if found is None or race.is_over(found) else found.id
+
+            store_of(study).apply_retention(host.study_id_of(study), open_trajectory)
+
+    def _outcome(
+        self,
+        memory: Memory,
+        plan: Plan,
+        claim: Claim,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+        store_of: StoreOf,
+    ) -> Outcome:
+        if plan.void:
+            return Outcome("void")
+        ledger, number = memory.ledger, trial.number
+        finite = state == TrialState.COMPLETE and values is not None and math.isfinite(values[0])
+        value = float(values[0]) if finite and values is not None else None
+        gradient = gradient_of(trial)
+        tensors = plan.definitions_of_tensors()
+        trajectory = ledger.trajectories.get(claim.trajectory)
+        if claim.parent is None or trajectory is None or _has_left(trajectory, trial):
+            trajectory = None
+        if trajectory is None:
+            names = [] if gradient is None else gradient[0]
+            space = PointSpace({n: domain_of(n, trial.distributions[n]) for n in names}, tensors)
+        else:
+            space = trajectory.space
+            if plan.cursor is None and space.tensors:
+                memory.say_once(
+                    f"Trial {number} was told to a study that did not run it, so the gradient of its "
+                    "tensors is lost and its step will be repeated. Tell it where it ran."
+                )
+                return Outcome("void")
+            if plan.cursor is None:
+                plan.trajectory = trajectory
+                self.resume(memory, plan, study, store_of)
+        identity = number if trajectory is None else trajectory.id
+        parent = None if trajectory is None else claim.parent
+        opened = {k: d.to_json() for k, d in tensors.items()} if trajectory is None else {}
+        step = 0 if trajectory is None else len(trajectory.steps)
+        if value is not None and space.tensors:
+            self._save_values(plan, space, study, trial, step, store_of(study))
+
+        slope = self._slope(memory, space, gradient, number)
+        missing = [f for f in self._flat(space) if f not in plan.tensor_gradient]
+        if value is not None and (slope is None or missing):
+            has = space.names or space.tensors or ledger.owned & trial.params.keys()
+            stop = f"No hypergradient was reported in trial {number}." if has else _NOTHING
+            return Outcome("good", identity, parent, value, stop, None, opened)
+        if value is None and trajectory is None:
+            stop = "The evaluation at its start failed."
+            return Outcome("bad", identity, parent, None, stop, None, opened)
+        cursor = advance(
+            self.rule,
+            space,
+            plan.cursor,
+            number,
+            {n: float(trial.params[n]) for n in space.names if n in trial.params},
+            plan.started,
+            math.inf if value is None else ledger.sign * value,
+            None if value is None or slope is None else ledger.sign * slope,
+            {f: ledger.sign * plan.tensor_gradient[f] for f in self._flat(space)}
+            if value is not None
+            else {},
+        )
+        self._remember(memory, cursor, claim.parent, bool(space.tensors))
+        numbers = None
+        if space.tensors:
+            numbers = dict(cursor.state.numbers)
+            blob = {f"state/{k}": v for k, v in cursor.state.tensors.items()}
+            blob |= {f"point/{k}": v for k, v in cursor.point.items()}
+            store_of(study).save(
+                host.study_id_of(study), host.trial_id_of(trial), STATE, "step_state", step, blob
+            )
+        kind: Any = "good" if value is not None else "bad"
+        return Outcome(kind, identity, parent, value, cursor.stop, numbers, opened)
+
+    def _slope(
+        self,
+        memory: Memory,
+        space: PointSpace,
+        gradient: tuple[list[str], np.ndarray] | None,
+        number: int,
+    ) -> np.ndarray | None:
+        if gradient is None:
+            return None if space.names else np.zeros(0)
+        names, array = gradient
+        if names == space.names:
+            return array
+        given = dict(zip(names, array.tolist(), strict=True))
+        absent = [n for n in space.names if n not in given]
+        if absent:
+            memory.say_once(
+                f"Trial {number} reported no hypergradient for {absent[:5]}, which had one when the "
+                "trajectory started; they stay where they are. Report all of them in every trial."
+            )
+        return space.array(given, missing=0.0)
+
+    def _flat(self, space: PointSpace) -> list[str]:
+        return [d.flat(k) for d in space.tensors.values() for k in d.domains]
+
+    def _save_values(
+        self,
+        plan: Plan,
+        space: PointSpace,
+        study: Study,
+        trial: FrozenTrial,
+        step: int,
+        store: TensorStore,
+    ) -> None:
+        for name, definition in space.tensors.items():
+            if any(definition.flat(k) not in plan.started for k in definition.domains):
+                continue
+            value = nested(definition, plan.started)
+            tree = value if isinstance(value, dict) else {"": value}
+            study_id, trial_id = host.study_id_of(study), host.trial_id_of(trial)
+            store.save(study_id, trial_id, name, "value", step, tree)
+
+    def _remember(self, memory: Memory, cursor: Cursor, parent: int | None, heavy: bool) -> None:
+        if parent is not None:
+            memory.cursors.pop(parent, None)
+        memory.cursors[cursor.after] = cursor
+        if heavy:
+            for number in sorted(memory.cursors)[:-_TENSOR_CURSORS]:
+                del memory.cursors[number]
+
+    def _load(self, trajectory: Trajectory, study: Study, store: TensorStore) -> Cursor:
+        trial = host.all_trials(study)[trajectory.last]
+        outcome = Outcome.of(trial)
+        try:
+            (pointer,) = store.pointers(trial, STATE, "step_state")
+            blob = store.load(pointer)
+        except (ValueError, MissingTensorError, CorruptTensorError) as error:
+            raise LostTrajectoryError(str(error)) from error
+        point = {k.removeprefix("point/"): v for k, v in blob.items() if k.startswith("point/")}
+        state = {k.removeprefix("state/"): v for k, v in blob.items() if k.startswith("state/")}
+        numbers = {} if outcome is None or outcome.numbers is None else outcome.numbers
+        return Cursor(trajectory.last, point, StepState(place(state, point), numbers))
+
+    def _replay(
+        self, memory: Memory, trajectory: Trajectory, study: Study, cursor: Cursor | None
+    ) -> Cursor:
+        """The state after the last step, by taking the steps that ``cursor`` has not seen again."""
+        sign, trials = memory.ledger.sign, host.all_trials(study)
+        done = -1 if cursor is None else cursor.after
+        for step in trajectory.steps:
+            if step.number <= done:
+                continue
+            trial = trials[step.number]
+            slope = self._slope(memory, trajectory.space, gradient_of(trial), step.number)
+            cursor = advance(
+                self.rule,
+                trajectory.space,
+                cursor,
+                step.number,
+                {n: float(trial.params[n]) for n in trajectory.space.names if n in trial.params},
+                {},
+                step.value,
+                None if not step.good or slope is None else sign * slope,
+                {},
+            )
+        assert cursor is not None
+        return cursor
+
+
+_NOTHING = "Nothing continuous is suggested under this setting."
+
+
+def _has_left(trajectory: Trajectory, trial: FrozenTrial) -> bool:
+    """Whether a trial was, in the end, under another setting than the trajectory it was to continue."""
+    return any(
+        trajectory.setting.get(n, v) != v
+        for n, v in trial.params.items()
+        if n not in trajectory.space.floats
+    )

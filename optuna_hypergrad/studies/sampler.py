@@ -1,0 +1,374 @@
+"""The Optuna sampler that moves continuous hyperparameters by their hypergradients."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+from .._errors import HyperparameterError
+from .._typing import Params
+from ..step_rules import AbstractStepRule, make_step_rule
+from ..stores import Retention, TensorStore
+from . import host
+from .events import CLAIM, GRADIENT, Claim, continuous_names, encode_gradient, this_process
+from .plan import Memory, Plan, Planner, StartFrom
+from .points import Definition, domain_of
+from .racing import Race
+from .recording import LostTrajectoryError, Recorder
+from .trajectory import Ledger
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
+
+class _Answers(dict[str, Any]):
+    """Relative values. Optuna asks ``in`` first, and samples the others when the objective gets to
+    them; whoever indexes gets an answer for every name."""
+
+    def __init__(self, values: Mapping[str, Any], sample: Callable[[str], Any]) -> None:
+        super().__init__(values)
+        self._sample = sample
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self._sample(name)
+        return self[name]
+
+
+class HypergradientSampler(BaseSampler):
+    """Moves continuous hyperparameters along their hypergradients; another sampler does the rest.
+
+    A *trajectory* is a sequence of outer steps from one start under one setting of the other
+    hyperparameters (integers, categories, floats with a step). A trial is one step of one trajectory.
+    The base sampler chooses settings and starts, and sees one trial for each trajectory, with its best
+    value. Trajectories of different settings race: those that are behind wait.
+
+    A study in which no trial has a hypergradient is left to the base sampler altogether.
+
+    Everything that the sampler knows is in the study's storage, so a new sampler object, in another
+    process, goes on as this one would have, to the bit, if ``seed`` or the base sampler's own seed is
+    given and one worker runs at a time. (A base sampler whose random numbers do not come from NumPy
+    generators among its attributes makes its own choices.)
+
+    Args:
+        base_sampler: For everything without a hypergradient, and for starts. Default:
+            ``TPESampler(seed=seed)``. It is copied, and must be unused.
+        optimizer: Of the outer steps: ``"auto"``, ``"lbfgs"``, ``"adam"``, a step rule, or a factory of
+            a ``torch.optim`` optimizer such as ``functools.partial(torch.optim.SGD, lr=0.1)``. It moves
+            the logarithm of a hyperparameter where ``log=True``; otherwise a unit is a tenth of the
+            range.
+        tensor_store: Where tensors go: an artifact store, a directory, or a :class:`TensorStore`.
+            Default: the study's own database, or beside its file.
+        retention: Which trials' tensors are kept.
+        seed: Of the base sampler's choices.
+        start: Where a new trajectory starts under a setting that has none yet: ``"best"``: at the best
+            point so far of any setting; ``"base"``: where the base sampler says; ``"init"``: at
+            ``init=`` or the middle of the range. The very first one always starts there. Under a
+            setting that has trajectories, the base sampler says.
+        slice_steps: Steps after which a trajectory is first compared with the others; then after twice
+            as many, and so on.
+        reduction: Only the best one in so many trajectories goes on at once; otherwise the base sampler
+            is asked for a setting.
+        max_steps: Steps after which a trajectory is over; ``None`` for no limit.
+        patience: Steps without a better value after which it is over; ``None`` leaves that to the
+            optimizer.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    def __init__(
+        self,
+        base_sampler: BaseSampler | None = None,
+        *,
+        optimizer: str
+        | AbstractStepRule
+        | Callable[[Iterable[Tensor]], torch.optim.Optimizer] = "auto",
+        tensor_store: TensorStore | ArtifactStore | str | os.PathLike[str] | None = None,
+        retention: Retention | None = None,
+        seed: int | None = None,
+        start: StartFrom = "best",
+        slice_steps: int = 1,
+        reduction: int = 3,
+        max_steps: int | None = None,
+        patience: int | None = None,
+    ) -> None:
+        if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
+            raise TypeError(
+                f"base_sampler={base_sampler!r} is not an Optuna sampler; give e.g. TPESampler()."
+            )
+        if isinstance(base_sampler, HypergradientSampler):
+            raise TypeError(
+                "base_sampler is a HypergradientSampler itself; give e.g. TPESampler()."
+            )
+        if start not in ("best", "base", "init"):
+            raise ValueError(f'start={start!r} is not "best", "base" or "init".')
+        for name, number, least in (
+            ("slice_steps", slice_steps, 1),
+            ("reduction", reduction, 2),
+            ("max_steps", max_steps, 1),
+            ("patience", patience, 1),
+        ):
+            if number is not None and (type(number) is not int or number < least):
+                raise ValueError(f"{name}={number!r} must be an integer of at least {least}.")
+        if seed is not None and (type(seed) is not int or seed < 0):
+            raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
+        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
+        drawn = host.own_seed(self._base) if seed is None else seed
+        rule = make_step_rule(optimizer)
+        race = Race(slice_steps, reduction, max_steps=max_steps, patience=patience)
+        pristine = host.seeded_copy(self._base, [0])
+        drawn = secrets.randbits(31) if drawn is None else drawn
+        self._planner = Planner(pristine, drawn, race, start)
+        self._tensor_store = tensor_store
+        self._retention = retention
+        self._recorder = Recorder(rule, race, drawn)
+        self._memories: weakref.WeakKeyDictionary[BaseStorage, dict[int, Memory]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_memories"] = None  # can be rebuilt from storage
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._memories = weakref.WeakKeyDictionary()
+
+    def reseed_rng(self) -> None:
+        self._base.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        if host.is_multi_objective(study):
+            return
+        memory = self._memory(study)
+        with memory.lock:
+            trials = host.recent_trials(study, max(trial.number + 1, memory.ledger.seen))
+            memory.ledger.sync(trials)
+            if self._planner.is_differentiated(memory, trials, trial):
+                return
+        self._base.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        plan = self._plan(study, trial)
+        if plan.claim is None:
+            return self._base.infer_relative_search_space(study, trial)
+        return dict(plan.distributions)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        plan = self._plan(study, trial)
+        if plan.claim is None:
+            values = self._base.sample_relative(study, trial, search_space)
+        else:
+            values = {n: plan.values[n] for n in search_space if n in plan.values}
+        return _Answers(values, lambda n: self.sample_independent(study, trial, n, search_space[n]))
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        plan = self._plan(study, trial)
+        if plan.claim is None:
+            return self._base.sample_independent(study, trial, param_name, param_distribution)
+        memory = self._memory(study)
+        with memory.lock:
+            declared = plan.definitions.get(param_name)
+            if declared is not None or param_name in memory.ledger.owned:
+                low, high = param_distribution.low, param_distribution.high  # type: ignore[attr-defined]
+                if param_name in plan.values:
+                    return min(max(float(plan.values[param_name]), low), high)
+                if declared is not None and plan.claim.source != "base":
+                    middle = declared.domains[""].midpoint()
+                    return plan.inits.get(param_name, middle)
+            if plan.proposer is None:
+                plan.proposer = self._planner.proposer_of(memory, study, trial)
+            return plan.proposer.one(param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        if host.is_multi_objective(study):
+            return
+        memory = self._memory(study)
+        with memory.lock:
+            plan = memory.plans.pop(host.trial_id_of(trial), None) or Plan()
+            claim = Claim.of(trial)
+            if claim is not None:
+                self._recorder.record(
+                    memory, plan, claim, study, trial, state, values, self.store_of
+                )
+                if plan.proposer is not None:
+                    plan.proposer.sampler.after_trial(plan.proposer.view, trial, state, values)
+                return
+        self._base.after_trial(study, trial, state, values)
+        if state == TrialState.COMPLETE and continuous_names(trial):
+            memory.say_once(
+                f"No hypergradient was reported in trial {trial.number}, so the parameters are chosen by "
+                f"{type(self._base).__name__}. Decorate the objective with @differentiable, or call "
+                "report_hypergradient(trial, {...})."
+            )
+
+    # What DifferentiableTrial and report_hypergradient need.
+
+    def store_of(self, study: Study) -> TensorStore:
+        """The store of the study's tensors.
+
+        Raises:
+            StorageError: if the study's storage has no place for tensors and none was given.
+        """
+        memory = self._memory(study)
+        with memory.lock:
+            store = memory.store
+            if store is None:
+                if isinstance(self._tensor_store, TensorStore):
+                    store = self._tensor_store
+                else:
+                    store = TensorStore.of_study(study, self._tensor_store, self._retention)
+                memory.store = store
+            return store
+
+    def declare(
+        self, study: Study, trial: FrozenTrial, definition: Definition, init: Any = None
+    ) -> Params:
+        """Say that a running trial has this continuous hyperparameter; its tensors' values, if any.
+
+        Raises:
+            HyperparameterError: if another trial defined it otherwise.
+        """
+        memory = self._memory(study)
+        plan = self._plan(study, trial)
+        with memory.lock:
+            if plan.claim is None:
+                self._claim_start(memory, plan, study, trial)
+            assert plan.claim is not None
+            self._check_definition(memory, plan, definition, trial)
+            plan.definitions[definition.name] = definition
+            if definition.kind == "float":
+                if init is not None:
+                    plan.inits[definition.name] = float(init)
+                return {}
+            store = self.store_of(study)
+            values = self._recorder.start_of(memory, plan, definition, init, study, trial, store)
+            plan.started |= values
+            return values
+
+    def receive(
+        self, study: Study, trial: FrozenTrial, floats: Mapping[str, float], tensors: Params
+    ) -> None:
+        """Take in a running trial's gradient by its numbers and tensors (external)."""
+        memory = self._memory(study)
+        plan = self._plan(study, trial)
+        with memory.lock:
+            if plan.claim is None:
+                self._claim_start(memory, plan, study, trial)
+            plan.tensor_gradient.update(tensors)
+            plan.float_gradient.update(floats)
+            plan.reported = True
+            if floats:
+                payload = encode_gradient(plan.float_gradient, continuous_names(trial))
+                host.write_attribute(study, host.trial_id_of(trial), GRADIENT, payload)
+
+    def plan_for(self, study: Study, trial: FrozenTrial) -> Plan:
+        """What a running trial is to do; decided now if it was not."""
+        return self._plan(study, trial)
+
+    def is_first(self, study: Study, plan: Plan) -> bool:
+        """Whether there is no earlier point that a trial could be taken back to."""
+        claim = plan.claim
+        chosen = claim is not None and claim.source in ("init", "enqueued")
+        return chosen and self._memory(study).ledger.best() is None
+
+    def plan_of(self, study: Study, trial_id: int) -> Plan | None:
+        return self._memory(study).plans.get(trial_id)
+
+    def _plan(self, study: Study, trial: FrozenTrial) -> Plan:
+        if host.is_multi_objective(study):
+            raise ValueError(
+                "HypergradientSampler follows the gradient of one objective, and this study has "
+                f"{len(study.directions)}. Return one value (a weighted sum, say), or use another sampler."
+            )
+        memory, trial_id = self._memory(study), host.trial_id_of(trial)
+        with memory.lock:
+            if trial_id not in memory.plans:
+                memory.plans[trial_id] = self._make_plan(memory, study, trial)
+            return memory.plans[trial_id]
+
+    def _make_plan(self, memory: Memory, study: Study, trial: FrozenTrial) -> Plan:
+        while True:
+            plan = self._planner.plan(memory, study, trial)
+            if plan is None or plan.trajectory is None:
+                return plan or Plan()
+            try:
+                self._recorder.resume(memory, plan, study, self.store_of)
+            except LostTrajectoryError as error:
+                plan.trajectory.stop = str(error)
+                memory.say_once(f"Trajectory {plan.trajectory.id} cannot go on. {error}")
+            else:
+                return plan
+
+    def _memory(self, study: Study) -> Memory:
+        studies = self._memories.setdefault(host.storage_of(study), {})
+        key = host.study_id_of(study)
+        if key not in studies:
+            studies.setdefault(key, Memory(Ledger(host.sign_of(study))))
+        return studies[key]
+
+    def _claim_start(self, memory: Memory, plan: Plan, study: Study, trial: FrozenTrial) -> None:
+        """The trial has turned out to be differentiated: it opens a trajectory."""
+        trials = host.all_trials(study)
+        memory.ledger.sync(trials)
+        first = not self._planner.is_differentiated(memory, trials, trial)
+        enqueued = bool(host.fixed_params(trials[trial.number]))
+        source = "enqueued" if enqueued else "init" if first else "base"
+        plan.claim = Claim(trial.number, None, source, this_process())
+        host.write_attribute(study, host.trial_id_of(trial), CLAIM, plan.claim.to_json())
+
+    def _check_definition(
+        self, memory: Memory, plan: Plan, definition: Definition, trial: FrozenTrial
+    ) -> None:
+        ledger = memory.ledger
+        if definition.kind == "float":
+            old = ledger.distributions.get(definition.name)
+            if definition.name not in ledger.owned or old is None:
+                before = ledger.definitions.get(definition.name)
+            else:
+                before = Definition.of_float(definition.name, domain_of(definition.name, old))
+            shapes = False
+        else:
+            before = ledger.definitions.get(definition.name)
+            if before is None and definition.name in ledger.distributions:
+                raise HyperparameterError(
+                    f"Hyperparameter {definition.name!r} is a number in earlier trials of this study and a "
+                    f"tensor in trial {trial.number}; give it another name."
+                )
+            shapes = plan.trajectory is not None
+            if plan.trajectory is not None:
+                before = plan.trajectory.space.tensors.get(definition.name, before)
+        difference = None if before is None else before.difference(definition, shapes)
+        if difference is not None:
+            raise HyperparameterError(
+                f"Hyperparameter {definition.name!r} is defined otherwise than in earlier trials of this "
+                f"study: {difference}. Give it another name, or start another study."
+            )

@@ -1,0 +1,244 @@
+"""Trajectories: what the events of a study's trials add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from .._typing import Params
+from ..step_rules import AbstractStepRule, StepState
+from . import host
+from .events import Claim, Outcome, gradient_of
+from .points import Definition, PointSpace, domain_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished trial of a trajectory. ``value`` is to be minimized; infinite for a failure."""
+
+    number: int
+    value: float
+    good: bool
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a trajectory goes next: what the step rule said after trial ``after``."""
+
+    after: int
+    point: Params
+    state: StepState
+    stop: str | None = None
+
+
+@dataclass
+class Trajectory:
+    """Outer steps from one start under one setting of the other hyperparameters.
+
+    Args:
+        id: Number of the trial that opened it.
+        setting: Values of the hyperparameters that have no gradient.
+        space: Its continuous hyperparameters.
+        distributions: Of everything that its first trial suggested by number.
+        source: Where its start came from.
+        first: Numbers at its start, external.
+    """
+
+    id: int
+    trial_id: int
+    setting: dict[str, Any]
+    space: PointSpace
+    distributions: dict[str, BaseDistribution]
+    source: str
+    first: dict[str, float]
+    steps: list[Step] = field(default_factory=list)
+    stop: str | None = None
+    best: Step | None = None
+    curve: list[float] = field(default_factory=list)
+    cursor: Cursor | None = None
+
+    @property
+    def key(self) -> str:
+        return setting_key(self.setting)
+
+    @property
+    def last(self) -> int:
+        """Number of its newest finished trial."""
+        return self.steps[-1].number
+
+    @property
+    def since_best(self) -> int:
+        """Steps since the last one that was the best so far."""
+        number = self.best.number if self.best is not None else self.id
+        return sum(1 for s in self.steps if s.number > number)
+
+    def add(self, step: Step, stop: str | None) -> None:
+        self.steps.append(step)
+        self.stop = self.stop or stop
+        if step.good and (self.best is None or step.value < self.best.value):
+            self.best = step
+        self.curve.append(math.inf if self.best is None else self.best.value)
+
+
+def setting_key(setting: Mapping[str, Any]) -> str:
+    return repr(sorted(setting.items()))
+
+
+@dataclass
+class Ledger:
+    """The fold of a study's events. Feed it the study's trials; it takes in the new ones.
+
+    Args:
+        sign: +1 where the study minimizes, -1 where it maximizes.
+    """
+
+    sign: float
+    trajectories: dict[int, Trajectory] = field(default_factory=dict)
+    owned: set[str] = field(default_factory=set)
+    definitions: dict[str, Definition] = field(default_factory=dict)
+    distributions: dict[str, BaseDistribution] = field(default_factory=dict)
+    foreign: list[int] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)
+    unfinished: set[int] = field(default_factory=set)
+    seen: int = 0
+    member: dict[int, int] = field(default_factory=dict)
+
+    def sync(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take in every trial that has finished since the last call, in order of number."""
+        due = sorted(self.unfinished) + list(range(self.seen, len(trials)))
+        self.seen = max(self.seen, len(trials))
+        for number in due:
+            trial = trials[number]
+            if not trial.state.is_finished():
+                self.unfinished.add(number)
+                continue
+            self.unfinished.discard(number)
+            self._take(trial)
+
+    def _take(self, trial: FrozenTrial) -> None:
+        claim, outcome = Claim.of(trial), Outcome.of(trial)
+        if outcome is None or outcome.kind == "void":
+            if claim is not None:
+                self.lost.add(trial.number)
+            elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                self.foreign.append(trial.number)
+                self.distributions.update(trial.distributions)
+            return
+        self.distributions.update(trial.distributions)
+        value = math.inf if outcome.value is None else self.sign * outcome.value
+        good = outcome.kind == "good"
+        step = Step(trial.number, value if good else math.inf, good)
+        if outcome.parent is None:
+            self.trajectories[trial.number] = self._open(trial, outcome, claim)
+            self.trajectories[trial.number].add(step, outcome.stop)
+            self.member[trial.number] = trial.number
+            return
+        trajectory = self.trajectories.get(outcome.trajectory)
+        if trajectory is not None and trajectory.last == outcome.parent:
+            trajectory.add(step, outcome.stop)
+            self.member[trial.number] = trajectory.id
+
+    def of_trial(self, number: int) -> Trajectory | None:
+        """The trajectory that a finished trial is a step of."""
+        return self.trajectories.get(self.member.get(number, -1))
+
+    def _open(self, trial: FrozenTrial, outcome: Outcome, claim: Claim | None) -> Trajectory:
+        definitions = {k: Definition.from_json(k, d) for k, d in outcome.definitions.items()}
+        gradient = gradient_of(trial)
+        names = gradient[0] if gradient is not None else sorted(self.owned & trial.params.keys())
+        self.owned.update(names)
+        self.definitions.update(definitions)
+        floats = {n: domain_of(n, trial.distributions[n]) for n in names}
+        return Trajectory(
+            id=trial.number,
+            trial_id=host.trial_id_of(trial),
+            setting={n: v for n, v in trial.params.items() if n not in floats},
+            space=PointSpace(floats, definitions),
+            distributions=dict(trial.distributions),
+            source="init" if claim is None else claim.source,
+            first={n: float(trial.params[n]) for n in names},
+        )
+
+    @property
+    def started(self) -> bool:
+        """Whether any trial was ever differentiated."""
+        return bool(self.trajectories)
+
+    def claims(self, trials: Sequence[FrozenTrial], but: int) -> dict[int, Claim]:
+        """Claims of the trials that are being worked on, by number, without trial ``but``."""
+        found = {}
+        for number in self.unfinished:
+            if number == but or trials[number].state != TrialState.RUNNING:
+                continue
+            claim = Claim.of(trials[number])
+            if claim is not None:
+                found[number] = claim
+        return found
+
+    def best(self) -> Trajectory | None:
+        """The trajectory with the lowest value."""
+        found = [t for t in self.trajectories.values() if t.best is not None]
+        return min(found, key=lambda t: t.best.value, default=None)  # type: ignore[union-attr]
+
+    def other_distributions(self) -> dict[str, BaseDistribution]:
+        """Hyperparameters without a gradient, for the base sampler."""
+        return {n: d for n, d in sorted(self.distributions.items()) if n not in self.owned}
+
+    def float_distributions(self) -> dict[str, FloatDistribution]:
+        """Numbers with a gradient."""
+        found = {}
+        for name in sorted(self.owned):
+            distribution = self.distributions.get(name)
+            if isinstance(distribution, FloatDistribution):
+                found[name] = distribution
+        return found
+
+
+def advance(
+    rule: AbstractStepRule,
+    space: PointSpace,
+    cursor: Cursor | None,
+    number: int,
+    floats: Mapping[str, float],
+    tensors: Params,
+    value: float,
+    gradient: np.ndarray | None,
+    tensor_gradient: Params,
+) -> Cursor:
+    """The step after trial ``number``, which was evaluated at ``floats`` and ``tensors``.
+
+    Args:
+        cursor: After the trial before; ``None`` at the start of a trajectory.
+        floats: What the trial's numbers were, external.
+        tensors: What its tensors were, external, flat; not needed where ``cursor`` is given.
+        value: Loss (minimized); not finite for a failed evaluation.
+        gradient: Of the loss by the numbers in the order of ``space.names``; ``None`` for a failure.
+        tensor_gradient: Of the loss by the tensors.
+    """
+    lower, upper = space.lower, space.upper
+    actual = space.pack(space.array(floats))
+    if cursor is None:
+        external = {**actual, **tensors}
+        point = space.to_internal(external)
+        state = rule.init(point, lower, upper)
+    else:
+        point, state = cursor.point, cursor.state
+        external = space.to_external(point)
+        for name, vector in actual.items():
+            moved = (vector - external[name]).abs() > 1e-12 * external[name].abs()
+            if bool(moved.any()):
+                shifted = space.domains[name].to_internal(vector)
+                point = {**point, name: shifted.where(moved, point[name])}
+                external[name] = vector
+    if gradient is None:
+        slope: Params = {}
+    else:
+        slope = space.internal_gradient({**space.pack(gradient), **tensor_gradient}, external)
+    proposal = rule.step(state, point, value, slope, lower, upper)
+    return Cursor(number, proposal.point, proposal.state, proposal.stop)
