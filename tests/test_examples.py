@@ -1,0 +1,43 @@
+"""Every example runs, with fewer trials than it has."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import optuna
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+AT_MOST = {  # objective after a few trials; all start well above it
+    "per_feature_decay": ({"num_trials": 4}, 0.4),
+    "numpy_gradients": ({"num_trials": 5}, 0.53),
+    "learning_rate": ({"num_trials": 5}, 0.8),
+}
+
+
+@pytest.fixture(autouse=True)
+def a_place_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    verbosity = optuna.logging.get_verbosity()
+    yield
+    optuna.logging.set_verbosity(verbosity)
+
+
+def test_every_example_has_a_test():
+    scripts = {p.stem for p in EXAMPLES.glob("*.py")}
+    assert scripts == AT_MOST.keys() | {"quickstart", "quickstart_report"}
+
+
+@pytest.mark.parametrize("name", AT_MOST)
+def test_example(name, capsys):
+    arguments, bound = AT_MOST[name]
+    assert importlib.import_module(name).main(**arguments) < bound
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("*.py")))
+def test_example_is_short(name):
+    limit = 165 if name.startswith("quickstart") else 80
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= limit
