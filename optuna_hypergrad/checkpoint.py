@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
 
 import optuna
 import torch
 
 from ._typing import Params
-
-if TYPE_CHECKING:
-    from .stores import TensorStore
+from .stores import Pointer, Retention, TensorStore
 
 _NUMBERS = "numbers.json"
+_OLD_CHECKPOINTS_GO = Retention(every=1, transient=frozenset({"checkpoint"}))
 
 
-@dataclass(frozen=True)
 class Checkpoints:
     """Saves replace each other, and only when the new one is whole.
+
+    Writing overlaps with the steps that follow; as a context manager it ends only when the last
+    checkpoint is whole, or raises why it is not.
 
     Args:
         trial: A running trial.
@@ -27,29 +29,52 @@ class Checkpoints:
         name: Of the run within the trial.
     """
 
-    trial: optuna.Trial
-    store: TensorStore
-    name: str
+    def __init__(self, trial: optuna.Trial, store: TensorStore, name: str) -> None:
+        self.trial, self.store, self.name = trial, store, name
+        self._pending: Future[list[Pointer]] | None = None
 
     @classmethod
     def of_trial(cls, trial: optuna.Trial, name: str) -> Checkpoints:
         """The checkpoints of a trial, in its own tensor store or its study's default one."""
-        from .stores import TensorStore
-
         store = getattr(trial, "tensor_store", None)
         return cls(trial, TensorStore.of_study(trial.study) if store is None else store, name)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._wait()
 
     def save(self, step: int, tensors: Params, numbers: dict[str, Any]) -> None:
         """Store a state: tensors bit for bit, and JSON numbers (``repr`` floats, so bit for bit too)."""
         encoded = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)
-        self.store.save(
+        self._wait()
+        self._pending = self.store.save_all_soon(
             self.trial.study._study_id,
             self.trial._trial_id,
-            self.name,
-            "checkpoint",
             step,
-            {**tensors, _NUMBERS: encoded},
+            {(self.name, "checkpoint"): {**tensors, _NUMBERS: encoded}},
         )
+
+    def save_values(self, step: int, values: Params) -> None:
+        """Store the hyperparameters that the run ended with, where ``load_tensors`` finds them."""
+        self._wait()
+        study_id = self.trial.study._study_id
+        self.store.save(study_id, self.trial._trial_id, self.name, "value", step, values)
+        store = TensorStore(
+            self.store.artifact_store, self.trial.study._storage, _OLD_CHECKPOINTS_GO
+        )
+        store.apply_retention(study_id)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def load(self) -> tuple[Params, dict[str, Any]] | None:
         """The newest state, or ``None`` where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -102,10 +103,10 @@ def minimize_bilevel(
         retrain_steps: Inner steps of that training; by default as many as the run took.
         trial: The Optuna trial that this run is: values are reported to it, its pruner is asked, and
             checkpoints go to the tensor store of its study. A trial that has a checkpoint is continued
-            from it, bit for bit.
+            from it, bit for bit. The final ``lam`` is stored there as ``name``, for ``load_tensors``.
         checkpoint_every: Outer steps between checkpoints; with a trial, about twenty in all by default.
             0 for none.
-        name: Of the checkpoint, where one trial has several runs.
+        name: Of the run, where one trial has several; of its checkpoint and final values.
         progress: Show a progress bar.
         throw: Raise when a solve fails; otherwise stop there and say so in ``result``.
 
@@ -137,7 +138,7 @@ def minimize_bilevel(
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
     bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
     result = SUCCESS
-    with bar:
+    with bar, checkpoints or contextlib.nullcontext():
         while run.step < num_steps:
             given = run.inner_params if warm_start else _tree.detach(inner_params)
             state = run.state if warm_start else EstimatorState()
@@ -180,6 +181,7 @@ def minimize_bilevel(
         result,
         trial,
         num_steps,
+        checkpoints,
     )
 
 
@@ -313,6 +315,7 @@ def _finish(
     result: Result,
     trial: optuna.Trial | None,
     num_steps: int,
+    checkpoints: Checkpoints | None,
 ) -> BilevelResult:
     kind: ValueKind = "warm" if warm_start else "cold"
     given = run.inner_params if warm_start else _tree.detach(first_params)
@@ -331,6 +334,8 @@ def _finish(
         result = again.result
         retrained_params = again.inner_params
         retrained = outer_value_at(problem, retrained_params, run.outer_params, num_steps)
+    if checkpoints is not None:
+        checkpoints.save_values(run.step, run.outer_params)
     if trial is not None:
         trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
         trial.set_user_attr(f"{kind}_value", value)

@@ -204,6 +204,34 @@ def test_values_are_reported_and_the_pruner_is_obeyed() -> None:
     assert list(trial.intermediate_values) == list(range(7))
 
 
+def test_final_values_are_stored_and_old_checkpoints_go(tmp_path) -> None:
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
+    found = []
+
+    def objective(trial):
+        found.append(run(trial=trial, num_steps=4, checkpoint_every=1))
+        return found[-1].outer_value - trial.number
+
+    study.optimize(objective, n_trials=4)
+    loaded = ohg.load_tensors(study)["bilevel"]
+    assert torch.equal(loaded["log_decay"], found[3].outer_params["log_decay"])
+    store = ohg.TensorStore.of_study(study)
+    readable = []
+    for trial in study.trials:
+        (pointer,) = store.pointers(trial, role="checkpoint")
+        try:
+            store.load(pointer)
+            readable.append(trial.number)
+        except ohg.MissingTensorError:
+            pass
+        (value,) = store.pointers(trial, role="value")
+        assert torch.equal(
+            store.load(value)["log_decay"], found[trial.number].outer_params["log_decay"]
+        )
+    assert 3 in readable
+    assert 0 not in readable
+
+
 def test_reports_are_thinned() -> None:
     study = optuna.create_study()
     study.optimize(
