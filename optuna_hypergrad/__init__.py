@@ -13,6 +13,7 @@ from ._errors import (
     ZeroHypergradientError,
 )
 from ._results import Result, Status
+from ._typing import Batch, Objective, Params
 from .hypergradients import HypergradientEstimate, Implicit, Unroll, hypergradient
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
 from .inner import LBFGS, Adam, GradientDescent, HeavyBall, NewtonCG, inner_solve
@@ -36,6 +37,7 @@ __all__ = [
     "CG",
     "LBFGS",
     "Adam",
+    "Batch",
     "BilevelProblem",
     "BilevelResult",
     "CorruptTensorError",
@@ -55,7 +57,9 @@ __all__ = [
     "MissingTensorError",
     "Neumann",
     "NewtonCG",
+    "Objective",
     "ObjectiveError",
+    "Params",
     "ProblemError",
     "RequirementError",
     "Result",

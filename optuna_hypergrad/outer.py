@@ -87,12 +87,15 @@ def minimize_bilevel(
         problem: Objectives and batches.
         inner_params: ``w_0``; never written to.
         outer_params: ``lam_0``: floating-point tensors of any shape; never written to.
-        inner_solver: Its ``max_steps`` is the number of inner steps between outer steps.
+        inner_solver: Its ``max_steps`` is the number of inner steps between outer steps
+            (``HeavyBall(step_size=0.2, max_steps=10)``: ten).
         num_steps: Outer steps.
-        estimator: Of the hypergradient; ``Implicit()`` by default.
+        estimator: Of the hypergradient; ``Implicit()`` by default. For networks give it damping, or
+            the ``GaussNewton`` curvature: away from a minimum the Hessian is not positive definite.
         optimizer: Factory of the outer optimizer. It moves *internal* coordinates: ``log lam`` where
-            the bounds say ``log=True``, ``lam / unit`` elsewhere, so ``lr=0.1`` is a step of about a
-            tenth of a natural unit.
+            the bounds say ``log=True``, ``lam / unit`` elsewhere, where ``unit`` is a tenth of a bounded
+            range unless :class:`Domain` is given one. With Adam at ``lr=0.1`` a decay in ``log`` changes
+            by a tenth of a factor of e at a time, and a weight in [0, 1] by 0.01.
         bounds: By name, a :class:`Domain` or ``(low, high)``. They hold after every step, exactly.
             Unnamed hyperparameters are unbounded.
         warm_start: Continue the inner problem from where the last outer step left it; otherwise solve
@@ -101,7 +104,8 @@ def minimize_bilevel(
         final_eval: ``"retrain"`` trains once more from ``inner_params`` with the final ``lam``, the
             honest value beside the warm one (Vicol et al. 2022).
         retrain_steps: Inner steps of that training; by default as many as the run took.
-        trial: The Optuna trial that this run is: values are reported to it, its pruner is asked, and
+        trial: The Optuna trial that this run is: values are reported to it, its pruner is asked (a
+            study's default pruner prunes; warm values flatter, so pass ``NopPruner`` unless meant), and
             checkpoints go to the tensor store of its study. A trial that has a checkpoint is continued
             from it, bit for bit. The final ``lam`` is stored there as ``name``, for ``load_tensors``.
         checkpoint_every: Outer steps between checkpoints; with a trial, about twenty in all by default.

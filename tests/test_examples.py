@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 AT_MOST = {  # objective after a few trials; all start well above it
     "per_feature_decay": ({"num_trials": 4}, 0.4),
-    "numpy_gradients": ({"num_trials": 5}, 0.53),
+    "numpy_gradients": ({"num_trials": 8}, 0.532),
     "learning_rate": ({"num_trials": 5}, 0.8),
 }
 
