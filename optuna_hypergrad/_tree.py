@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -67,7 +68,12 @@ def num_entries(a: Params) -> int:
 
 
 def all_finite(a: Params) -> bool:
-    return all(bool(torch.isfinite(v).all()) for v in a.values())
+    return all(finite(v) for v in a.values())
+
+
+def finite(v: Tensor) -> bool:
+    """Whether all entries are. A finite sum proves it in one pass; an infinite one may be overflow."""
+    return math.isfinite(v.detach().sum().item()) or bool(torch.isfinite(v).all())
 
 
 def _accumulable(v: Tensor) -> Tensor:

@@ -38,13 +38,16 @@ class Flattener:
     def flatten(self, tensors: list[Tensor] | tuple[Tensor, ...], copy: bool = False) -> Tensor:
         """``(P,)`` in the accumulation dtype. A single tensor is viewed unless ``copy`` is set."""
         if len(tensors) == 1:
-            return tensors[0].reshape(-1).to(self.dtype, copy=copy)
+            vector = tensors[0].reshape(-1)
+            return vector if self._uniform and not copy else vector.to(self.dtype, copy=copy)
         if self._uniform:
             return torch.cat([t.reshape(-1) for t in tensors])
         return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` in the shapes (and copies in the dtypes) of the parameters."""
+        if len(self.shapes) == 1 and self._uniform:
+            return [vector.view(self.shapes[0])]
         if len(self.shapes) == 1:
             parts: list[Tensor] = [vector.view(self.shapes[0])]
         else:

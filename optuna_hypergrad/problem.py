@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _tree
 from ._errors import HyperparameterError, ProblemError
 from ._typing import Batch, Objective, Params
 
@@ -79,7 +80,7 @@ def check_params(params: Mapping[str, Tensor], label: str, error: type[Exception
             raise error(
                 f"{label}[{name!r}] has dtype {value.dtype}, which has no gradient; use a floating-point dtype."
             )
-        if value.numel() and not bool(torch.isfinite(value).all()):
+        if value.numel() and not _tree.finite(value):
             raise error(
                 f"{label}[{name!r}] holds NaN or infinite entries; start from finite values."
             )

@@ -6,6 +6,7 @@ d f(w*(lam), lam) / d lam  =  direct term (df/dlam)  +  indirect term (through w
 from __future__ import annotations
 
 import abc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -297,14 +298,14 @@ def combine(
 
 
 def _finite(value: Params, outer_value: Tensor) -> Result:
-    if not bool(torch.isfinite(outer_value)):
+    if not math.isfinite(outer_value.item()):
         return Result(
             Status.NONFINITE,
             f"The outer objective is {float(outer_value)} at the inner solution; keep the hyperparameters "
             f"where the inner problem has a usable solution (tighter bounds, more inner steps).",
         )
     for name, v in value.items():
-        if not bool(torch.isfinite(v).all()):
+        if not _tree.finite(v):
             return Result(
                 Status.NONFINITE,
                 f"The hypergradient of {name!r} holds NaN or infinite entries; check that both objectives are "

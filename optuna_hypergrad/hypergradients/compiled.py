@@ -28,21 +28,23 @@ def _compiled(
     inner_objective: Objective, solver: AbstractLinearSolver, damping: float
 ) -> Callable[..., tuple[tuple[Tensor, ...], Params, Tensor]]:
     def run(
-        w: Params, lam: Params, batch: Batch, b: Tensor, alpha: Tensor
+        w: Params, lam: Params, batch: Batch, b: list[Tensor], alpha: Tensor
     ) -> tuple[tuple[Tensor, ...], Params, Tensor]:
-        layout = Flattener(w)
+        names = list(w)
         gradient, pull = torch.func.vjp(  # type: ignore[misc]
             lambda w, lam: torch.func.grad(inner_objective)(w, lam, batch), w, lam
         )
 
-        def product(vector: Tensor) -> Tensor:
-            flat = layout.flatten([pull(layout.unflatten(vector))[0][k] for k in layout.names])
-            return flat + damping * vector if damping else flat
+        def product(vector: list[Tensor]) -> list[Tensor]:
+            found = pull(dict(zip(names, vector, strict=True)))[0]
+            if not damping:
+                return [found[k] for k in names]
+            return [found[k] + damping * v for k, v in zip(names, vector, strict=True)]
 
         found = solver.traced(product, b, alpha)
-        cross = pull(layout.unflatten(-found.x))[1]
-        norm = torch.linalg.vector_norm(layout.flatten([gradient[k] for k in layout.names]))
-        return (found.x, found.residual, found.least_curvature), cross, norm
+        cross = pull({k: -x for k, x in zip(names, found.x, strict=True)})[1]
+        norm = torch.stack([gradient[k].square().sum() for k in names]).sum().sqrt()
+        return (*found.x, found.residual, found.least_curvature), cross, norm
 
     return torch.compile(run, fullgraph=True, dynamic=False)
 
@@ -89,16 +91,20 @@ def compiled_solve(
     run = _compiled(inner_objective, solver, damping)
     try:
         with torch.no_grad():
-            found, cross, norm = run(w, lam, batch, b, torch.tensor(alpha, dtype=b.dtype))
+            parts = Flattener(w).split(b)
+            found, cross, norm = run(w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype))
     except Exception as error:
         raise RequirementError(
             f"torch.compile could not turn the inner objective and {solver.name} into one graph "
             f"({type(error).__name__}: {str(error).splitlines()[0]:.200}). Use Implicit(compile=False), or take "
             f"data-dependent branches, prints and third-party calls out of the inner objective."
         ) from error
-    x, residual, least_curvature = found
+    *x, residual, least_curvature = found
     solution = LinearSolution(
-        x, float(residual), solver.num_traced_products() + probes, curvature=curvature
+        Flattener(w).flatten(x),
+        float(residual),
+        solver.num_traced_products() + probes,
+        curvature=curvature,
     )
     verdict = solver.traced_verdict(solution, float(least_curvature))
     reached = {k: v if k in _PATHS[key] else None for k, v in cross.items()}

@@ -11,9 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import _tree
 from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from ..operators import AbstractLinearOperator
+
+Vector = list[Tensor]
+"""A vector of ``P`` entries as the tensors that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,12 @@ class TracedSolution:
     """What a solver without branches found: tensors only, so that it can be compiled.
 
     Attributes:
-        x: ``(P,)``.
+        x: In the parameters' own shapes.
         residual: ``|b - H x| / |b|``, 0-d.
         least_curvature: Smallest ``p.Hp / p.p`` met, 0-d; infinite where none is measured.
     """
 
-    x: Tensor
+    x: Vector
     residual: Tensor
     least_curvature: Tensor
 
@@ -63,12 +67,12 @@ class AbstractLinearSolver(abc.ABC):
         """``x ~ H^-1 vector`` for a finite, non-zero ``vector`` of shape ``(P,)``, which it may overwrite."""
 
     def traced(
-        self, product: Callable[[Tensor], Tensor], vector: Tensor, alpha: Tensor
+        self, product: Callable[[Vector], Vector], vector: Vector, alpha: Tensor
     ) -> TracedSolution:
         """The same without branches on values, for ``torch.compile``.
 
         Args:
-            product: ``v -> H v``.
+            product: ``v -> H v``, on lists of tensors: one fused kernel each, no copies in between.
             vector: ``b``, not to be overwritten.
             alpha: Step length of the methods that have one, 0-d.
 
@@ -140,8 +144,15 @@ def linear_solve(
     return solution
 
 
+def inner(a: Vector, b: Vector) -> Tensor:
+    """Inner product of two lists of tensors, 0-d."""
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
 def without_products(vector: Tensor) -> LinearSolution | None:
     """The answer where it needs no product: ``b = 0``, or a ``b`` that cannot be solved for."""
+    if 0.0 < float(torch.dot(vector, vector)) < math.inf:
+        return None
     if not bool(torch.isfinite(vector).all()):
         message = (
             "The gradient of the outer objective holds NaN or infinite entries; check the outer loss at "
@@ -154,7 +165,7 @@ def without_products(vector: Tensor) -> LinearSolution | None:
 
 def checked(solver: AbstractLinearSolver, solution: LinearSolution) -> LinearSolution:
     """A success that holds NaN is none."""
-    if not solution.result or bool(torch.isfinite(solution.x).all()):
+    if not solution.result or _tree.finite(solution.x):
         return solution
     message = (
         f"{solver.name} met NaN or infinite values; check the inner loss at the inner solution, or add "

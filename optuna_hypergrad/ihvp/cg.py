@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._results import SUCCESS, Result, Status
 from ..operators import AbstractLinearOperator
-from ._base import AbstractLinearSolver, LinearSolution, TracedSolution
+from ._base import AbstractLinearSolver, LinearSolution, TracedSolution, Vector, inner
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,25 @@ class CG(AbstractLinearSolver):
         return LinearSolution(x, residual, result=result)
 
     def traced(
-        self, product: Callable[[Tensor], Tensor], vector: Tensor, alpha: Tensor
+        self, product: Callable[[Vector], Vector], vector: Vector, alpha: Tensor
     ) -> TracedSolution:
-        bb = torch.dot(vector, vector)
-        target = max(self.rtol, _smallest_residual(vector)) ** 2 * bb
-        x, r, p, rr = torch.zeros_like(vector), vector, vector, bb
+        bb = inner(vector, vector)
+        target = max(self.rtol, _smallest_residual(vector[0])) ** 2 * bb
+        x, r, p, rr, pp = [torch.zeros_like(b) for b in vector], vector, vector, bb, bb
         least = torch.full_like(bb, torch.inf)
         for _ in range(self.max_steps):
             hp = product(p)
-            curvature = torch.dot(p, hp)
-            pp = torch.dot(p, p)
-            going = rr > target
+            curvature = inner(p, hp)
+            going = (rr > target) & (least > 0)
             least = torch.where(going, torch.minimum(least, curvature / pp), least)
             going = going & (least > 0)
             step = torch.where(going, rr / curvature, torch.zeros_like(rr))
-            x = x + step * p
-            r = r - step * hp
-            rr_next = torch.dot(r, r)
-            p = torch.where(going, r + (rr_next / rr) * p, p)
-            rr = torch.where(going, rr_next, rr)
+            x = [a + step * b for a, b in zip(x, p, strict=True)]
+            r = [a - step * b for a, b in zip(r, hp, strict=True)]
+            rr_next = torch.where(going, inner(r, r), rr)
+            ratio = torch.where(going, rr_next / rr, torch.ones_like(rr))
+            p = [a + ratio * b for a, b in zip(r, p, strict=True)]
+            rr, pp = rr_next, rr_next + ratio**2 * pp  # r and the last p are orthogonal
         return TracedSolution(x, (rr / bb).sqrt(), least)
 
     def num_traced_products(self) -> int:

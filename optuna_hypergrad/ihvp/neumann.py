@@ -13,7 +13,7 @@ from torch import Tensor
 from .._results import SUCCESS, Result, Status
 from ..curvature import largest_eigenvalue
 from ..operators import AbstractLinearOperator
-from ._base import AbstractLinearSolver, LinearSolution, TracedSolution
+from ._base import AbstractLinearSolver, LinearSolution, TracedSolution, Vector, inner
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,16 @@ class Neumann(AbstractLinearSolver):
         return LinearSolution(x, residual, result=self._judge(growth, alpha), curvature=curvature)
 
     def traced(
-        self, product: Callable[[Tensor], Tensor], vector: Tensor, alpha: Tensor
+        self, product: Callable[[Vector], Vector], vector: Vector, alpha: Tensor
     ) -> TracedSolution:
         v = total = vector
         for _ in range(self.num_steps):
-            v = v - alpha * product(v)
-            total = total + v
-        residual = torch.linalg.vector_norm(v) / torch.linalg.vector_norm(vector)
-        return TracedSolution(alpha * total, residual, torch.full_like(residual, torch.inf))
+            v = [a - alpha * b for a, b in zip(v, product(v), strict=True)]
+            total = [a + b for a, b in zip(total, v, strict=True)]
+        residual = (inner(v, v) / inner(vector, vector)).sqrt()
+        return TracedSolution(
+            [alpha * t for t in total], residual, torch.full_like(residual, torch.inf)
+        )
 
     def num_traced_products(self) -> int:
         return self.num_steps
