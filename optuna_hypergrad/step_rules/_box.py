@@ -19,8 +19,8 @@ _SMALL = 65_536
 class Layout:
     """How named tensors lie in one vector.
 
-    The vector is float64 up to 65,536 entries and the widest dtype of the tensors above (float32
-    at least), on the device of the largest tensor.
+    The vector is float64 up to 65,536 entries, and above where most entries are; otherwise float32.
+    It is on the device of the largest tensor.
     """
 
     point: Params
@@ -37,10 +37,10 @@ class Layout:
 
     @property
     def dtype(self) -> torch.dtype:
-        if not self.large:
-            return torch.float64
-        dtypes = {v.dtype for v in self.point.values() if v.numel() > _SMALL} or {torch.float64}
-        return torch.float64 if torch.float64 in dtypes else torch.float32
+        if self.device.type == "mps":  # has no float64
+            return torch.float32
+        double = sum(v.numel() for v in self.point.values() if v.dtype == torch.float64)
+        return torch.float64 if not self.large or 2 * double > self.size else torch.float32
 
     @property
     def device(self) -> torch.device:

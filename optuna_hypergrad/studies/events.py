@@ -59,6 +59,7 @@ class Outcome:
         stop: Why the trajectory is over, if it is.
         numbers: Numbers of the step rule's state, where the trajectory has tensors.
         definitions: Hyperparameters that are tensors, in the trial that opened the trajectory.
+        held: Numbers that a sampler around ours kept in place, and that therefore do not move.
     """
 
     kind: Literal["good", "bad", "void"]
@@ -68,6 +69,7 @@ class Outcome:
     stop: str | None = None
     numbers: dict[str, Any] | None = None
     definitions: dict[str, Any] = field(default_factory=dict)
+    held: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Outcome | None:

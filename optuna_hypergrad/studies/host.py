@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -76,6 +76,15 @@ def find_sampler(sampler: Any, kind: type[Any]) -> Any:
     return sampler if isinstance(sampler, kind) else None
 
 
+def held_by_wrappers(sampler: Any) -> dict[str, Any]:
+    """Values that a ``PartialFixedSampler`` around the sampler puts in place of its own."""
+    held: dict[str, Any] = {}
+    while sampler is not None and hasattr(sampler, "_base_sampler"):
+        held = {**getattr(sampler, "_fixed_params", {}), **held}
+        sampler = sampler._base_sampler
+    return held
+
+
 def write_attribute(study: Study, trial_id: int, key: str, payload: dict[str, Any]) -> None:
     """One trial system attribute; in numbered pieces, the head last, where it is too long."""
     text = json.dumps(payload, allow_nan=False)
@@ -132,8 +141,9 @@ class ViewStudy(Study):
     @classmethod
     def of(cls, study: Study, shown: Sequence[FrozenTrial]) -> ViewStudy:
         view = cls.__new__(cls)
-        for name in ("_storage", "_study_id", "_directions", "study_name", "pruner", "sampler"):
+        for name in ("_study_id", "_directions", "study_name", "pruner", "sampler"):
             setattr(view, name, getattr(study, name))
+        view._storage = cast(BaseStorage, _ViewStorage(study._storage, view))
         view._thread_local = type(study._thread_local)()
         view._stop_flag = False
         view._shown = list(shown)
@@ -155,6 +165,25 @@ class ViewStudy(Study):
 
     def stop(self) -> None:
         """A base sampler that has proposed everything it can does not end the trajectories."""
+
+
+class _ViewStorage:
+    """For samplers that ask the storage instead of the study."""
+
+    def __init__(self, storage: BaseStorage, view: ViewStudy) -> None:
+        self._storage = storage
+        self._view = view
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        return self._view._get_trials(deepcopy, states)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
 
 
 def representative(

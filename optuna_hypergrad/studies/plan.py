@@ -76,9 +76,9 @@ class Memory:
     store: TensorStore | None = None
     said: set[str] = field(default_factory=set)
 
-    def say_once(self, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
+    def say_once(self, subject: str, text: str) -> None:
+        if subject not in self.said:
+            self.said.add(subject)
             host.logger.warning(text)
 
 
@@ -142,15 +142,18 @@ class Planner:
         """A trajectory to continue, or else a setting for a new one."""
         if enqueued:
             return self._inherited(ledger, trial, taken), {}, None
+        others, everything = ledger.other_distributions(), ledger.trajectories.values()
+        held = host.held_by_wrappers(study.sampler)
+        taken = taken | {t.id for t in everything if not agrees(t.setting, held)}
         chosen = self.race.choose(ledger.trajectories, taken)
         if chosen is not None:
             return chosen, {}, None
-        others, everything = ledger.other_distributions(), ledger.trajectories.values()
         if not others:
             return self.race.best_of(everything, ledger.trajectories, taken, 1.0), {}, None
         for attempt in range(_PROPOSALS):
             proposer = self._proposer(ledger, study, trials, trial, set(others), attempt)
             setting = proposer.propose(others)
+            setting |= {n: v for n, v in held.items() if n in others}
             same = [t for t in everything if all(setting.get(n) == v for n, v in t.setting.items())]
             if not same:
                 return None, setting, proposer
@@ -284,3 +287,8 @@ class Planner:
 def live(claims: dict[int, Claim]) -> dict[int, Claim]:
     """Without those of processes that are known to be gone."""
     return {n: c for n, c in claims.items() if not is_dead(c.owner)}
+
+
+def agrees(setting: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two settings give the same value to every name that both have."""
+    return all(other[n] == v for n, v in setting.items() if n in other)

@@ -27,7 +27,7 @@ def representatives(
     for t in ledger.trajectories.values():
         if t.best is None:
             if trials[t.id].state == TrialState.PRUNED:
-                shown.append(_cut(trials[t.id], names))
+                shown.append(cut(trials[t.id], names))
             continue
         params = {n: v for n, v in {**t.setting, **t.first}.items() if n in names}
         shown.append(
@@ -42,14 +42,14 @@ def representatives(
             )
         )
     for number in ledger.foreign:
-        shown.append(_cut(trials[number], names))
+        shown.append(cut(trials[number], names))
     for number, claim in ledger.claims(trials, but=-1).items():
         if claim.parent is None and not is_dead(claim.owner):
-            shown.append(_cut(trials[number], names))
+            shown.append(cut(trials[number], names))
     return sorted(shown, key=lambda t: t.number)
 
 
-def _cut(trial: FrozenTrial, names: set[str]) -> FrozenTrial:
+def cut(trial: FrozenTrial, names: set[str]) -> FrozenTrial:
     params = {n: v for n, v in trial.params.items() if n in names}
     return host.representative(
         trial.number,
@@ -83,11 +83,12 @@ class Proposer:
         names: set[str],
     ) -> None:
         self.sampler = host.seeded_copy(base, entropy)
-        self.view = host.ViewStudy.of(
-            study, [t for t in representatives(ledger, trials, names) if t.number != trial.number]
-        )
-        self.trial = _cut(trial, set())
+        self.trial = cut(trial, names)
+        shown = [t for t in representatives(ledger, trials, names) if t.number != trial.number]
+        shown = sorted([*shown, self.trial], key=lambda t: t.number)
+        self.view = host.ViewStudy.of(study, shown)
         self.sampler.before_trial(self.view, self.trial)
+        self.trial.system_attrs = host.attributes_of(study, host.trial_id_of(trial))
 
     def propose(self, distributions: dict[str, BaseDistribution]) -> dict[str, Any]:
         """A value for each of ``distributions``: jointly where the sampler can, one by one elsewhere."""
@@ -97,12 +98,22 @@ class Proposer:
         values = {}
         for name, distribution in distributions.items():
             if name in joint and host.contains(distribution, joint[name]):
-                values[name] = joint[name]
+                values[name] = self._keep(name, distribution, joint[name])
             else:
                 values[name] = self.one(name, distribution)
         return values
 
     def one(self, name: str, distribution: BaseDistribution) -> Any:
         if distribution.single():
-            return host.single_value(distribution)
-        return self.sampler.sample_independent(self.view, self.trial, name, distribution)
+            return self._keep(name, distribution, host.single_value(distribution))
+        value = self.sampler.sample_independent(self.view, self.trial, name, distribution)
+        return self._keep(name, distribution, value)
+
+    def _keep(self, name: str, distribution: BaseDistribution, value: Any) -> Any:
+        self.trial.params = {**self.trial.params, name: value}
+        self.trial.distributions = {**self.trial.distributions, name: distribution}
+        return value
+
+    def finish(self, state: TrialState, values: Sequence[float] | None) -> None:
+        """Tell the sampler that the trial is over."""
+        self.sampler.after_trial(self.view, self.trial, state, values)

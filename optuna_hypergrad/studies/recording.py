@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from ..step_rules import AbstractStepRule, StepState
 from ..stores import TensorStore
 from . import host
 from .events import OUTCOME, Claim, Outcome, gradient_of
-from .plan import Memory, Plan
+from .plan import Memory, Plan, live
 from .points import Definition, PointSpace, domain_of, nested, place
 from .racing import Race
 from .trajectory import Cursor, Trajectory, advance
@@ -91,10 +92,10 @@ class Recorder:
             start = self._borrow(definition, init, donor, store)
         assert plan.claim is not None
         rivals = self._same_start(memory, plan, study, trial)
-        if rivals:
-            generator = torch.Generator().manual_seed(
-                int(np.random.SeedSequence([self.seed, rivals]).generate_state(1)[0])
-            )
+        if rivals is not None:
+            entropy = [self.seed, *rivals, zlib.crc32(definition.name.encode())]
+            seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(seed)
             for f, k in flat.items():
                 domain = definition.domains[k]
                 u = domain.to_internal(start[f])
@@ -102,22 +103,23 @@ class Recorder:
                 start = {**start, f: domain.to_external(u + _JITTER * noise.to(u))}
         return start
 
-    def _same_start(self, memory: Memory, plan: Plan, study: Study, trial: FrozenTrial) -> int:
-        """Number of trajectories that start where this one would, with no number to tell them apart."""
+    def _same_start(
+        self, memory: Memory, plan: Plan, study: Study, trial: FrozenTrial
+    ) -> tuple[int, int] | None:
+        """How many trajectories have started, and are now starting, where this one would, with no
+        number to tell them apart; ``None`` where it is the only one."""
         ledger, claim = memory.ledger, plan.claim
         assert claim is not None
-        if plan.distributions.keys() & ledger.owned:
-            return 0
+        if claim.source == "enqueued" or plan.distributions.keys() & ledger.owned:
+            return None
+        point = _point(claim.source)
         setting = {n: v for n, v in plan.values.items() if n not in ledger.owned}
-        same = sum(
-            1
-            for t in ledger.trajectories.values()
-            if t.source == claim.source and t.setting == setting
+        done = sum(
+            _point(t.source) == point and t.setting == setting for t in ledger.trajectories.values()
         )
-        trials = host.all_trials(study)
-        for number, other in ledger.claims(trials, trial.number).items():
-            same += number < trial.number and other.parent is None and other.source == claim.source
-        return same
+        claims = live(ledger.claims(host.all_trials(study), trial.number))
+        now = [n for n, c in claims.items() if c.parent is None and _point(c.source) == point]
+        return (done, sum(n < trial.number for n in now)) if done or now else None
 
     def _borrow(
         self, definition: Definition, init: Params, donor: FrozenTrial, store: TensorStore
@@ -189,8 +191,9 @@ class Recorder:
             space = trajectory.space
             if plan.cursor is None and space.tensors:
                 memory.say_once(
+                    "elsewhere",
                     f"Trial {number} was told to a study that did not run it, so the gradient of its "
-                    "tensors is lost and its step will be repeated. Tell it where it ran."
+                    "tensors is lost and its step will be repeated. Tell it where it ran.",
                 )
                 return Outcome("void")
             if plan.cursor is None:
@@ -205,13 +208,15 @@ class Recorder:
 
         slope = self._slope(memory, space, gradient, number)
         missing = [f for f in self._flat(space) if f not in plan.tensor_gradient]
-        if value is not None and (slope is None or missing):
+        empty = not (space.names or space.tensors)
+        if value is not None and (slope is None or missing or empty):
             has = space.names or space.tensors or ledger.owned & trial.params.keys()
             stop = f"No hypergradient was reported in trial {number}." if has else _NOTHING
             return Outcome("good", identity, parent, value, stop, None, opened)
         if value is None and trajectory is None:
             stop = "The evaluation at its start failed."
             return Outcome("bad", identity, parent, None, stop, None, opened)
+        held = sorted(host.held_by_wrappers(study.sampler).keys() & space.floats.keys())
         cursor = advance(
             self.rule,
             space,
@@ -224,6 +229,7 @@ class Recorder:
             {f: ledger.sign * plan.tensor_gradient[f] for f in self._flat(space)}
             if value is not None
             else {},
+            held,
         )
         self._remember(memory, cursor, claim.parent, bool(space.tensors))
         numbers = None
@@ -235,7 +241,7 @@ class Recorder:
                 host.study_id_of(study), host.trial_id_of(trial), STATE, "step_state", step, blob
             )
         kind: Any = "good" if value is not None else "bad"
-        return Outcome(kind, identity, parent, value, cursor.stop, numbers, opened)
+        return Outcome(kind, identity, parent, value, cursor.stop, numbers, opened, held)
 
     def _slope(
         self,
@@ -253,8 +259,9 @@ class Recorder:
         absent = [n for n in space.names if n not in given]
         if absent:
             memory.say_once(
+                "partial",
                 f"Trial {number} reported no hypergradient for {absent[:5]}, which had one when the "
-                "trajectory started; they stay where they are. Report all of them in every trial."
+                "trajectory started; they stay where they are. Report all of them in every trial.",
             )
         return space.array(given, missing=0.0)
 
@@ -309,6 +316,7 @@ class Recorder:
             if step.number <= done:
                 continue
             trial = trials[step.number]
+            outcome = Outcome.of(trial)
             slope = self._slope(memory, trajectory.space, gradient_of(trial), step.number)
             cursor = advance(
                 self.rule,
@@ -320,12 +328,18 @@ class Recorder:
                 step.value,
                 None if not step.good or slope is None else sign * slope,
                 {},
+                outcome.held if outcome is not None else (),
             )
         assert cursor is not None
         return cursor
 
 
 _NOTHING = "Nothing continuous is suggested under this setting."
+
+
+def _point(source: str) -> str:
+    """Where tensors start: at a trial's, or else at ``init=``."""
+    return source if source.isdigit() else "init"
 
 
 def _has_left(trajectory: Trajectory, trial: FrozenTrial) -> bool:

@@ -220,14 +220,15 @@ class HypergradientSampler(BaseSampler):
                     memory, plan, claim, study, trial, state, values, self.store_of
                 )
                 if plan.proposer is not None:
-                    plan.proposer.sampler.after_trial(plan.proposer.view, trial, state, values)
+                    plan.proposer.finish(state, values)
                 return
         self._base.after_trial(study, trial, state, values)
         if state == TrialState.COMPLETE and continuous_names(trial):
             memory.say_once(
+                "base",
                 f"No hypergradient was reported in trial {trial.number}, so the parameters are chosen by "
                 f"{type(self._base).__name__}. Decorate the objective with @differentiable, or call "
-                "report_hypergradient(trial, {...})."
+                "report_hypergradient(trial, {...}).",
             )
 
     # What DifferentiableTrial and report_hypergradient need.
@@ -324,7 +325,7 @@ class HypergradientSampler(BaseSampler):
                 self._recorder.resume(memory, plan, study, self.store_of)
             except LostTrajectoryError as error:
                 plan.trajectory.stop = str(error)
-                memory.say_once(f"Trajectory {plan.trajectory.id} cannot go on. {error}")
+                memory.say_once("lost", f"Trajectory {plan.trajectory.id} cannot go on. {error}")
             else:
                 return plan
 

@@ -210,6 +210,7 @@ def advance(
     value: float,
     gradient: np.ndarray | None,
     tensor_gradient: Params,
+    held: Sequence[str] = (),
 ) -> Cursor:
     """The step after trial ``number``, which was evaluated at ``floats`` and ``tensors``.
 
@@ -220,6 +221,7 @@ def advance(
         value: Loss (minimized); not finite for a failed evaluation.
         gradient: Of the loss by the numbers in the order of ``space.names``; ``None`` for a failure.
         tensor_gradient: Of the loss by the tensors.
+        held: Numbers that somebody else keeps in place.
     """
     lower, upper = space.lower, space.upper
     actual = space.pack(space.array(floats))
@@ -239,6 +241,8 @@ def advance(
     if gradient is None:
         slope: Params = {}
     else:
+        if held:
+            gradient = np.where(np.isin(space.names, list(held)), 0.0, gradient)
         slope = space.internal_gradient({**space.pack(gradient), **tensor_gradient}, external)
     proposal = rule.step(state, point, value, slope, lower, upper)
     return Cursor(number, proposal.point, proposal.state, proposal.stop)

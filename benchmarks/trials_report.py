@@ -1,0 +1,149 @@
+"""The table and the figure of ``trials_to_target.py``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tasks import TASKS
+from tasks_mixed import MIXED
+
+Results = list[dict[str, Any]]
+COUNTS = (10, 30, 60)
+COLORS = {
+    "HypergradientSampler": "#c1121f",
+    "trajectories + TPE": "#c1121f",
+    "trajectories + Random": "#f4a261",
+    "Random": "#9a9a9a",
+    "TPE": "#1d5fa8",
+    "CMA-ES": "#2a9d55",
+    "GP": "#7b4fa3",
+}
+
+
+def report(
+    done: Results, ours: str, samplers: list[str], mixed_samplers: list[str], seconds: float
+) -> str:
+    """Markdown."""
+    others = [s for s in samplers if s != ours]
+    lines = [
+        "# Trials to a target",
+        "",
+        "Made by `python benchmarks/trials_to_target.py`. Lower is better. Best value so far (noisy",
+        "tasks: the true value), sampler defaults, one seed. A number in brackets: the study had not",
+        f"done all its trials after {seconds:.0f} s. *Reached after*: our trials until the value is at",
+        "most the best that any of the others has at its end.",
+        "",
+        "| task | variables | kind | start | "
+        + " | ".join(f"ours, {c}" for c in COUNTS)
+        + " | "
+        + " | ".join(f"{s}, {_planned(done, s)}" for s in others)
+        + " | reached after |",
+        "|---|---|---|---|" + "---|" * (len(COUNTS) + len(others) + 1),
+    ]
+    for name in _names(done, "continuous"):
+        runs = {d["sampler"]: d for d in done if d["task"] == name}
+        task = TASKS[name]()
+        best = runs[ours]["best"]
+        cells = [f"**{best[min(c, len(best)) - 1]:.4g}**" for c in COUNTS]
+        for s in others:
+            run = runs.get(s)
+            early = (
+                "" if run is None or len(run["best"]) >= run["trials"] else f" ({len(run['best'])})"
+            )
+            cells.append("" if run is None else f"{run['best'][-1]:.4g}{early}")
+        target = min(runs[s]["best"][-1] for s in others if s in runs)
+        after = next((i + 1 for i, v in enumerate(best) if v <= target), None)
+        start = f"{task.truth(task.start):.4g}"
+        lines.append(
+            f"| {name} | {task.size} | {task.kind} | {start} | "
+            + " | ".join(cells)
+            + f" | {after if after else 'not'} |"
+        )
+    names = _names(done, "mixed")
+    if names:
+        counts = (25, 50, 100, 200)
+        lines += [
+            "",
+            "## Mixed: activation and width are discrete, a scale per feature and a penalty are not",
+            "",
+            "Medians (quartiles) of the best value over seeds, at equal trials.",
+            "",
+            "| task | sampler | seeds | " + " | ".join(str(c) for c in counts) + " |",
+            "|---|---|---|" + "---|" * len(counts),
+        ]
+        for name in names:
+            for s in mixed_samplers:
+                bests = [d["best"] for d in done if d["task"] == name and d["sampler"] == s]
+                cells = []
+                for c in counts:
+                    low, middle, high = np.percentile(
+                        [b[min(c, len(b)) - 1] for b in bests], (25, 50, 75)
+                    )
+                    cells.append(f"{middle:.4f} ({low:.4f}-{high:.4f})")
+                lines.append(f"| {name} | {s} | {len(bests)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _planned(done: Results, sampler: str) -> int:
+    return max((d["trials"] for d in done if d["sampler"] == sampler), default=0)
+
+
+def _names(done: Results, kind: str) -> list[str]:
+    order = [*TASKS, *MIXED]
+    return sorted({d["task"] for d in done if d["kind"] == kind}, key=order.index)
+
+
+def figure(done: Results, ours: str, path: Path) -> None:
+    """One panel per task: the gap to the lowest known value over trials."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    record = Path(__file__).parent / "results" / "known_best.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    names = _names(done, "continuous") + _names(done, "mixed")
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.6 * rows), squeeze=False)
+    handles: dict[str, Any] = {}
+    for axis, name in zip(axes.flat, names, strict=False):
+        some = [d for d in done if d["task"] == name]
+        lowest = min([known.get(name, math.inf), *(d["best"][-1] for d in some)])
+        for s in [s for s in COLORS if any(d["sampler"] == s for d in some)]:
+            bests = [d["best"] for d in some if d["sampler"] == s]
+            length = min(len(b) for b in bests)
+            middle = np.median([b[:length] for b in bests], 0)
+            if name in MIXED:
+                heights = middle
+            else:
+                heights = np.maximum((middle - lowest) / (middle[0] - lowest), 1e-4)
+            (line,) = axis.plot(
+                np.arange(1, length + 1),
+                heights,
+                color=COLORS[s],
+                linewidth=2.0 if s == ours or s.startswith("trajectories") else 1.3,
+            )
+            handles.setdefault(s, line)
+        axis.set_title(f"{name}" + (" (loss, median)" if name in MIXED else ""), fontsize=9)
+        axis.set_yscale("log")
+        axis.set_xscale("log")
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25, which="major")
+        if name not in MIXED:
+            axis.set_ylim(7e-5, 1.5)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.axis("off")
+    fig.supxlabel("trials", fontsize=9)
+    fig.supylabel("(best so far - lowest known) / (start - lowest known)", fontsize=9)
+    fig.legend(
+        handles.values(), handles.keys(), loc="upper center", ncol=len(handles), fontsize=9,
+        frameon=False, bbox_to_anchor=(0.5, 1.0),
+    )  # fmt: skip
+    fig.tight_layout(rect=(0.01, 0.0, 1.0, 1.0 - 0.35 / (2.6 * rows)))
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
