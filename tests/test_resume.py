@@ -65,7 +65,9 @@ def run(
     study = optuna.create_study(
         study_name="s",
         storage=storage,
-        sampler=HypergradientSampler(seed=3) if sampler is None else sampler,
+        sampler=HypergradientSampler(seed=3, start="best", slice_steps=1)
+        if sampler is None
+        else sampler,
         load_if_exists=True,
     )
     study.optimize(differentiable(OBJECTIVES[name]), n_trials=trials)

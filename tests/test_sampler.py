@@ -204,7 +204,7 @@ def test_scalars_alone_show_the_base_sampler_their_starts() -> None:
 
 
 def test_settings_race_and_the_bad_ones_wait() -> None:
-    study = optuna.create_study(sampler=HypergradientSampler(seed=1))
+    study = optuna.create_study(sampler=HypergradientSampler(seed=1, start="best", slice_steps=1))
     study.optimize(mixed, n_trials=60)
     steps = Counter(trajectories(study))
     settings = {i: (study.trials[i].params["kind"], study.trials[i].params["size"]) for i in steps}
@@ -528,7 +528,7 @@ def test_work_per_trial_does_not_grow_with_the_study(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(host, "read_attribute", counting)
     counts = []
-    study = optuna.create_study(sampler=HypergradientSampler(seed=0))
+    study = optuna.create_study(sampler=HypergradientSampler(seed=0, start="best", slice_steps=1))
     for _ in range(3):
         reads = 0
         study.optimize(mixed, n_trials=25)

@@ -134,12 +134,12 @@ def main(build: Build, extend: Callable[[argparse.ArgumentParser], None] | None 
     }
     if not options.float64:
         del value
-        for _ in range(2):
-            gradient()
-            hypergradient()
         if options.memory:
             found["megabytes"] = peak_megabytes(hypergradient)
         else:
+            for _ in range(2):
+                gradient()
+                hypergradient()
             found |= cost(gradient, hypergradient, options.repetitions)
     print(json.dumps(found))
 

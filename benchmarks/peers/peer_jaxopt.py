@@ -44,6 +44,8 @@ MODELS = {"softmax": softmax_regression, "mlp": mlp, "convnet": convnet}
 def build(
     task: measure.Task, solver: str, options: argparse.Namespace
 ) -> tuple[Callable[[], object], Callable[[], measure.Arrays]]:
+    available = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, available[: options.threads])  # JAX counts these, not OMP_NUM_THREADS
     if options.float64:
         jax.config.update("jax_enable_x64", True)
     model = MODELS[task.name]

@@ -192,10 +192,10 @@ class Planner:
             source = "enqueued"
         elif not ledger.started and not claims:
             source = "init"
-        elif best is not None and self.start == "best" and (fresh or not floats):
-            source = str(best.best.number)  # type: ignore[union-attr]
         elif fresh and self.start == "init":
             source = "init"
+        elif best is not None and (not floats or (fresh and self.start == "best")):
+            source = str(best.best.number)  # type: ignore[union-attr]
         if best is not None and source != "init":
             tensors_from = best.best.number  # type: ignore[union-attr]
         if proposer is None:

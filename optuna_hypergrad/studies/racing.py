@@ -23,7 +23,7 @@ class Race:
             to the step rule.
     """
 
-    slice_steps: int = 1
+    slice_steps: int = 3
     reduction: int = 3
     max_steps: int | None = None
     patience: int | None = None
