@@ -224,7 +224,7 @@ def main() -> None:
                 with options.raw.open("a") as file:
                     file.write(json.dumps(result) + "\n")
     done = [d for d in done if d["task"] in options.tasks]
-    text = report(done, OURS, list(SAMPLERS), list(MIXED_SAMPLERS), options.seconds)
+    text = report(done, OURS, list(SAMPLERS), list(MIXED_SAMPLERS))
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "trials_to_target.md").write_text(text)

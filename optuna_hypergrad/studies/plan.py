@@ -190,9 +190,7 @@ class Planner:
         fresh = bool(setting) and repr(sorted(setting.items())) not in known
         if enqueued:
             source = "enqueued"
-        elif not ledger.started and not claims:
-            source = "init"
-        elif fresh and self.start == "init":
+        elif (not ledger.started and not claims) or (fresh and self.start == "init"):
             source = "init"
         elif best is not None and (not floats or (fresh and self.start == "best")):
             source = str(best.best.number)  # type: ignore[union-attr]
