@@ -38,8 +38,8 @@ class Domain:
         """External length of one internal unit (``log=False`` only)."""
         if self.unit is not None:
             return self.unit
-        width = self.high - self.low
-        return width / 10.0 if math.isfinite(width) and width > 0 else 1.0
+        tenth = (self.high - self.low) / 10.0
+        return tenth if 0.0 < tenth < math.inf else 1.0
 
     def check(self, name: str) -> None:
         """Refuse bounds that cannot be used.
@@ -90,7 +90,11 @@ class Domain:
 
     def to_external(self, internal: Tensor) -> Tensor:
         """Internal coordinate -> external value inside the bounds, same shape and dtype."""
-        return self.clamp(internal.exp() if self.log else internal * self.scale)
+        if not self.log and self.scale < torch.finfo(internal.dtype).tiny:
+            external = (internal.double() * self.scale).to(internal.dtype)
+        else:
+            external = internal.exp() if self.log else internal * self.scale
+        return self.clamp(external)
 
     def internal_bounds(self) -> tuple[float, float]:
         """Bounds of the internal coordinate (float64)."""

@@ -32,6 +32,13 @@ def test_values_never_leave_the_bounds(low, high, internal, dtype) -> None:
     assert domain.contains(value)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_unit_below_the_dtype_does_not_make_nan(dtype) -> None:
+    domain = ohg.Domain(0.0, 1e-205)
+    value = domain.to_external(torch.tensor([-math.inf, 3.0, 65520.0, math.inf], dtype=dtype))
+    assert domain.contains(value)
+
+
 @given(
     st.floats(1e-7, 1e3), st.floats(1.0, 1e6), st.lists(st.floats(-50, 50), min_size=1, max_size=5)
 )
