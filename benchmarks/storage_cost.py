@@ -4,13 +4,20 @@
    with K = 10 Hessian-vector products (Neumann series on a kept double-backward graph), one Adam step
    on 1,000,000 float32 hyperparameters (a log-decay for each of 669,706 weights, a log-weight for each
    of 330,294 training samples). With it: storing the hyperparameters and Adam's two moments (12 MB) in
-   an SQLite file and removing what the default retention does not keep, either before the step goes
-   on ("waits") or on the store's thread while it runs ("overlaps").
-2. A study of 30 such trials beside the same study without tensors: opening it, ``best_trial``,
-   ``trials_dataframe()``, and what each page of optuna-dashboard asks for, alternating.
+   an SQLite file and removing what the default retention does not keep, either before the trial is
+   finished ("waits") or on the store's thread while the step runs ("overlaps"). Plain torch in the
+   step, so that it is not our own solvers' slowness that makes storing look cheap.
+2. The same task where the library stores by itself (``storage_paths.py``): ``minimize_bilevel`` with a
+   checkpoint at every outer step (it overlaps), and the trials of a ``@differentiable`` objective
+   under ``HypergradientSampler`` (it waits). A step is one outer step there and one trial here, inner
+   steps and hypergradient included; each is compared with the same that stores nothing. "Waited" is
+   what the caller was kept from going on by the store; "worked" is the CPU time of storing, on all
+   threads; both relative to the step that stores nothing.
+3. A study of 30 trials with 12 MB each beside the same study without tensors: opening it,
+   ``best_trial``, ``trials_dataframe()``, and what each page of optuna-dashboard asks for,
+   alternating (plots only where plotly is installed).
 
-Wall and CPU seconds (all threads of the process), medians. Plain torch in the step, so that it is not
-our own solvers' slowness that makes storing look cheap.
+Wall and CPU seconds (all threads of the process), medians.
 
     python benchmarks/storage_cost.py
 """
@@ -18,6 +25,7 @@ our own solvers' slowness that makes storing look cheap.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -35,15 +43,12 @@ from typing import Any
 
 import optuna
 import torch
+from storage_paths import BATCH, NUM_HYPERPARAMETERS, NUM_PRODUCTS, SIZES, paths
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear, relu
 
 from optuna_hypergrad.stores import Retention, TensorStore
 
-NUM_HYPERPARAMETERS = 1_000_000
-SIZES = (784, 512, 512, 10)
-BATCH = 512
-NUM_PRODUCTS = 10
 MODES = ("nothing stored", "waits", "overlaps")
 
 
@@ -134,19 +139,16 @@ def run_trial(
         future = None
         if mode == "overlaps":
             with clock.time(f"{mode}/store"):
-                future = store.save_all_soon(study_id, trial._trial_id, number, tensors)
+                future = store.save_all_soon(
+                    study_id, trial._trial_id, number, tensors, retain=True
+                )
         step.run()
         with clock.time(f"{mode}/store"):
             if mode == "waits":
-                store.save_all(study_id, trial._trial_id, number, step.tensors())
+                store.save_all(study_id, trial._trial_id, number, step.tensors(), retain=True)
             if future is not None:
                 future.result()
         study.tell(trial, 1.0 / (1 + number))
-        with clock.time(f"{mode}/store"):
-            if mode == "waits":
-                store.apply_retention(study_id)
-            elif mode == "overlaps":
-                store.apply_retention_soon(study_id)
 
 
 def storing(directory: Path, inner_steps: list[int], repeats: int) -> list[str]:
@@ -269,6 +271,8 @@ def usability(directory: Path, num_trials: int, repeats: int) -> list[str]:
         subprocess.run([sys.executable, "-c", code, url], check=True)
 
     plots = ("contour", "slice", "parallel_coordinate", "rank", "edf", "timeline")
+    if importlib.util.find_spec("plotly") is None:
+        plots = ()
     api = "/api/studies"
     tasks: dict[str, tuple[Callable[[str], None], int]] = {
         "open in a new process, best_trial": (process, max(3, repeats // 10)),
@@ -315,6 +319,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inner-steps", type=int, nargs="+", default=[20, 50, 100])
     parser.add_argument("--repeats", type=int, default=12, help="outer steps of each kind")
+    parser.add_argument("--path-inner-steps", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--path-repeats", type=int, default=8, help="of pairs, at 20 inner steps")
     parser.add_argument("--usability-repeats", type=int, default=30)
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -323,9 +329,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=results)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    load = os.getloadavg()[0]  # of all processes of the machine
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         cost = storing(Path(name), arguments.inner_steps, arguments.repeats)
+        real = paths(Path(name), arguments.path_inner_steps, arguments.path_repeats)
         use = usability(Path(name), arguments.trials, arguments.usability_repeats)
     command = shlex.join(["python", "benchmarks/storage_cost.py", *sys.argv[1:]])
     text = "\n".join(
@@ -333,12 +341,16 @@ def main() -> None:
             "# What storing a million hyperparameters costs",
             "",
             f"`{command}` with torch {torch.__version__} ({arguments.threads} threads of "
-            f"{os.cpu_count()} cores), optuna {optuna.__version__}. Medians of one run, kinds "
-            "alternating. What is compared: the docstring of the script.",
+            f"{os.cpu_count()} cores, load average {load:.1f} at the start), optuna "
+            f"{optuna.__version__}. Medians of one run, kinds alternating. What is compared: the docstring of the script.",
             "",
             f"## One outer step (MLP {'-'.join(map(str, SIZES))}, batch {BATCH}, K = {NUM_PRODUCTS})",
             "",
             *cost,
+            "",
+            "## Where the library stores by itself",
+            "",
+            *real,
             "",
             "## The study with its tensors, beside the same study without",
             "",

@@ -64,12 +64,16 @@ class Checkpoints:
     def save_values(self, step: int, values: Params) -> None:
         """Store the hyperparameters that the run ended with, where ``load_tensors`` finds them."""
         self._wait()
-        study_id = self.trial.study._study_id
-        self.store.save(study_id, self.trial._trial_id, self.name, "value", step, values)
         store = TensorStore(
             self.store.artifact_store, self.trial.study._storage, _OLD_CHECKPOINTS_GO
         )
-        store.apply_retention(study_id)
+        store.save_all(
+            self.trial.study._study_id,
+            self.trial._trial_id,
+            step,
+            {(self.name, "value"): values},
+            retain=True,
+        )
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None

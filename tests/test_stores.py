@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import math
 import os
@@ -17,7 +19,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import optuna
 import pytest
@@ -34,6 +36,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import Tensor
 
+import optuna_hypergrad as ohg
 from optuna_hypergrad import (
     CorruptTensorError,
     HyperparameterError,
@@ -41,7 +44,15 @@ from optuna_hypergrad import (
     StorageError,
     stores,
 )
-from optuna_hypergrad.stores import Pointer, Retention, TensorStore, _attributes, _identity
+from optuna_hypergrad.stores import (
+    Pointer,
+    Retention,
+    TensorStore,
+    _attributes,
+    _identity,
+    _optuna_tables,
+    _writing,
+)
 from optuna_hypergrad.stores import _encoding as encoding
 
 Params = dict[str, Tensor]
@@ -540,9 +551,212 @@ def test_no_transaction_of_ours_is_open_across_a_call_of_optunas(
         desk.finished(value)
     desk.retain(newest=1, best=0, every=0)
     desk.store.sweep()
-    assert len(seen) > 10
+    assert len(seen) > 5
     assert set(seen) == {0}
 
+
+# --- one save is one transaction --------------------------------------------------------------------
+
+
+class Statements:
+    """Watches a database; raises at the ``fail_at``-th statement that is executed."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        engine = storage._backend.engine  # type: ignore[attr-defined]
+        self.start()
+        sa.event.listen(engine, "before_cursor_execute", self._statement)
+        sa.event.listen(engine, "commit", self._commit)
+
+    def _statement(self, connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        self.seen += 1
+        self.dirty |= statement.startswith(("INSERT", "UPDATE", "DELETE"))
+        if self.seen == self.fail_at:
+            raise KeyboardInterrupt
+
+    def _commit(self, connection: sa.engine.Connection) -> None:
+        self.commits += self.dirty
+        self.dirty = False
+
+    def start(self, fail_at: int | None = None) -> None:
+        self.seen = self.commits = 0
+        self.dirty, self.fail_at = False, fail_at
+
+
+def two_roles(number: float, size: int = 300_000) -> dict[tuple[str, str], Params]:
+    state = {"m": torch.full((size,), number), "v": torch.full((size,), -number)}
+    return {
+        ("decay", "value"): {"decay": torch.full((size,), number)},
+        ("t", "step_state"): state,
+    }
+
+
+def test_a_save_that_fails_anywhere_leaves_all_of_the_last_one(desk: Desk) -> None:
+    trial, study_id = desk.running(), desk.study._study_id
+    desk.finished(0.0)
+    desk.finished(1.0)
+    desk.store.retention = Retention(newest=1, best=0, every=0)
+    old = desk.store.save_all(study_id, trial._trial_id, 1, two_roles(1.0))
+    before = sorted(a.artifact_id for a in desk.stored())
+    database = Statements(desk.storage)
+    for fail_at in itertools.count(1):
+        database.start(fail_at)
+        with contextlib.suppress(KeyboardInterrupt):
+            desk.store.save_all(study_id, trial._trial_id, 2, two_roles(2.0), retain=True)
+        database.start()
+        found = desk.store.pointers(desk.frozen(0))
+        if {p.step for p in found} == {2}:
+            break
+        assert found == sorted(old, key=lambda p: p.role)
+        assert sorted(a.artifact_id for a in desk.stored()) == before
+        assert desk.store.load(old[0])["decay"].unique().tolist() == [1.0]
+        assert desk.store.load(old[1])["v"].unique().tolist() == [-1.0]
+    assert fail_at > 15  # statements of a save
+    assert desk.store.load(found[0])["v"].unique().tolist() == [-2.0]
+    assert desk.store.load(found[1])["decay"].unique().tolist() == [2.0]
+    assert desk.survivors() == [0, 2]  # what retention does not keep is gone too
+    assert len(desk.stored()) == 3
+
+
+def test_a_save_is_one_transaction(desk: Desk) -> None:
+    database = Statements(desk.storage)
+    for value in (3.0, 2.0, 1.0, 4.0, 5.0):
+        trial = desk.running()
+        commits = []
+        for step in range(2):  # the second one replaces the first
+            database.start()
+            desk.store.save_all(
+                desk.study._study_id, trial._trial_id, step, two_roles(value, 10), retain=True
+            )
+            commits.append(database.commits)
+        desk.study.tell(trial, value)
+        if trial.number:  # the first one makes the tables and names the study
+            assert commits == [1, 1]
+
+
+@every_storage
+@pytest.mark.parametrize("soon", [False, True])
+def test_saving_can_retain(desk: Desk, soon: bool) -> None:
+    other = Desk(desk.storage)
+    for each in (desk, other):
+        each.store.retention = Retention(newest=1, best=1, every=4)
+    for value in (3.0, 1.0, 2.0, 4.0, 5.0, 6.0):
+        trial, second = desk.running(), other.running()
+        claims = (desk.study._study_id, trial._trial_id, 0, two_roles(value, 3))
+        if soon:
+            desk.store.save_all_soon(*claims, retain=True, trajectory=lambda t: 0).result(60)
+        else:
+            desk.store.save_all(*claims, retain=True, trajectory=lambda t: 0)
+        claims = (other.study._study_id, second._trial_id, 0, two_roles(value, 3))
+        other.store.save_all(*claims)
+        other.store.apply_retention(other.study._study_id, lambda t: 0)
+        assert desk.survivors() == other.survivors()
+        assert desk.survivors("step_state") == other.survivors("step_state")
+        desk.study.tell(trial, value), other.study.tell(second, value)
+    assert desk.survivors() == [0, 1, 4, 5]
+    assert desk.survivors("step_state") == [4, 5]
+
+
+def test_a_storage_of_another_class_is_written_by_its_methods(tmp_path: Path) -> None:
+    class Own(RDBStorage):
+        written: ClassVar[list[str]] = []
+
+        def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+            self.written.append(key)
+            super().set_trial_system_attr(trial_id, key, value)
+
+    storage = Own(f"sqlite:///{tmp_path}/own.db")
+    desk = Desk(storage)
+    trial = desk.running()
+    for step in range(2):
+        pointers = desk.store.save_all(
+            desk.study._study_id, trial._trial_id, step, two_roles(step, 5), retain=True
+        )
+    assert [k for k in storage.written if "tensor" in k] == 2 * [p.key for p in pointers]
+    assert len(desk.stored()) == 2
+    assert desk.store.load(pointers[1])["m"].tolist() == [1.0] * 5
+    storage.engine.dispose()
+
+
+def test_the_tables_of_optuna_are_where_we_write(desk: Desk) -> None:
+    pointer = desk.save(desk.running())
+    rdb = _optuna_tables.plain_rdb(desk.storage)
+    assert rdb is not None
+    fresh = RDBStorage(str(rdb.engine.url), skip_compatibility_check=True)
+    [trial] = fresh.get_all_trials(desk.study._study_id)
+    assert trial.system_attrs == {pointer.key: pointer.to_json()}
+    fresh.set_trial_system_attr(trial._trial_id, pointer.key, "by Optuna")
+    again = desk.save(trial)  # type: ignore[arg-type]
+    assert fresh.get_trial(trial._trial_id).system_attrs == {again.key: again.to_json()}
+    fresh.engine.dispose()
+
+
+def test_what_only_finished_meanwhile_is_not_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = desk.running()
+    old = desk.save(trial)
+    read = _writing.read_running_trial
+
+    def finish_after(*args: Any) -> Any:
+        found = read(*args)
+        desk.study.tell(trial, 1.0)
+        return found
+
+    monkeypatch.setattr(_writing, "read_running_trial", finish_after)
+    with pytest.raises(StorageError, match="Trial 0 has finished, so 'decay'"):
+        desk.save(trial)
+    assert [a.artifact_id for a in desk.stored()] == [old.blob]
+    assert desk.store.load(old)
+
+
+def test_one_wrong_byte_in_any_chunk_is_found(desk: Desk) -> None:
+    rng = random.Random(0)
+    pointer = desk.save(desk.running(), {"x": torch.randn(900_000)})  # 3.6 MB
+    engine = desk.storage._backend.engine  # type: ignore[attr-defined]
+    chunks = sa.table("hypergrad_chunks", sa.column("chunk"), sa.column("data", sa.LargeBinary))
+
+    def put(chunk: int, data: bytes) -> None:
+        with engine.begin() as connection:
+            connection.execute(chunks.update().where(chunks.c.chunk == chunk).values(data=data))
+
+    with engine.connect() as connection:
+        rows = connection.execute(sa.select(chunks.c.chunk, chunks.c.data)).all()
+    assert len(rows) == 4
+    for chunk, data in rows:
+        for place in (0, len(data) - 1, rng.randrange(len(data))):
+            wrong = bytearray(data)
+            wrong[place] ^= 1 << rng.randrange(8)
+            put(chunk, bytes(wrong))
+            with pytest.raises(CorruptTensorError, match="SHA-256"):
+                desk.store.load(pointer)
+        put(chunk, data)
+    desk.store.load(pointer)
+
+
+def test_a_trial_of_the_sampler_is_one_save(
+    storage: BaseStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[list[tuple[str, str]]] = []
+    save_all = TensorStore.save_all
+
+    def watched(self: TensorStore, *args: Any, **kwargs: Any) -> list[Pointer]:
+        saved.append(sorted(args[3]))
+        return save_all(self, *args, **kwargs)
+
+    monkeypatch.setattr(TensorStore, "save_all", watched)
+
+    @ohg.differentiable
+    def objective(trial: ohg.DifferentiableTrial) -> Tensor:
+        x = trial.suggest_tensor("x", (3,), -1.0, 1.0, init=0.5)
+        return (x**2).sum()
+
+    study = optuna.create_study(storage=storage, sampler=ohg.HypergradientSampler(seed=0))
+    study.optimize(objective, n_trials=4)
+    assert saved == [[("trajectory", "step_state"), ("x", "value")]] * 4
+    assert ohg.load_tensors(study)["x"].shape == (3,)
+
+
+# --- killed --------------------------------------------------------------------------------------
 
 KILLED = """
 import os, random, signal, sys, time
@@ -1230,3 +1444,21 @@ def test_waiting_for_other_writers_has_an_end() -> None:
     assert _attributes.BUSY_TIMEOUT == 60.0
     with pytest.raises(ZeroDivisionError):
         _attributes.retry_while_busy(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(("code", "name"), [(1213, ""), ("", "sqlstate"), ("", "pgcode")])
+def test_the_loser_of_a_deadlock_tries_again(code: Any, name: str) -> None:
+    cause = Exception(code, "deadlock")
+    if name:
+        setattr(cause, name, "40P01")
+    errors: list[Exception] = [sa.exc.OperationalError("INSERT", {}, cause)]
+
+    def action() -> int:
+        if errors:
+            raise errors.pop()
+        return 3
+
+    assert _attributes.retry_while_busy(action) == 3
+    errors = [KeyError(1213)]
+    with pytest.raises(KeyError):
+        _attributes.retry_while_busy(action)

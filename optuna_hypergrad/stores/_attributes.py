@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from optuna.storages import BaseStorage
+from sqlalchemy.exc import DBAPIError
 
 from .._errors import StorageError
 
@@ -65,9 +66,10 @@ def set_study_attribute(storage: BaseStorage, study_id: int, key: str, value: An
 
 
 def retry_while_busy(action: Callable[[], T], timeout: float = BUSY_TIMEOUT) -> T:
-    """Do ``action``, again and again for ``timeout`` seconds while SQLite says it is locked.
+    """Do ``action``, again and again for ``timeout`` seconds while the database is busy.
 
-    ``action`` must be idempotent. Every other error passes through.
+    That is: while SQLite says that it is locked, or a server that it has ended a deadlock. ``action``
+    must be idempotent. Every other error passes through.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -83,5 +85,13 @@ def _is_busy(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
             return True
+        if isinstance(error, DBAPIError) and error.orig is not None and _is_deadlock(error.orig):
+            return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _is_deadlock(error: BaseException) -> bool:
+    """Whether MySQL (by number) or PostgreSQL (by SQLSTATE) has rolled back one of two transactions."""
+    codes = [*error.args[:1], *(getattr(error, a, None) for a in ("errno", "sqlstate", "pgcode"))]
+    return any(code in (1213, "40P01") for code in codes)

@@ -11,7 +11,9 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from .._errors import CorruptTensorError
+from ._identity import ATTRIBUTE_PREFIX as UUID_PREFIX
 from ._identity import uuids_in
+from ._optuna_tables import plain_rdb, study_attribute_keys
 from ._pointer import ATTRIBUTE_PREFIX, BLOB_PREFIX, Pointer, study_of_blob
 from ._retention import Retention, Trajectory
 from .artifact_store import AbstractArtifactStore, StoredArtifact
@@ -136,5 +138,9 @@ def _blob_of(value: Any) -> str | None:
 
 
 def _uuids(storage: BaseStorage, excluding: int | None = None) -> set[str]:
+    """What the studies of ``storage``, but one, claim to be."""
+    if (rdb := plain_rdb(storage)) is not None:
+        keys = study_attribute_keys(rdb, UUID_PREFIX)
+        return set(uuids_in({key: None for study_id, key in keys if study_id != excluding}))
     studies = storage.get_all_studies()
     return {u for s in studies if s._study_id != excluding for u in uuids_in(s.user_attrs)}

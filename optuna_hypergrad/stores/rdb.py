@@ -10,8 +10,7 @@ import io
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO, ClassVar
 
@@ -24,12 +23,13 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from .._errors import CorruptTensorError, StorageError
 from ._attributes import BUSY_TIMEOUT, retry_while_busy
+from ._database import transaction, unwrap_rdb
+from ._optuna_tables import write_attributes
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
-_REMOVED_AT_ONCE = 100
 
 
 def _for_mysql(base: Any, variant: Any) -> Any:
@@ -160,6 +160,34 @@ class RDBArtifactStore(AbstractArtifactStore):
         """One transaction for all of ``bodies``."""
         self._write({artifact_id: partial(_slices, data) for artifact_id, data in bodies.items()})
 
+    def write_with_attributes(
+        self,
+        bodies: Mapping[str, bytes],
+        trial_id: int,
+        attributes: Callable[[], Mapping[str, Any]],
+        unneeded: Sequence[str],
+    ) -> None:
+        """Store ``bodies``, set system attributes of a running trial, remove ``unneeded``.
+
+        One transaction: all of it or nothing. ``attributes`` is called when the bodies have been
+        handed over. The pages of ``unneeded`` are free for the next write, not for this one, which
+        would have to keep their contents until it is over.
+
+        Raises:
+            UpdateFinishedTrialError: if the trial is not running.
+        """
+        slices = {artifact_id: partial(_slices, data) for artifact_id, data in bodies.items()}
+
+        def afterwards(connection: Connection) -> None:
+            write_attributes(connection, trial_id, attributes())
+            _delete(connection, unneeded)
+
+        self._write(slices, then=afterwards)
+
+    def is_in(self, rdb: RDBStorage) -> bool:
+        """Whether the artifacts are in the database of ``rdb``."""
+        return self._engine is rdb.engine
+
     def remove(self, artifact_id: str) -> None:
         self._require(artifact_id)
         self.remove_many([artifact_id])
@@ -169,8 +197,7 @@ class RDBArtifactStore(AbstractArtifactStore):
         wanted = list(artifact_ids)
         if not wanted or not self._has_tables():
             return
-        for first in range(0, len(wanted), _REMOVED_AT_ONCE):
-            some = wanted[first : first + _REMOVED_AT_ONCE]
+        for some in _hundreds(wanted):
             retry_while_busy(lambda some=some: self._remove(some))  # type: ignore[misc]
 
     def stored(self, prefix: str = "") -> Iterator[StoredArtifact]:
@@ -194,18 +221,22 @@ class RDBArtifactStore(AbstractArtifactStore):
         return self._storage.engine
 
     def _write(
-        self, bodies: Mapping[str, Callable[[], Iterator[Any]]], timeout: float = BUSY_TIMEOUT
+        self,
+        bodies: Mapping[str, Callable[[], Iterator[Any]]],
+        timeout: float = BUSY_TIMEOUT,
+        then: Callable[[Connection], None] = lambda connection: None,
     ) -> None:
         self._prepare()
 
         def attempt() -> None:
-            with self._engine.begin() as connection:
+            with transaction(self._engine) as connection:
                 # A write first: SQLite then waits for its turn here, and never in mid-transaction.
                 for artifact_id in bodies:
                     row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
                     connection.execute(_blobs.insert(), row)
                 for artifact_id, chunks in bodies.items():
                     _insert_chunks(connection, artifact_id, chunks())
+                then(connection)
 
         try:
             retry_while_busy(attempt, timeout)
@@ -214,9 +245,8 @@ class RDBArtifactStore(AbstractArtifactStore):
             retry_while_busy(attempt, timeout)
 
     def _remove(self, artifact_ids: list[str]) -> None:
-        with self._engine.connect() as connection, _without_wiping(connection), connection.begin():
-            for table in (_chunks, _blobs):
-                connection.execute(table.delete().where(table.c.artifact_id.in_(artifact_ids)))
+        with transaction(self._engine) as connection:
+            _delete(connection, artifact_ids)
 
     def _require(self, artifact_id: str) -> None:
         if self._has_tables():
@@ -305,6 +335,16 @@ def _insert_chunks(connection: Connection, artifact_id: str, chunks: Iterator[An
     )
 
 
+def _delete(connection: Connection, artifact_ids: Sequence[str]) -> None:
+    for some in _hundreds(artifact_ids):
+        for table in (_chunks, _blobs):
+            connection.execute(table.delete().where(table.c.artifact_id.in_(some)))
+
+
+def _hundreds(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (values[i : i + 100] for i in range(0, len(values), 100))
+
+
 def _slices(data: bytes) -> Iterator[memoryview]:
     view = memoryview(data)
     return (view[i : i + CHUNK_BYTES] for i in range(0, len(view), CHUNK_BYTES))
@@ -341,29 +381,3 @@ class _ChunkReader(io.RawIOBase):
         self._start += len(self._data)
         self._chunk += 1
         self._data = self._store._read_chunk(self._artifact_id, self._chunk)
-
-
-def unwrap_rdb(storage: object) -> RDBStorage | None:
-    """The ``RDBStorage`` that ``storage`` is or wraps as ``_backend``, if any."""
-    while isinstance(storage, BaseStorage):
-        if isinstance(storage, RDBStorage):
-            return storage
-        storage = getattr(storage, "_backend", None)
-    return None
-
-
-@contextmanager
-def _without_wiping(connection: Connection) -> Iterator[None]:
-    """Do not fill deleted pages with zeros: Debian's SQLite does, for a third of the cost."""
-    if connection.dialect.name != "sqlite":
-        yield
-        return
-    settings = {0: "OFF", 1: "ON", 2: "FAST"}
-    with connection.begin():
-        before = int(connection.exec_driver_sql("PRAGMA secure_delete").scalar() or 0)
-        connection.exec_driver_sql("PRAGMA secure_delete=FAST")
-    try:
-        yield
-    finally:
-        with connection.begin():
-            connection.exec_driver_sql(f"PRAGMA secure_delete={settings[before]}")

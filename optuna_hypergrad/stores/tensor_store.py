@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,41 +10,38 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from sqlalchemy.pool import NullPool, QueuePool
 
-from .._errors import CorruptTensorError, HyperparameterError, MissingTensorError, StorageError
+from .._errors import CorruptTensorError, MissingTensorError, StorageError
 from .._typing import Params
-from ._attributes import check_attribute, retry_while_busy, set_trial_attribute
-from ._encoding import DecodeError, TensorSpec, check_text, decode, encode, specs_of
+from ._attributes import retry_while_busy
+from ._database import unwrap_rdb
+from ._encoding import DecodeError, decode, specs_of
 from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
-from ._identity import study_uuid
-from ._pointer import ATTRIBUTE_PREFIX, ROLE, Pointer, attribute_key, claimable, new_blob
+from ._pointer import ATTRIBUTE_PREFIX, Pointer, attribute_key
 from ._retention import Retention, Trajectory
+from ._writing import Encoded, Writer, encode_all
 from .artifact_store import AbstractArtifactStore, default_artifact_store
 from .file_system import AtomicFileSystemArtifactStore
-from .rdb import unwrap_rdb
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-_Encoded = dict[tuple[str, str], tuple[bytes, tuple[TensorSpec, ...]]]
-
 T = TypeVar("T")
 
 _READ_BYTES = 1 << 20
-_INT64 = 2**63
 
 
 class TensorStore:
     """Dicts of tensors by study, trial, name, role and step, in an artifact store.
 
     A blob is written first, and then a pointer to it: a system attribute of the trial, one per
-    name and role. A crash in between leaves a blob that nothing refers to, for :meth:`sweep`. A
-    pointer is replaced in one piece, and its old blob is removed only after that.
+    name and role. In the study's own database all of a save is one transaction; elsewhere a crash in
+    between leaves a blob that nothing refers to, for :meth:`sweep`. A pointer is replaced in one
+    piece, and its old blob is not removed before that.
 
     Args:
         artifact_store: anything with Optuna's three-method ``ArtifactStore`` protocol.
@@ -121,13 +117,34 @@ class TensorStore:
         return self.save_all(study_id, trial_id, step, {(name, role): tensors})[0]
 
     def save_all(
-        self, study_id: int, trial_id: int, step: int, tensors: Mapping[tuple[str, str], Params]
+        self,
+        study_id: int,
+        trial_id: int,
+        step: int,
+        tensors: Mapping[tuple[str, str], Params],
+        *,
+        retain: bool = False,
+        trajectory: Trajectory | None = None,
     ) -> list[Pointer]:
-        """:meth:`save` for several ``{(name, role): tensors}``; one sync to disk for all blobs."""
-        return self._write(study_id, trial_id, step, _encode_all(step, tensors))
+        """:meth:`save` for several ``{(name, role): tensors}``: in the study's own database, all or
+        nothing.
+
+        Args:
+            retain: with it, also do what ``apply_retention(study_id, trajectory)`` does: in the
+                study's own database for the price of no further transaction.
+        """
+        blobs = encode_all(step, tensors)
+        return self._write(study_id, trial_id, step, blobs, retain, trajectory)
 
     def save_all_soon(
-        self, study_id: int, trial_id: int, step: int, tensors: Mapping[tuple[str, str], Params]
+        self,
+        study_id: int,
+        trial_id: int,
+        step: int,
+        tensors: Mapping[tuple[str, str], Params],
+        *,
+        retain: bool = False,
+        trajectory: Trajectory | None = None,
     ) -> Future[list[Pointer]]:
         """:meth:`save_all` on a thread of this store's own, while the caller computes on.
 
@@ -135,8 +152,8 @@ class TensorStore:
         else is told by ``result()``, which must be called before the trial finishes. Where the
         storage is bound to one thread (SQLite in memory) this is done when it returns.
         """
-        blobs = _encode_all(step, tensors)
-        return self._soon(self._write, study_id, trial_id, step, blobs)
+        blobs = encode_all(step, tensors)
+        return self._soon(self._write, study_id, trial_id, step, blobs, retain, trajectory)
 
     def load(self, pointer: Pointer, device: str | torch.device = "cpu") -> Params:
         """The tensors that were saved, bit for bit and in order, on ``device``.
@@ -190,7 +207,7 @@ class TensorStore:
         The pointers stay, because a finished trial cannot be changed; loading one then raises
         :class:`MissingTensorError`.
         """
-        self._remove([p.blob for p in pointers])
+        self._writer.remove([p.blob for p in pointers])
 
     def apply_retention(
         self, study_id: int, trajectory: Trajectory | None = None
@@ -207,11 +224,10 @@ class TensorStore:
         Returns:
             Pointers to what was removed now.
         """
-        gone = self._gone_blobs(study_id)
-        expired = find_expired(self._storage, study_id, self.retention, trajectory, gone)
+        expired = self._expired(study_id, trajectory)
         if expired:
-            self._remove([p.blob for p in expired])
-            gone.update(p.blob for p in expired)
+            self._writer.remove([p.blob for p in expired])
+            self._gone_blobs(study_id).update(p.blob for p in expired)
         return expired
 
     def apply_retention_soon(
@@ -239,37 +255,29 @@ class TensorStore:
         report = find_orphans(self._storage, store, min_age, self._exclusive)
         if dry_run:
             return report
-        self._remove([orphan.artifact_id for orphan in report.orphans])
+        self._writer.remove([orphan.artifact_id for orphan in report.orphans])
         return replace(report, removed=True)
 
-    def _write(self, study_id: int, trial_id: int, step: int, blobs: _Encoded) -> list[Pointer]:
-        study = study_uuid(self._storage, study_id)
-        number = self._storage.get_trial_number_from_id(trial_id)
-        bodies: dict[Pointer, bytes] = {}
-        for (name, role), (data, specs) in blobs.items():
-            blob = new_blob(study)
-            claims = Pointer(study, number, name, role, step, blob, len(data), claimable(specs))
-            pointer = replace(claims, sha256=claims.digest(data))
-            check_attribute(pointer.key, pointer.to_json())
-            bodies[pointer] = data
-        previous = self._system_attrs(trial_id)
-        self._put({pointer.blob: data for pointer, data in bodies.items()})
-        replaced: list[str] = []
-        try:
-            for pointer in bodies:
-                set_trial_attribute(self._storage, trial_id, pointer.key, pointer.to_json())
-                replaced += _replaced_blob(previous.get(pointer.key), pointer)
-        except UpdateFinishedTrialError as error:
-            # Surely not written. After any other error it may be, and the sweep decides.
-            written = list(bodies)[list(bodies).index(pointer) :]
-            self._remove([p.blob for p in written])
-            raise StorageError(
-                f"Trial {number} has finished, so {pointer.name!r} (role {pointer.role!r}) cannot "
-                "be stored in it any more. Save tensors while the trial is running."
-            ) from error
-        finally:
-            self._remove(replaced)
-        return list(bodies)
+    @property
+    def _writer(self) -> Writer:
+        return Writer(self._storage, self.artifact_store)
+
+    def _write(
+        self,
+        study_id: int,
+        trial_id: int,
+        step: int,
+        blobs: Encoded,
+        retain: bool,
+        trajectory: Trajectory | None,
+    ) -> list[Pointer]:
+        expired: list[str] = []
+        if retain:
+            expired = [p.blob for p in self._expired(study_id, trajectory)]
+        pointers = self._writer.write(study_id, trial_id, step, blobs, expired)
+        if retain:
+            self._gone_blobs(study_id).update(expired)
+        return pointers
 
     def _soon(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         if not _is_for_threads(self._storage):
@@ -289,13 +297,6 @@ class TensorStore:
         if self._thread is None or self._thread[0] != os.getpid():  # threads do not survive a fork
             self._thread = os.getpid(), ThreadPoolExecutor(1, "hypergrad-tensors")
         return self._thread[1].submit(on_thread)
-
-    def _put(self, bodies: Mapping[str, bytes]) -> None:
-        if isinstance(self.artifact_store, AbstractArtifactStore):
-            self.artifact_store.write_many(bodies)
-            return
-        for blob, data in bodies.items():
-            self.artifact_store.write(blob, io.BytesIO(data))
 
     def _read(self, pointer: Pointer) -> bytes:
         parts: list[bytes] = []
@@ -326,20 +327,9 @@ class TensorStore:
             "it, or it was written with another tensor_store=."
         )
 
-    def _system_attrs(self, trial_id: int) -> dict[str, Any]:
-        # Through _CachedStorage this would read the whole trial, parameter by parameter.
-        storage = unwrap_rdb(self._storage) or self._storage
-        return retry_while_busy(lambda: storage.get_trial_system_attrs(trial_id))
-
-    def _remove(self, blobs: list[str]) -> None:
-        if isinstance(self.artifact_store, AbstractArtifactStore):
-            self.artifact_store.remove_many(blobs)
-            return
-        for blob in blobs:
-            try:
-                self.artifact_store.remove(blob)
-            except ArtifactNotFound:
-                continue
+    def _expired(self, study_id: int, trajectory: Trajectory | None) -> tuple[Pointer, ...]:
+        gone = self._gone_blobs(study_id)
+        return find_expired(self._storage, study_id, self.retention, trajectory, gone)
 
     def _gone_blobs(self, study_id: int) -> set[str]:
         """Blobs of this study that need no second look: those that the listing, if any, lacks."""
@@ -354,37 +344,6 @@ class TensorStore:
 _REMEDY = "Use an earlier trial, or a backup of the storage."
 
 
-def _encode_all(step: int, tensors: Mapping[tuple[str, str], Params]) -> _Encoded:
-    for name, role in tensors:
-        _check_claims(name, role, step)
-    return {claim: encode(entry) for claim, entry in tensors.items()}
-
-
-def _replaced_blob(previous: Any, pointer: Pointer) -> list[str]:
-    """The blob that only ``previous``, the pointer now replaced by ``pointer``, can refer to."""
-    if previous is None:
-        return []
-    try:
-        old = Pointer.from_json(previous, pointer.key, pointer.trial)
-    except CorruptTensorError:
-        return []  # names no blob that could be trusted
-    # A retried trial inherits the pointers of the failed one, which still refers to the blob.
-    return [old.blob] if (old.study, old.trial) == (pointer.study, pointer.trial) else []
-
-
 def _is_for_threads(storage: BaseStorage) -> bool:
     rdb = unwrap_rdb(storage)
     return rdb is None or isinstance(rdb.engine.pool, (QueuePool, NullPool))
-
-
-def _check_claims(name: str, role: str, step: int) -> None:
-    check_text(name, "name under which tensors are stored")
-    if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise HyperparameterError(
-            f"The role of {name!r} must look like 'step_state' (at most 32 letters, digits and "
-            f"underscores), not {role!r}."
-        )
-    if type(step) is not int or not -_INT64 <= step < _INT64:
-        raise HyperparameterError(
-            f"The step of {name!r} must be an integer of at most 64 bits, not {step!r}."
-        )

@@ -154,14 +154,6 @@ class Recorder:
         outcome = self._outcome(memory, plan, claim, study, trial, state, values, store_of)
         trial_id = host.trial_id_of(trial)
         host.write_attribute(study, trial_id, OUTCOME, outcome.to_json())
-        if plan.definitions_of_tensors() and outcome.kind != "void":
-            ledger, race = memory.ledger, self.race
-
-            def open_trajectory(other: FrozenTrial) -> int | None:
-                found = ledger.of_trial(other.number)
-                return None if found is None or race.is_over(found) else found.id
-
-            store_of(study).apply_retention(host.study_id_of(study), open_trajectory)
 
     def _outcome(
         self,
@@ -203,15 +195,14 @@ class Recorder:
         parent = None if trajectory is None else claim.parent
         opened = {k: d.to_json() for k, d in tensors.items()} if trajectory is None else {}
         step = 0 if trajectory is None else len(trajectory.steps)
-        if value is not None and space.tensors:
-            self._save_values(plan, space, study, trial, step, store_of(study))
-
+        stored = {} if value is None else self._values(plan, space)
         slope = self._slope(memory, space, gradient, number)
         missing = [f for f in self._flat(space) if f not in plan.tensor_gradient]
         empty = not (space.names or space.tensors)
         if value is not None and (slope is None or missing or empty):
             has = space.names or space.tensors or ledger.owned & trial.params.keys()
             stop = f"No hypergradient was reported in trial {number}." if has else _NOTHING
+            self._save(memory, study, trial, step, stored, store_of)
             return Outcome("good", identity, parent, value, stop, None, opened)
         if value is None and trajectory is None:
             stop = "The evaluation at its start failed."
@@ -237,9 +228,8 @@ class Recorder:
             numbers = dict(cursor.state.numbers)
             blob = {f"state/{k}": v for k, v in cursor.state.tensors.items()}
             blob |= {f"point/{k}": v for k, v in cursor.point.items()}
-            store_of(study).save(
-                host.study_id_of(study), host.trial_id_of(trial), STATE, "step_state", step, blob
-            )
+            stored[STATE, "step_state"] = blob
+            self._save(memory, study, trial, step, stored, store_of)
         kind: Any = "good" if value is not None else "bad"
         return Outcome(kind, identity, parent, value, cursor.stop, numbers, opened, held)
 
@@ -268,22 +258,41 @@ class Recorder:
     def _flat(self, space: PointSpace) -> list[str]:
         return [d.flat(k) for d in space.tensors.values() for k in d.domains]
 
-    def _save_values(
+    def _values(self, plan: Plan, space: PointSpace) -> dict[tuple[str, str], Params]:
+        """The tensors at which the trial was evaluated, as they are stored."""
+        found: dict[tuple[str, str], Params] = {}
+        for name, definition in space.tensors.items():
+            if all(definition.flat(k) in plan.started for k in definition.domains):
+                value = nested(definition, plan.started)
+                found[name, "value"] = value if isinstance(value, dict) else {"": value}
+        return found
+
+    def _save(
         self,
-        plan: Plan,
-        space: PointSpace,
+        memory: Memory,
         study: Study,
         trial: FrozenTrial,
         step: int,
-        store: TensorStore,
+        stored: dict[tuple[str, str], Params],
+        store_of: StoreOf,
     ) -> None:
-        for name, definition in space.tensors.items():
-            if any(definition.flat(k) not in plan.started for k in definition.domains):
-                continue
-            value = nested(definition, plan.started)
-            tree = value if isinstance(value, dict) else {"": value}
-            study_id, trial_id = host.study_id_of(study), host.trial_id_of(trial)
-            store.save(study_id, trial_id, name, "value", step, tree)
+        """Store tensors of a running trial, all at once, and remove what retention does not keep."""
+        if not stored:
+            return
+        ledger, race = memory.ledger, self.race
+
+        def open_trajectory(other: FrozenTrial) -> int | None:
+            found = ledger.of_trial(other.number)
+            return None if found is None or race.is_over(found) else found.id
+
+        store_of(study).save_all(
+            host.study_id_of(study),
+            host.trial_id_of(trial),
+            step,
+            stored,
+            retain=True,
+            trajectory=open_trajectory,
+        )
 
     def _remember(self, memory: Memory, cursor: Cursor, parent: int | None, heavy: bool) -> None:
         if parent is not None:

@@ -1,0 +1,93 @@
+"""The tables of Optuna that a save reads and writes, so that it is one transaction and a few queries.
+
+Only for Optuna's own ``RDBStorage`` (the tables are those of Optuna 5.0); with every other storage, and
+with an Optuna that keeps its tables elsewhere, a save uses the storage's methods, each of which is a
+transaction of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.engine import Connection
+
+try:
+    from optuna.storages._cached_storage import _CachedStorage
+    from optuna.storages._rdb import models
+
+    _trials: sa.Table = models.TrialModel.__table__
+    _attributes: sa.Table = models.TrialSystemAttributeModel.__table__
+    _study_attributes: sa.Table = models.StudyUserAttributeModel.__table__
+    _TABLES_KNOWN = True
+except (ImportError, AttributeError):
+    _TABLES_KNOWN = False
+
+
+def plain_rdb(storage: BaseStorage) -> RDBStorage | None:
+    """The ``RDBStorage`` that ``storage`` is or caches, if nothing stands between it and its tables."""
+    if not _TABLES_KNOWN:
+        return None
+    found = storage._backend if type(storage) is _CachedStorage else storage
+    return found if type(found) is RDBStorage else None
+
+
+def read_running_trial(
+    rdb: RDBStorage, trial_id: int, keys: Collection[str]
+) -> tuple[int, dict[str, Any]] | None:
+    """Number of a running trial, and those of its system attributes ``keys`` that it has.
+
+    ``None`` for a trial that is finished or not there.
+    """
+    with rdb.engine.connect() as connection:
+        row = _row_of(connection, trial_id)
+        if row is None or row.state.is_finished():
+            return None
+        found = _attributes_of(connection, trial_id, keys)
+    return int(row.number), {key: json.loads(text) for key, text in found.items()}
+
+
+def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
+    """``(study_id, key)`` of the user attributes of all studies whose key starts with ``prefix``."""
+    table = _study_attributes.c
+    query = sa.select(table.study_id, table.key).where(
+        table.key.startswith(prefix, autoescape=True)
+    )
+    with rdb.engine.connect() as connection:
+        return [(int(study_id), str(key)) for study_id, key in connection.execute(query)]
+
+
+def write_attributes(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Set system attributes of a running trial in the transaction of ``connection``.
+
+    Raises:
+        UpdateFinishedTrialError: if it is not running.
+    """
+    trial = _row_of(connection, trial_id)
+    if trial is None or trial.state.is_finished():
+        raise UpdateFinishedTrialError(f"Trial {trial_id} is not running any more.")
+    known = _attributes_of(connection, trial_id, attributes)  # no upsert that all databases have
+    for key, value in attributes.items():
+        row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        mine = (_attributes.c.trial_id == trial_id) & (_attributes.c.key == key)
+        if key in known:
+            connection.execute(_attributes.update().where(mine), row)
+        else:
+            connection.execute(_attributes.insert(), row)
+
+
+def _attributes_of(connection: Connection, trial_id: int, keys: Collection[str]) -> dict[str, str]:
+    table = _attributes.c
+    query = sa.select(table.key, table.value_json).where(
+        table.trial_id == trial_id, table.key.in_(list(keys))
+    )
+    return {str(key): text for key, text in connection.execute(query)}
+
+
+def _row_of(connection: Connection, trial_id: int) -> Any:
+    query = sa.select(_trials.c.number, _trials.c.state).where(_trials.c.trial_id == trial_id)
+    return connection.execute(query).first()

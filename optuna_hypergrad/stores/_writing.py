@@ -1,0 +1,194 @@
+"""One save: blobs, then the pointers to them, then the end of what they replace."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+
+from .._errors import CorruptTensorError, HyperparameterError, StorageError
+from .._typing import Params
+from ._attributes import check_attribute, retry_while_busy, set_trial_attribute
+from ._database import unwrap_rdb
+from ._encoding import TensorSpec, check_text, encode
+from ._identity import study_uuid
+from ._optuna_tables import plain_rdb, read_running_trial
+from ._pointer import ROLE, Pointer, attribute_key, claimable, new_blob
+from .artifact_store import AbstractArtifactStore
+from .rdb import RDBArtifactStore
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
+Encoded = dict[tuple[str, str], tuple[bytes, tuple[TensorSpec, ...]]]
+Bodies = Mapping[Pointer, bytes]
+"""Pointers without their sha256, and what they will point to."""
+
+_INT64 = 2**63
+_HASHED_AT_ONCE = 1 << 20  # bytes: takes less time than starting a thread
+
+
+def encode_all(step: int, tensors: Mapping[tuple[str, str], Params]) -> Encoded:
+    """The bytes of each ``{(name, role): tensors}``, and what they hold.
+
+    Raises:
+        HyperparameterError: for names, roles, steps or tensors that cannot be stored.
+    """
+    for name, role in tensors:
+        _check_claims(name, role, step)
+    return {claim: encode(entry) for claim, entry in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes blobs into ``store`` and points to them from the running trials of ``storage``."""
+
+    storage: BaseStorage
+    store: ArtifactStore
+
+    def write(
+        self, study_id: int, trial_id: int, step: int, blobs: Encoded, expired: list[str]
+    ) -> list[Pointer]:
+        """Store ``blobs``, point to them, and remove what they replace and the blobs ``expired``.
+
+        Where blobs and pointers are in one database this is one transaction. Elsewhere blobs come
+        first, pointers second and removals last, so that no pointer is ever without its blob.
+
+        Raises:
+            StorageError: if the trial has finished, or the names need more than an attribute holds.
+        """
+        study = study_uuid(self.storage, study_id)
+        number, previous = self._trial(trial_id, [attribute_key(*claim) for claim in blobs])
+        bodies: dict[Pointer, bytes] = {}
+        for (name, role), (data, specs) in blobs.items():
+            blob = new_blob(study)
+            claims = Pointer(study, number, name, role, step, blob, len(data), claimable(specs))
+            check_attribute(claims.key, replace(claims, sha256="0" * 64).to_json())
+            bodies[claims] = data
+        seal = _seal_soon(bodies)
+        replaced = {p.key: _replaced_blob(previous.get(p.key), p) for p in bodies}
+        database = self._common_database()
+        if database is None or not bodies:
+            return self._write_in_turn(trial_id, bodies, seal, replaced, expired)
+        try:
+            database.write_with_attributes(
+                {p.blob: data for p, data in bodies.items()},
+                trial_id,
+                lambda: {p.key: p.to_json() for p in seal()},
+                [*itertools.chain(*replaced.values()), *expired],
+            )
+        except UpdateFinishedTrialError as error:
+            raise _too_late(next(iter(bodies))) from error
+        return seal()
+
+    def remove(self, blobs: list[str]) -> None:
+        """Remove those of ``blobs`` that are there."""
+        if isinstance(self.store, AbstractArtifactStore):
+            self.store.remove_many(blobs)
+            return
+        for blob in blobs:
+            try:
+                self.store.remove(blob)
+            except ArtifactNotFound:
+                continue
+
+    def _write_in_turn(
+        self,
+        trial_id: int,
+        bodies: Bodies,
+        seal: Callable[[], list[Pointer]],
+        replaced: Mapping[str, list[str]],
+        expired: list[str],
+    ) -> list[Pointer]:
+        self._put({pointer.blob: data for pointer, data in bodies.items()})
+        pointers = seal()
+        unneeded: list[str] = []
+        try:
+            for pointer in pointers:
+                set_trial_attribute(self.storage, trial_id, pointer.key, pointer.to_json())
+                unneeded += replaced[pointer.key]
+            unneeded += expired
+        except UpdateFinishedTrialError as error:
+            # Surely not written. After any other error it may be, and the sweep decides.
+            self.remove([p.blob for p in pointers[pointers.index(pointer) :]])
+            raise _too_late(pointer) from error
+        finally:
+            self.remove(unneeded)
+        return pointers
+
+    def _put(self, contents: Mapping[str, bytes]) -> None:
+        if isinstance(self.store, AbstractArtifactStore):
+            self.store.write_many(contents)
+            return
+        for blob, data in contents.items():
+            self.store.write(blob, io.BytesIO(data))
+
+    def _trial(self, trial_id: int, keys: list[str]) -> tuple[int, Mapping[str, Any]]:
+        """The trial's number, and of its system attributes at least those of ``keys`` it has."""
+        if (rdb := plain_rdb(self.storage)) is not None:
+            found = retry_while_busy(lambda: read_running_trial(rdb, trial_id, keys))
+            if found is not None:
+                return found
+        number = self.storage.get_trial_number_from_id(trial_id)
+        # Through _CachedStorage this would read the whole trial, parameter by parameter.
+        storage = unwrap_rdb(self.storage) or self.storage
+        return number, retry_while_busy(lambda: storage.get_trial_system_attrs(trial_id))
+
+    def _common_database(self) -> RDBArtifactStore | None:
+        rdb, store = plain_rdb(self.storage), self.store
+        common = rdb is not None and isinstance(store, RDBArtifactStore) and store.is_in(rdb)
+        return store if common else None  # type: ignore[return-value]
+
+
+def _seal_soon(bodies: Bodies) -> Callable[[], list[Pointer]]:
+    """Start to hash, on a thread if it is much; the function returned gives the whole pointers."""
+
+    def sealed() -> list[Pointer]:
+        return [replace(claims, sha256=claims.digest(data)) for claims, data in bodies.items()]
+
+    if sum(map(len, bodies.values())) <= _HASHED_AT_ONCE:
+        found = sealed()
+        return lambda: found
+    executor = ThreadPoolExecutor(1, "hypergrad-sha256")
+    future = executor.submit(sealed)
+    executor.shutdown(wait=False)
+    return future.result
+
+
+def _too_late(pointer: Pointer) -> StorageError:
+    return StorageError(
+        f"Trial {pointer.trial} has finished, so {pointer.name!r} (role {pointer.role!r}) cannot be "
+        "stored in it any more. Save tensors while the trial is running."
+    )
+
+
+def _replaced_blob(previous: Any, pointer: Pointer) -> list[str]:
+    """The blob that only ``previous``, the pointer now replaced by ``pointer``, can refer to."""
+    if previous is None:
+        return []
+    try:
+        old = Pointer.from_json(previous, pointer.key, pointer.trial)
+    except CorruptTensorError:
+        return []  # names no blob that could be trusted
+    # A retried trial inherits the pointers of the failed one, which still refers to the blob.
+    return [old.blob] if (old.study, old.trial) == (pointer.study, pointer.trial) else []
+
+
+def _check_claims(name: str, role: str, step: int) -> None:
+    check_text(name, "name under which tensors are stored")
+    if not isinstance(role, str) or not ROLE.fullmatch(role):
+        raise HyperparameterError(
+            f"The role of {name!r} must look like 'step_state' (at most 32 letters, digits and "
+            f"underscores), not {role!r}."
+        )
+    if type(step) is not int or not -_INT64 <= step < _INT64:
+        raise HyperparameterError(
+            f"The step of {name!r} must be an integer of at most 64 bits, not {step!r}."
+        )
