@@ -8,16 +8,22 @@ Hessian-vector products and one mixed product. Three tasks, each with one decay 
 * mlp: 784-512-512-10, 669,706 weights, batch of 512, 200 steps of Adam, K = 10;
 * convnet: two 3x3 convolutions and a linear layer, 20,490 weights, batch of 128 at 28x28, K = 10.
 
+The networks are trained until the Hessian is positive definite along CG's path, so that CG takes all of
+its K products; a row of ours fails if it did not.
+
 Cost is CPU time (all threads of the process, children excluded: compilers do not count) divided by that
 of one gradient evaluation of the same framework, the median of interleaved repetitions. Memory is the
 peak above what was resident before the call. The error is against the same K-step formula in float64:
 the column "float64" tells a wrong formula from rounding.
 
 Peers live in environments of their own, made on the first run: ``benchmarks/.peers-venv`` (torch, pinned
-and first) and ``benchmarks/.peers-venv-jax``. What does not install is listed as such.
+and first) and ``benchmarks/.peers-venv-jax``. What does not install is listed as such. ``--sources`` takes
+a checkout of a peer that is not on PyPI (hypertorch: github.com/prolearner/hypertorch) or is newer than its
+release there (Betty: github.com/leopard-ai/betty).
 
     python benchmarks/product_cost.py                       # everything; best on an idle machine
     python benchmarks/product_cost.py --tasks softmax --peers ours torch
+    python benchmarks/product_cost.py --sources hypertorch=DIR betty=DIR
     python benchmarks/product_cost.py --data DIR            # MNIST's gzip files in DIR, not enlarged digits
 """
 
@@ -39,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 RESULTS = HERE / "results"
 SOLVERS = ("cg", "neumann")
+SOLVER_NAMES = {"cg": "CG", "neumann": "Neumann"}
 TASKS = {
     "softmax": "(a) softmax regression on digits, 640 decays, K = 20",
     "mlp": "(b) MLP 784-512-512-10, 669,706 decays, batch 512, K = 10",
@@ -60,6 +67,7 @@ class Peer:
     Args:
         where: "own" (this interpreter), "torch" or "jax".
         install: Arguments of ``pip install``; empty where the environment has it already.
+        source: ``(name, repository)`` where it runs from a checkout that ``--sources name=DIR`` gives.
     """
 
     label: str
@@ -67,6 +75,7 @@ class Peer:
     where: str = "own"
     arguments: tuple[str, ...] = ()
     install: tuple[str, ...] = ()
+    source: tuple[str, str] | None = None
     solvers: tuple[str, ...] = SOLVERS
     note: str = ""
 
@@ -82,13 +91,27 @@ def peers() -> list[Peer]:
         Peer("ours, compiled", "peer_ours.py", arguments=("--compile",)),
         Peer("torch, graph kept", "peer_torch.py", arguments=("--way", "kept")),
         Peer("torch, jvp each time", "peer_torch.py", arguments=("--way", "jvp")),
+        Peer(
+            "hypertorch, repository",
+            "peer_hypertorch.py",
+            "torch",
+            source=("hypertorch", "github.com/prolearner/hypertorch"),
+            note="not on PyPI (the `hypertorch` there is another project).",
+        ),
+        Peer(
+            "Betty, repository",
+            "peer_betty.py",
+            "torch",
+            source=("betty", "github.com/leopard-ai/betty"),
+            note="its CG is mended there since its issue 15.",
+        ),
         Peer("TorchOpt 0.7.3", "peer_torchopt.py", "torch", install=("torchopt==0.7.3",)),
         Peer(
             "Betty 0.1.1",
             "peer_betty.py",
             "torch",
             install=("--no-deps", "betty-ml==0.1.1"),
-            note="its CG uses the old residual in the new direction: wrong. Its repository's head is newer than PyPI's release.",
+            note="its CG uses the old residual in the new direction: wrong.",
         ),
         Peer(
             "moskomule's hypergrad 0.0.1",
@@ -103,7 +126,8 @@ def peers() -> list[Peer]:
             "torch",
             install=("--no-deps", "higher==0.2.1"),
             solvers=("neumann",),
-            note="unrolls K + 1 steps, which is the Neumann series with K products; unmaintained since 2021.",
+            note="unrolls K + 1 steps, which is the Neumann series with K products where the inner gradient "
+            "is zero; unmaintained since 2021.",
         ),
         Peer(
             "jaxopt 0.8.5, jit",
@@ -116,10 +140,10 @@ def peers() -> list[Peer]:
 
 
 class Environments:
-    """Interpreters, and why a peer is not in one."""
+    """Interpreters and import paths, and why a peer is not in one."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, sources: dict[str, Path]) -> None:
+        self.log, self.sources = log, sources
 
     def python(self, where: str) -> str:
         if where == "own":
@@ -130,6 +154,9 @@ class Environments:
         """Install a peer where it is missing; ``None``, or why that failed."""
         if peer.where == "own":
             return None
+        if peer.source and peer.source[0] not in self.sources:
+            name, repository = peer.source
+            return f"needs a checkout of {repository}: `--sources {name}=DIR`"
         stamps = self._folder(peer.where) / "installed.json"
         if not stamps.exists():
             print(f"making {stamps.parent} ...", flush=True)
@@ -144,6 +171,11 @@ class Environments:
             known[peer.label] = self._pip(peer.where, *peer.install)
             stamps.write_text(json.dumps(known, indent=1))
         return known.get(peer.label)
+
+    def variables(self, peer: Peer, threads: int) -> dict[str, str]:
+        """Of the environment that a peer's process runs in."""
+        checkout = {"PYTHONPATH": str(self.sources[peer.source[0]])} if peer.source else {}
+        return _variables(threads) | checkout
 
     def _folder(self, where: str) -> Path:
         return HERE / (".peers-venv" if where == "torch" else ".peers-venv-jax")
@@ -160,15 +192,15 @@ class Environments:
 
 
 def measure(
-    python: str, peer: Peer, task: Path, solver: str, threads: int, *arguments: str
+    environments: Environments, peer: Peer, task: Path, solver: str, threads: int, *arguments: str
 ) -> dict[str, Any]:
     """One process of a peer's script; ``{"failure": why}`` if it did not give figures."""
-    command = [python, str(PEERS / peer.script), str(task), solver, "--threads", str(threads)]
+    command = [environments.python(peer.where), str(PEERS / peer.script), str(task), solver]
     done = subprocess.run(
-        [*command, *peer.arguments, *arguments],
+        [*command, "--threads", str(threads), *peer.arguments, *arguments],
         capture_output=True,
         text=True,
-        env=_environment(threads),
+        env=environments.variables(peer, threads),
         check=False,
     )
     if done.returncode:
@@ -177,7 +209,7 @@ def measure(
     return found
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _variables(threads: int) -> dict[str, str]:
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -185,10 +217,12 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace, stored: Path) -> dict[str, Any]:
+    """All figures; they are in ``stored`` (.json) as far as the run came."""
     found: dict[str, Any] = {"rows": {}, "missing": {}, "inner_steps": {}}
+    found["revisions"] = {name: _revision(folder) for name, folder in options.sources.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        environments = Environments(Path(scratch))
+        environments = Environments(Path(scratch), options.sources)
         wanted = [p for p in peers() if not options.peers or p.family in options.peers]
         usable = []
         for peer in wanted:
@@ -202,29 +236,30 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             data = ["--data", str(options.data)] if options.data else []
             print(f"preparing {name} ...", flush=True)
             command = [sys.executable, str(PEERS / "prepare.py"), name, str(task), *data]
-            subprocess.run(command, check=True, env=_environment(options.threads))
+            subprocess.run(command, check=True, env=_variables(options.threads))
             for peer in usable:
                 for solver in peer.solvers:
-                    place = environments.python(peer.where), peer, task, solver, options.threads
+                    place = environments, peer, task, solver, options.threads
                     row = measure(*place, "--repetitions", str(options.repetitions))
                     if "failure" not in row:
-                        row["megabytes"] = measure(*place, "--memory").get("megabytes")
                         row["error64"] = measure(*place, "--float64").get("error")
                     found["rows"][f"{name}/{peer.label}/{solver}"] = row
                     print(f"{name} / {peer.label} / {solver}: {_brief(row)}", flush=True)
+                    stored.write_text(json.dumps(found, indent=1))
             if name == "mlp" and any(p.label == "ours" for p in usable):
                 for steps in INNER_STEPS:
-                    place = sys.executable, usable[0], task, "cg", options.threads
+                    place = environments, usable[0], task, "cg", options.threads
                     row = measure(*place, "--memory", "--inner-steps", str(steps))
                     found["inner_steps"][str(steps)] = row.get("megabytes")
                     print(f"{steps} inner steps: {row.get('megabytes')} MB", flush=True)
+        stored.write_text(json.dumps(found, indent=1))
     return found
 
 
 def _brief(row: dict[str, Any]) -> str:
     if "failure" in row:
-        return row["failure"]
-    return f"{row['evaluations']:.1f} evaluations, {row['megabytes']} MB, error {row['error64']:.1e} in float64"
+        return str(row["failure"])
+    return f"{row['evaluations']:.1f} evaluations, {row['megabytes']} MB, error {row['error64']} in float64"
 
 
 def report(found: dict[str, Any], options: argparse.Namespace) -> str:
@@ -237,7 +272,7 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> str:
         f"memory above the start. {options.threads} thread(s), median of {options.repetitions} interleaved "
         f"repetitions, quartiles in brackets; {_processor()}, Python {platform.python_version()}, torch "
         f"{_version('torch')}. Error: against the same K-step formula in float64, computed in float32 and "
-        "in float64.",
+        "in float64. The first call compiles, or finds compiled code in torch's cache.",
         "",
     ]
     for name in options.tasks:
@@ -251,13 +286,13 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> str:
             rows = [found["rows"].get(f"{name}/{label}/{solver}") for solver in SOLVERS]
             if any(rows):
                 lines.append(_table_row(label, rows))
+            elif label in found["missing"]:
+                lines.append(f"| {label} | not run: {found['missing'][label]} |{' |' * 7}")
         lines.append("")
     notes = [f"* {p.label}: {p.note}" for p in listed.values() if p.note]
-    for label, reason in found["missing"].items():
-        notes.append(f"* {label}: not installable here ({reason}).")
-    notes.append(
-        "* hypertorch: not installable here: it is not on PyPI (the `hypertorch` there is another project)."
-    )
+    notes += [f"* --sources {k}: {v}." for k, v in found["revisions"].items()]
+    failures = {k: r["failure"] for k, r in found["rows"].items() if "failure" in r}
+    notes += [f"* {k} fails: `{why}`" for k, why in failures.items()]
     lines += ["## Notes", "", *notes, ""]
     if found["inner_steps"]:
         sizes = ", ".join(f"{v:.0f} MB at {k} steps" for k, v in found["inner_steps"].items() if v)
@@ -305,8 +340,8 @@ def _table_row(label: str, rows: list[dict[str, Any] | None]) -> str:
     def errors(row: dict[str, Any] | None) -> str:
         if row is None or "failure" in row:
             return cell(row, "", "")
-        wrong = " **wrong**" if (row["error64"] or 0.0) > 1e-2 else ""
-        return f"{row['error']:.0e} ({row['error64']:.0e}){wrong}"
+        wrong = " **wrong**" if _is_wrong(row) else ""
+        return f"{row['error']:.0e} ({cell(row, 'error64', '{:.0e}')}){wrong}"
 
     units = [r["gradient_ms"] for r in rows if r and "failure" not in r]
     firsts = [r["first_call_seconds"] for r in rows if r and "failure" not in r]
@@ -327,37 +362,64 @@ def draw(found: dict[str, Any], options: argparse.Namespace, path: Path) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = [p.label for p in peers()]
+    labels = [p.label for p in peers() if any(f"/{p.label}/" in k for k in found["rows"])]
     figure, axes = pyplot.subplots(
-        1, len(options.tasks), figsize=(5.2 * len(options.tasks), 4.2), squeeze=False
+        1,
+        len(options.tasks),
+        figsize=(2.2 + 3.4 * len(options.tasks), 0.9 + 0.42 * len(labels)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, name in zip(axes[0], options.tasks, strict=True):
-        shown = [k for k in labels if any(f"{name}/{k}/{s}" in found["rows"] for s in SOLVERS)]
-        for offset, (solver, color) in enumerate(
-            zip(SOLVERS, ("tab:blue", "tab:orange"), strict=True)
-        ):
-            rows = [found["rows"].get(f"{name}/{k}/{solver}", {}) for k in shown]
-            values = [r.get("evaluations", 0.0) for r in rows]
-            heights = [i + 0.4 * offset for i in range(len(shown))]
-            bars = axis.barh(heights, values, height=0.38, color=color, label=solver)
-            for bar, row in zip(bars, rows, strict=True):
-                if "evaluations" in row:
-                    wrong = " wrong" if (row["error64"] or 0.0) > 1e-2 else ""
-                    axis.annotate(
-                        f" {row['evaluations']:.1f}{wrong}",
-                        (bar.get_width(), bar.get_y() + 0.19),
-                        va="center",
-                        fontsize=7,
-                    )
-        axis.set_yticks([i + 0.2 for i in range(len(shown))], shown, fontsize=8)
-        axis.invert_yaxis()
+        for offset, solver in ((-0.2, "cg"), (0.2, "neumann")):
+            rows = [found["rows"].get(f"{name}/{label}/{solver}", {}) for label in labels]
+            _draw_bars(axis, rows, offset, SOLVER_NAMES[solver])
         axis.set_xscale("log")
-        axis.set_xlim(1, axis.get_xlim()[1] * 3)
-        axis.set_title(TASKS[name], fontsize=8)
-        axis.set_xlabel("gradient evaluations per hypergradient")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        axis.set_xlim(3, 1200)
+        axis.set_title(TASKS[name].replace(", ", "\n", 1), fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(labels)), labels)
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(loc="lower right", fontsize=8, frameon=False)
+    figure.supxlabel("gradient evaluations in one hypergradient (CPU time)", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_bars(axis: Any, rows: list[dict[str, Any]], offset: float, label: str) -> None:
+    """One bar a row, its figure behind it; hatched where the formula is wrong."""
+    heights = [i + offset for i in range(len(rows))]
+    bars = axis.barh(heights, [r.get("evaluations", 0.0) for r in rows], height=0.38, label=label)
+    for bar, row, height in zip(bars, rows, heights, strict=True):
+        text = "fails" if "failure" in row else ""
+        if "evaluations" in row:
+            text = f"{row['evaluations']:.1f}"
+        if _is_wrong(row):
+            bar.set(hatch="////", alpha=0.5)
+            text += " (wrong)"
+        place = max(row.get("evaluations", 0.0), 3.0), height
+        axis.annotate(text, place, (3, 0), textcoords="offset points", va="center", fontsize=7)
+
+
+def _is_wrong(row: dict[str, Any]) -> bool:
+    """Further off in float64 than an inner gradient that is not quite zero explains."""
+    return (row.get("error64") or 0.0) > 0.1
+
+
+def _revision(folder: Path) -> str:
+    """What a checkout holds: git's commit, or what its file ``REVISION`` says."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    if (folder / ".git").exists():
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    told = folder / "REVISION"
+    return told.read_text().strip() if told.exists() else "revision unknown"
+
+
+def _source(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with an existing folder")
+    return name, Path(folder).resolve()
 
 
 def _processor() -> str:
@@ -384,13 +446,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=25)
     parser.add_argument("--data", type=Path, help="folder with MNIST's train-*.gz")
+    parser.add_argument("--sources", nargs="+", type=_source, default=[], metavar="NAME=DIR")
+    parser.add_argument("--redraw", action="store_true", help="from the last run's .json")
     parser.add_argument("--output", type=Path, default=RESULTS / "product_cost.md")
     options = parser.parse_args()
-    found = run(options)
-    text = report(found, options)
+    options.sources = dict(options.sources)
     options.output.parent.mkdir(exist_ok=True)
+    stored = options.output.with_suffix(".json")
+    found = json.loads(stored.read_text()) if options.redraw else run(options, stored)
+    text = report(found, options)
     options.output.write_text(text)
-    options.output.with_suffix(".json").write_text(json.dumps(found, indent=1))
     draw(found, options, options.output.with_suffix(".png"))
     print(text)
 

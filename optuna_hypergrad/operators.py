@@ -153,12 +153,8 @@ class InnerGraph:
         """``M^T v`` with ``M = d2g/(dw dlam)``, by hyperparameter; ``None`` where g_w ignores it."""
         if not self._gradients:
             return dict.fromkeys(self.outer_params)
-        products = torch.autograd.grad(
-            self._gradients,
-            tuple(self.outer_params.values()),
-            self._cotangents(vector),
-            retain_graph=True,
-            allow_unused=True,
+        products = vjp_through_kept_graph(
+            self._gradients, tuple(self.outer_params.values()), self._cotangents(vector)
         )
         return dict(zip(self.outer_params, products, strict=True))
 

@@ -61,15 +61,18 @@ MUTANTS = [
     Mutant(
         "use the old residual in CG",
         "ihvp/cg.py",
-        "p.mul_(rr_next / rr).add_(r)",
-        "p.mul_(rr_next / rr).add_(r + alpha * hp)",
+        "torch.add(r, p, alpha=rr / before, out=p)",
+        "torch.add(old, p, alpha=rr / before, out=p)",
         f"{TABLES}::test_linear_solver_converges_or_says_why_not[cg-spd0]",
+        also=(
+            ("ihvp/cg.py", "r.sub_(hp, alpha=alpha)", "old = r.clone(); r.sub_(hp, alpha=alpha)"),
+        ),
     ),
     Mutant(
         "return CG's iterate before the last update",
         "ihvp/cg.py",
-        "x.addcmul_(p, alpha)",
-        "x, ahead = x if _ == 0 else ahead, (x if _ == 0 else ahead) + alpha * p",
+        "x.add_(p, alpha=alpha)",
+        "x, ahead = (x, x + alpha * p) if _ == 0 else (ahead, ahead + alpha * p)",
         f"{TRUTHS}::test_cg_iterates_are_krylov_minimizers",
     ),
     Mutant(

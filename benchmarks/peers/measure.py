@@ -115,10 +115,8 @@ def main(build: Build, extend: Callable[[argparse.ArgumentParser], None] | None 
     parser.add_argument("task", type=Path)
     parser.add_argument("solver", choices=["cg", "neumann"])
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--memory", action="store_true", help="peak memory in place of time")
-    parser.add_argument(
-        "--float64", action="store_true", help="the error in float64 in place of time"
-    )
+    parser.add_argument("--memory", action="store_true", help="peak memory only")
+    parser.add_argument("--float64", action="store_true", help="the error in float64 only")
     parser.add_argument("--threads", type=int, default=2)
     if extend is not None:
         extend(parser)
@@ -134,13 +132,12 @@ def main(build: Build, extend: Callable[[argparse.ArgumentParser], None] | None 
     }
     if not options.float64:
         del value
-        if options.memory:
-            found["megabytes"] = peak_megabytes(hypergradient)
-        else:
+        if not options.memory:
             for _ in range(2):
                 gradient()
                 hypergradient()
             found |= cost(gradient, hypergradient, options.repetitions)
+        found["megabytes"] = peak_megabytes(hypergradient)
     print(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""Betty 0.1.1 (the release on PyPI): its hypergradient routines, called as its ``Problem`` calls them.
+"""Betty, the release on PyPI or its repository: its hypergradient routines, called as its ``Problem`` does.
 
 The engine around them (data loaders, optimizers, logging) is left out: only the hypergradient counts.
 """
@@ -6,6 +6,7 @@ The engine around them (data loaders, optimizers, logging) is left out: only the
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,9 @@ def build(
         neumann_alpha=t.alpha,
     )
 
+    newer = "do_sync" in inspect.signature(get_grads).parameters
+    settings = {"retain_graph": False} | ({"do_sync": False} if newer else {})
+
     def hypergradient() -> measure.Arrays:
         w, lam = t.leaves()
         upper = Level(list(lam.values()))
@@ -54,7 +58,7 @@ def build(
             list(w.values()), lambda batch: t.inner_objective(w, lam, batch), config, t.train
         )
         loss = t.outer_objective(w, lam, t.valid)
-        found = get_grads(loss, [upper, lower, upper], retain_graph=False)
+        found = get_grads(loss, [upper, lower, upper], **settings)
         return dict(zip(lam, found, strict=True))
 
     return t.gradient, hypergradient

@@ -16,6 +16,15 @@ from torch_task import Batch, Objective, Params, objectives
 
 PRODUCTS = {"softmax": 20, "mlp": 10, "convnet": 10}
 DECAY = {"softmax": 1e-4, "mlp": 1e-3, "convnet": 1e-3}
+STEPS = 500
+"""Adam steps of one round; there are as many rounds as the Hessian needs to be positive definite."""
+MOST_ROUNDS = 5
+LEAST_CURVATURE = 1e-3
+"""Of every CG direction, relative to the largest eigenvalue: float32 then sees the same signs."""
+
+
+class IndefiniteError(RuntimeError):
+    """CG in float64 met a direction of too little curvature: the inner problem is not solved enough."""
 
 
 def prepare(name: str, path: Path, data: Path | None) -> None:
@@ -23,17 +32,19 @@ def prepare(name: str, path: Path, data: Path | None) -> None:
     torch.manual_seed(0)
     inner, outer = objectives(name)
     train, valid = _batches(name, data)
-    w = _initial(name)
-    lam = {k: torch.full_like(v, math.log(DECAY[name])) for k, v in w.items()}
-    if name == "softmax":
-        w = _newton(inner, w, lam, train)
-    else:
-        w = _adam(inner, w, lam, train, 200)
-    # What is differentiated is the float32 point that the peers get.
-    w = {k: v.float().double() for k, v in w.items()}
-    lam = {k: v.float().double() for k, v in lam.items()}
+    # What is differentiated are the float32 arrays that the peers get.
     train, valid = (train[0].float().double(), train[1]), (valid[0].float().double(), valid[1])
-    cg, neumann, alpha = _references(inner, outer, w, lam, train, valid, PRODUCTS[name])
+    w = _initial(name)
+    lam = {k: torch.full_like(v, math.log(DECAY[name])).float().double() for k, v in w.items()}
+    for rounds in range(1, MOST_ROUNDS + 1):
+        w = _newton(inner, w, lam, train) if name == "softmax" else _adam(inner, w, lam, train)
+        w = {k: v.detach().float().double() for k, v in w.items()}
+        try:
+            cg, neumann, alpha = _references(inner, outer, w, lam, train, valid, PRODUCTS[name])
+            break
+        except IndefiniteError:
+            if rounds == MOST_ROUNDS:
+                raise
     stored = {
         "products": PRODUCTS[name],
         "alpha": alpha,
@@ -117,13 +128,13 @@ def _newton(inner: Objective, w: Params, lam: Params, batch: Batch) -> Params:
     return {key: flat.view(at.shape)}
 
 
-def _adam(inner: Objective, w: Params, lam: Params, batch: Batch, steps: int) -> Params:
+def _adam(inner: Objective, w: Params, lam: Params, batch: Batch) -> Params:
     batch = batch[0].float(), batch[1]
     lam = {k: v.float() for k, v in lam.items()}
     leaves = {k: v.float().requires_grad_(True) for k, v in w.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
         optimizer.zero_grad()
         inner(leaves, lam, batch).backward()
         optimizer.step()
@@ -172,8 +183,8 @@ def _references(
     for _ in range(products):
         hp = product(p)
         curvature = p @ hp
-        if not curvature > 0:
-            raise RuntimeError("the inner Hessian is indefinite here: train longer, or more decay")
+        if not curvature > LEAST_CURVATURE * largest * (p @ p):
+            raise IndefiniteError(f"curvature {float(curvature / (p @ p)):.1e} of {largest:.1e}")
         rr, step = r @ r, (r @ r) / curvature
         x, r = x + step * p, r - step * hp
         p = r + (r @ r) / rr * p

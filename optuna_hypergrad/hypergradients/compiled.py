@@ -1,7 +1,8 @@
 """The linear solve of implicit differentiation as one compiled function.
 
 Small problems pay for overhead, large ones for memory traffic: ``torch.compile`` removes both when it
-sees the whole loop of products at once. The primal pass is traced once and shared by all products.
+sees the whole loop of products at once. The primal pass is traced once and shared by all products; what
+no product needs of it, such as the inner gradient itself, is not computed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +28,12 @@ _CACHE_SIZE = 16
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _compiled(
     inner_objective: Objective, solver: AbstractLinearSolver, damping: float
-) -> Callable[..., tuple[tuple[Tensor, ...], Params, Tensor]]:
+) -> Callable[..., tuple[tuple[Tensor, ...], Params]]:
     def run(
         w: Params, lam: Params, batch: Batch, b: list[Tensor], alpha: Tensor
-    ) -> tuple[tuple[Tensor, ...], Params, Tensor]:
+    ) -> tuple[tuple[Tensor, ...], Params]:
         names = list(w)
-        gradient, pull = torch.func.vjp(  # type: ignore[misc]
+        _, pull = torch.func.vjp(  # type: ignore[misc]
             lambda w, lam: torch.func.grad(inner_objective)(w, lam, batch), w, lam
         )
 
@@ -43,10 +45,12 @@ def _compiled(
 
         found = solver.traced(product, b, alpha)
         cross = pull({k: -x for k, x in zip(names, found.x, strict=True)})[1]
-        norm = torch.stack([gradient[k].square().sum() for k in names]).sum().sqrt()
-        return (*found.x, found.residual, found.least_curvature), cross, norm
+        return (*found.x, found.residual, found.least_curvature), cross
 
-    return torch.compile(run, fullgraph=True, dynamic=False)
+    from .matrix_products import MatrixProducts  # takes a second: the compiler comes with it
+
+    options: dict[str, Any] = {"post_grad_custom_post_pass": MatrixProducts()}
+    return torch.compile(run, fullgraph=True, dynamic=False, options=options)
 
 
 _PATHS: dict[tuple[Objective, tuple[str, ...]], frozenset[str]] = {}
@@ -60,15 +64,14 @@ def compiled_solve(
     inner_params: Params,
     outer_params: Params,
     batch: Batch,
-) -> tuple[LinearSolution, dict[str, Tensor | None], float]:
+) -> tuple[LinearSolution, dict[str, Tensor | None]]:
     """Solve ``(H + damping I) x = b`` and pull back, in one compiled call.
 
     The first call compiles (tens of seconds). Compiled functions are kept by ``inner_objective``:
     define it once, not anew in every trial.
 
     Returns:
-        The solution; ``-M^T x`` by hyperparameter, ``None`` where the inner gradient ignores it; the
-        norm of the inner gradient.
+        The solution; ``-M^T x`` by hyperparameter, ``None`` where the inner gradient ignores it.
 
     Raises:
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
@@ -86,13 +89,13 @@ def compiled_solve(
             probes = operator.num_products
             if failure is not None:
                 nothing = LinearSolution(torch.zeros_like(b), math.nan, probes, failure, curvature)
-                return nothing, {k: None for k in lam}, graph.gradient_norm
+                return nothing, {k: None for k in lam}
         del graph
     run = _compiled(inner_objective, solver, damping)
     try:
         with torch.no_grad():
             parts = Flattener(w).split(b)
-            found, cross, norm = run(w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype))
+            found, cross = run(w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype))
     except Exception as error:
         raise RequirementError(
             f"torch.compile could not turn the inner objective and {solver.name} into one graph "
@@ -108,7 +111,7 @@ def compiled_solve(
     )
     verdict = solver.traced_verdict(solution, float(least_curvature))
     reached = {k: v if k in _PATHS[key] else None for k, v in cross.items()}
-    return replace(solution, result=verdict), reached, float(norm)
+    return replace(solution, result=verdict), reached
 
 
 def _remember(key: tuple[Objective, tuple[str, ...]], cross: dict[str, Tensor | None]) -> None:

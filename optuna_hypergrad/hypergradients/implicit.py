@@ -46,6 +46,7 @@ class Implicit(AbstractPullbackEstimator):
         curvature: ``Hessian()``, or ``GaussNewton(...)`` in its place.
         compile: Compile the whole loop of products with ``torch.compile``, once per inner objective
             (tens of seconds, more for long loops); then 2-4 times faster where tensors are small.
+            ``inner_gradient_norm`` is then the inner solver's own, where it has one.
     """
 
     name: ClassVar[str] = "implicit"
@@ -99,18 +100,18 @@ class Implicit(AbstractPullbackEstimator):
                 [cotangent.pop(k) for k in list(cotangent)], copy=True
             )
             if self.compile and without_products(b) is None:
-                found, outer, norm = compiled_solve(linear_solver, self.damping, b, *where)
+                found, outer = compiled_solve(linear_solver, self.damping, b, *where)
+                norm = solution.gradient_norm
             else:
                 found, outer, norm = self._solve_kept(linear_solver, b, *where)
             stats = {
                 "num_hvps": float(found.num_products),
                 "residual": found.residual,
-                "inner_gradient_norm": norm,
                 "damping": self.damping,
                 "exact_hessian": float(isinstance(self.curvature, Hessian)),
             }
-            if not math.isnan(found.curvature):
-                stats["curvature"] = found.curvature
+            known = {"inner_gradient_norm": norm, "curvature": found.curvature}
+            stats |= {k: v for k, v in known.items() if not math.isnan(v)}
             return Pulled(outer, {k: None for k in inner_params}, found.result, stats)
 
         return Solved(replace(solution, inner_params=_tree.detach(solution.inner_params)), pullback)
