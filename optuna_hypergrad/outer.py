@@ -140,6 +140,8 @@ def minimize_bilevel(
         run.burn_in(problem, inner_solver, burn_in)
 
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
+    if trial is not None and run.history:
+        _report_again(trial, run.history, report_every)
     bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
     result = SUCCESS
     with bar, checkpoints or contextlib.nullcontext():
@@ -187,6 +189,14 @@ def minimize_bilevel(
         num_steps,
         checkpoints,
     )
+
+
+def _report_again(trial: optuna.Trial, history: list[dict[str, float]], report_every: int) -> None:
+    """Give a trial that continues another one's checkpoint the curve up to there."""
+    known = trial.study._storage.get_trial(trial._trial_id).intermediate_values
+    for step in range(0, len(history), report_every):
+        if step not in known:
+            trial.report(history[step]["outer_value"], step)
 
 
 class _Run:

@@ -88,7 +88,7 @@ def test_goes_on_after_a_stop_with_the_same_result(finished, tmp_path):
     resumed = study.trials[1]
     assert resumed.params == whole.params
     assert resumed.values == whole.values
-    assert resumed.intermediate_values.items() <= whole.intermediate_values.items()
+    assert resumed.intermediate_values == whole.intermediate_values
 
 
 def test_run_again_it_adds_trials_and_keeps_those_it_had(finished):
