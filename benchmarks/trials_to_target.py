@@ -26,7 +26,7 @@ import optuna
 import torch
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from tasks import CHECK, TASKS, Task
-from tasks_mixed import ACTIVATIONS, MIXED, PENALTIES, SCALES, WIDTHS
+from tasks_mixed import MIXED, MixedTask
 from trials_report import figure, report
 
 import optuna_hypergrad as ohg
@@ -132,41 +132,40 @@ def continuous(
     return values, truths or values, taken
 
 
-def mixed(name: str, sampler: str, trials: int, seed: int) -> tuple[list[float], float]:
-    task = MIXED[name]()
+def mixed(
+    name: str, sampler: BaseSampler, gradients: bool, trials: int
+) -> tuple[list[float], float]:
+    """Values and seconds of one study with two discrete hyperparameters, one float for each number."""
+    task: MixedTask = MIXED[name]()
 
-    def discrete(trial: Any) -> tuple[str, int]:
-        activation = trial.suggest_categorical("activation", list(ACTIVATIONS))
-        return activation, trial.suggest_int("width", *WIDTHS, log=True)
+    def suggest(trial: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        setting = {k: trial.suggest_categorical(k, v) for k, v in task.categories.items()}
+        for k, (low, high, log) in task.integers.items():
+            setting[k] = trial.suggest_int(k, low, high, log=log)
+        params = {}
+        for k, size in task.sizes.items():
+            d = task.domains[k]
+            names = [k] if size == 1 else [f"{k}_{i}" for i in range(size)]
+            found = [trial.suggest_float(n, d.low, d.high, log=d.log) for n in names]
+            stacked = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in found])
+            params[k] = stacked[0] if size == 1 else stacked
+        return setting, params
 
-    @ohg.differentiable
-    def ours(trial: ohg.DifferentiableTrial) -> torch.Tensor:
-        activation, width = discrete(trial)
-        scales = [
-            trial.suggest_float(f"scale_{i}", *SCALES, log=True) for i in range(task.features)
-        ]
-        penalty = trial.suggest_float("penalty", *PENALTIES, log=True)
-        return task.loss(activation, width, torch.stack(scales), penalty)
+    def plain(trial: Any) -> torch.Tensor:
+        return task.objective(*suggest(trial))
 
-    def plain(trial: optuna.Trial) -> float:
-        activation, width = discrete(trial)
-        scales = [
-            trial.suggest_float(f"scale_{i}", *SCALES, log=True) for i in range(task.features)
-        ]
-        penalty = trial.suggest_float("penalty", *PENALTIES, log=True)
-        scale = torch.tensor(scales, dtype=torch.float64)
-        return float(task.loss(activation, width, scale, torch.tensor(penalty).double()))
-
-    objective = plain if sampler == "TPE" else ours
-    return study_values(
-        MIXED_SAMPLERS[sampler](seed), objective, {"trials": trials, "seconds": None}
+    objective = (
+        ohg.differentiable(plain) if gradients else lambda trial: float(plain(trial).detach())
     )
+    return study_values(sampler, objective, {"trials": trials, "seconds": None})
 
 
 def _job(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     if job["kind"] == "mixed":
-        values, seconds = mixed(job["task"], job["sampler"], job["trials"], job["seed"])
+        sampler = MIXED_SAMPLERS[job["sampler"]](job["seed"])
+        gradients = isinstance(sampler, ohg.HypergradientSampler)
+        values, seconds = mixed(job["task"], sampler, gradients, job["trials"])
         truths = values
     else:
         values, truths, seconds = continuous(

@@ -59,15 +59,17 @@ OBJECTIVES: dict[str, Callable[[Any], Tensor]] = {
 }
 
 
+HURRIED = {"start": "best", "slice_steps": 1}
+"""Settings under which a short study opens many trajectories, from points of others."""
+
+
 def run(
     storage: BaseStorage, name: str, trials: int, sampler: BaseSampler | None = None
 ) -> optuna.Study:
     study = optuna.create_study(
         study_name="s",
         storage=storage,
-        sampler=HypergradientSampler(seed=3, start="best", slice_steps=1)
-        if sampler is None
-        else sampler,
+        sampler=HypergradientSampler(seed=7, **HURRIED) if sampler is None else sampler,
         load_if_exists=True,
     )
     study.optimize(differentiable(OBJECTIVES[name]), n_trials=trials)
@@ -108,12 +110,19 @@ def assert_same(one: optuna.Study, other: optuna.Study) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
-def test_fresh_samplers_continue_bit_for_bit(kind: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, HURRIED], ids=["defaults", "hurried"])
+def test_fresh_samplers_continue_bit_for_bit(
+    settings: dict[str, Any], kind: str, name: str, tmp_path: Path
+) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = run(open_storage(kind, tmp_path / "a"), name, 24)
+
+    def sampler() -> BaseSampler:
+        return HypergradientSampler(seed=7, **settings)
+
+    whole = run(open_storage(kind, tmp_path / "a"), name, 24, sampler())
     for trials in (1, 6, 8, 9):
-        parts = run(open_storage(kind, tmp_path / "b"), name, trials)
+        parts = run(open_storage(kind, tmp_path / "b"), name, trials, sampler())
     assert_same(whole, parts)
     assert len({r["claim"]["trajectory"] for r in records(whole)}) > 1
     assert (name == "only numbers") != any(t.state == TrialState.FAIL for t in whole.trials)

@@ -598,7 +598,7 @@ def test_trajectories_beat_sampling_and_tpe_beats_random_settings() -> None:
             study.optimize(lambda t: float(objective(t)), n_trials=80)
         return study.best_value
 
-    seeds = range(5)
+    seeds = range(12)
     ours = [best(HypergradientSampler(seed=s), s) for s in seeds]
     random: Sequence[float] = [best(HypergradientSampler(RandomSampler(seed=s)), s) for s in seeds]
     tpe = [best(TPESampler(seed=s), s) for s in seeds]

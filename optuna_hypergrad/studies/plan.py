@@ -229,7 +229,7 @@ class Planner:
         stage: int,
     ) -> Proposer:
         entropy = [self.seed, self.ordinal(ledger, trials, trial), stage]
-        return Proposer(self.base, entropy, study, ledger, trials, trial, names)
+        return Proposer(self.base, entropy, study, ledger, self.race, trials, trial, names)
 
     def ordinal(self, ledger: Ledger, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
         """The trial's number among those that count: lost ones do not, so that a study which was

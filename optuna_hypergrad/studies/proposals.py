@@ -12,18 +12,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from . import host
 from .events import is_dead
+from .racing import Race
 from .trajectory import Ledger
 
 
 def representatives(
-    ledger: Ledger, trials: Sequence[FrozenTrial], names: set[str]
+    ledger: Ledger, race: Race, trials: Sequence[FrozenTrial], names: set[str]
 ) -> list[FrozenTrial]:
-    """One finished trial for each trajectory, with its best value and, of its start, only ``names``.
+    """One finished trial for each trajectory and, of its start, only ``names``.
 
-    Trials from before or beside the trajectories are shown as they are, and trials that are opening
+    Its value is the trajectory's best one after as many steps as the others have had: what a setting is
+    worth must not depend on how long it was tuned. Trials from before or beside the trajectories are shown as they are, and trials that are opening
     a trajectory as running ones.
     """
     shown: list[FrozenTrial] = []
+    values = race.comparable(ledger.trajectories.values())
     for t in ledger.trajectories.values():
         if t.best is None:
             if trials[t.id].state == TrialState.PRUNED:
@@ -35,7 +38,7 @@ def representatives(
                 t.id,
                 t.trial_id,
                 TrialState.COMPLETE,
-                ledger.sign * t.best.value,
+                ledger.sign * values[t.id],
                 params,
                 {n: t.distributions[n] for n in params},
                 trials[t.best.number],
@@ -78,13 +81,16 @@ class Proposer:
         entropy: Sequence[int],
         study: Study,
         ledger: Ledger,
+        race: Race,
         trials: Sequence[FrozenTrial],
         trial: FrozenTrial,
         names: set[str],
     ) -> None:
         self.sampler = host.seeded_copy(base, entropy)
         self.trial = cut(trial, names)
-        shown = [t for t in representatives(ledger, trials, names) if t.number != trial.number]
+        shown = [
+            t for t in representatives(ledger, race, trials, names) if t.number != trial.number
+        ]
         shown = sorted([*shown, self.trial], key=lambda t: t.number)
         self.view = host.ViewStudy.of(study, shown)
         self.sampler.before_trial(self.view, self.trial)

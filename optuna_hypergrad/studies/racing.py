@@ -50,6 +50,17 @@ class Race:
                     return t
         return None
 
+    def comparable(self, trajectories: Iterable[Trajectory]) -> dict[int, float]:
+        """What a trajectory is worth beside the others, by id: its best value among its first steps, as
+        many as every one has had a turn to take; among all of them once all trajectories are over."""
+        known = [t for t in trajectories if t.best is not None]
+        count = None if all(map(self.is_over, known)) else self.slice_steps
+        return {
+            t.id: next((v for v in t.curve[:count][-1:] if v < math.inf), t.best.value)
+            for t in known
+            if t.best is not None
+        }
+
     def best_of(
         self,
         some: Iterable[Trajectory],

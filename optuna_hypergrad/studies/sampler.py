@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
 
+_STARTUP_TRAJECTORIES = 4
+"""Settings that are chosen at random before TPE has a model: each takes several trials."""
+
+
 class _Answers(dict[str, Any]):
     """Relative values. Optuna asks ``in`` first, and samples the others when the objective gets to
     them; whoever indexes gets an answer for every name."""
@@ -50,8 +54,10 @@ class HypergradientSampler(BaseSampler):
 
     A *trajectory* is a sequence of outer steps from one start under one setting of the other
     hyperparameters (integers, categories, floats with a step). A trial is one step of one trajectory.
-    The base sampler chooses settings and starts, and sees one trial for each trajectory, with its best
-    value. Trajectories of different settings race: those that are behind wait.
+    The base sampler chooses settings and starts, and sees one trial for each trajectory, with the best
+    value of its first ``slice_steps`` steps (of all steps, once no trajectory goes on), so that a setting
+    is judged after its continuous hyperparameters were tuned, and all of them after as many steps.
+    Trajectories of different settings race: those that are behind wait.
 
     A study in which no trial has a hypergradient is left to the base sampler altogether.
 
@@ -62,7 +68,8 @@ class HypergradientSampler(BaseSampler):
 
     Args:
         base_sampler: For everything without a hypergradient, and for starts. Default:
-            ``TPESampler(seed=seed)``. It is copied, and must be unused.
+            ``TPESampler(seed=seed, n_startup_trials=4)``: to it, a trajectory is a trial. It is copied,
+            and must be unused.
         optimizer: Of the outer steps: ``"auto"``, ``"lbfgs"``, ``"adam"``, a step rule, or a factory of
             a ``torch.optim`` optimizer such as ``functools.partial(torch.optim.SGD, lr=0.1)``. It moves
             the logarithm of a hyperparameter where ``log=True``; otherwise a unit is a tenth of the
@@ -123,7 +130,9 @@ class HypergradientSampler(BaseSampler):
                 raise ValueError(f"{name}={number!r} must be an integer of at least {least}.")
         if seed is not None and (type(seed) is not int or seed < 0):
             raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
-        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
+        if base_sampler is None:
+            base_sampler = TPESampler(seed=seed, n_startup_trials=_STARTUP_TRAJECTORIES)
+        self._base = base_sampler
         drawn = host.own_seed(self._base) if seed is None else seed
         rule = make_step_rule(optimizer)
         race = Race(slice_steps, reduction, max_steps=max_steps, patience=patience)
