@@ -443,6 +443,23 @@ def assert_no_step_is_done_twice(study: Study) -> None:
         assert (outcome["trajectory"], outcome["parent"]) == (claim["trajectory"], claim["parent"])
 
 
+def test_a_step_may_have_a_lower_number_than_the_one_it_follows(storage: BaseStorage) -> None:
+    study = optuna.create_study(storage=storage, sampler=HypergradientSampler(seed=0))
+
+    def work(trial: optuna.Trial) -> None:
+        own = DifferentiableTrial.of(trial)
+        study.tell(trial, own.backward((own.suggest_float("x", -3.0, 3.0) - 0.7) ** 4))
+
+    work(study.ask())
+    slow, quick = study.ask(), study.ask()
+    work(quick)
+    work(slow)
+    assert [c["parent"] for c in claims(study)] == [None, 2, 0]
+    study.sampler = HypergradientSampler(seed=0)
+    work(study.ask())
+    assert claims(study)[-1]["parent"] == slow.number
+
+
 @pytest.mark.parametrize("tensors", [False, True])
 def test_threads_never_take_the_same_step(storage: BaseStorage, tensors: bool) -> None:
     together = threading.Barrier(4, timeout=60)

@@ -106,22 +106,29 @@ class Ledger:
     foreign: list[int] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
     unfinished: set[int] = field(default_factory=set)
+    early: list[int] = field(default_factory=list)
     seen: int = 0
     member: dict[int, int] = field(default_factory=dict)
 
     def sync(self, trials: Sequence[FrozenTrial]) -> None:
-        """Take in every trial that has finished since the last call, in order of number."""
+        """Take in every trial that has finished since the last call, in order of number.
+
+        With several workers a step can have a lower number than the step it follows: it is taken in
+        after that one.
+        """
         due = sorted(self.unfinished) + list(range(self.seen, len(trials)))
         self.seen = max(self.seen, len(trials))
-        for number in due:
-            trial = trials[number]
-            if not trial.state.is_finished():
-                self.unfinished.add(number)
-                continue
-            self.unfinished.discard(number)
-            self._take(trial)
+        self.unfinished.update(n for n in due if not trials[n].state.is_finished())
+        finished = [n for n in due if trials[n].state.is_finished()]
+        self.unfinished.difference_update(finished)
+        early = self.early
+        self.early = sorted(early + finished)
+        while finished or len(self.early) < len(early):
+            finished, early = [], self.early
+            self.early = [n for n in early if not self._take(trials[n])]
 
-    def _take(self, trial: FrozenTrial) -> None:
+    def _take(self, trial: FrozenTrial) -> bool:
+        """Whether the trial had its place: ``False`` for a step after one that is still to come."""
         claim, outcome = Claim.of(trial), Outcome.of(trial)
         if outcome is None or outcome.kind == "void":
             if claim is not None:
@@ -129,7 +136,7 @@ class Ledger:
             elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
                 self.foreign.append(trial.number)
                 self.distributions.update(trial.distributions)
-            return
+            return True
         self.distributions.update(trial.distributions)
         value = math.inf if outcome.value is None else self.sign * outcome.value
         good = outcome.kind == "good"
@@ -138,11 +145,13 @@ class Ledger:
             self.trajectories[trial.number] = self._open(trial, outcome, claim)
             self.trajectories[trial.number].add(step, outcome.stop)
             self.member[trial.number] = trial.number
-            return
+            return True
         trajectory = self.trajectories.get(outcome.trajectory)
-        if trajectory is not None and trajectory.last == outcome.parent:
-            trajectory.add(step, outcome.stop)
-            self.member[trial.number] = trajectory.id
+        if trajectory is None or trajectory.last != outcome.parent:
+            return False
+        trajectory.add(step, outcome.stop)
+        self.member[trial.number] = trajectory.id
+        return True
 
     def of_trial(self, number: int) -> Trajectory | None:
         """The trajectory that a finished trial is a step of."""
