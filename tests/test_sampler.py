@@ -460,6 +460,23 @@ def test_a_step_may_have_a_lower_number_than_the_one_it_follows(storage: BaseSto
     assert claims(study)[-1]["parent"] == slow.number
 
 
+def test_retention_keeps_the_state_of_a_trajectory_that_was_opened_meanwhile() -> None:
+    study = optuna.create_study(sampler=HypergradientSampler(seed=1))
+
+    def evaluate(trial: DifferentiableTrial) -> float:
+        trial.suggest_categorical("kind", ["a", "b", "c"])
+        t = trial.suggest_tensor("t", (5,), -2.0, 2.0)
+        return trial.backward(((t - 0.5) ** 2).mean())
+
+    running = [DifferentiableTrial.of(study.ask()) for _ in range(4)]
+    for trial, value in [(t, evaluate(t)) for t in running]:
+        study.tell(trial, value)
+    store = study.sampler.store_of(study)
+    for trial in study.trials:
+        (pointer,) = store.pointers(trial, "trajectory", "step_state")
+        assert store.load(pointer)
+
+
 @pytest.mark.parametrize("tensors", [False, True])
 def test_threads_never_take_the_same_step(storage: BaseStorage, tensors: bool) -> None:
     together = threading.Barrier(4, timeout=60)

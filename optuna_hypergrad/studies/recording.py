@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,9 +281,13 @@ class Recorder:
             return
         ledger, race = memory.ledger, self.race
 
-        def open_trajectory(other: FrozenTrial) -> int | None:
+        def open_trajectory(other: FrozenTrial) -> Hashable | None:
+            if not ledger.has_placed(other.number):  # finished elsewhere, a moment ago
+                return ("unknown", other.number)
             found = ledger.of_trial(other.number)
-            return None if found is None or race.is_over(found) else found.id
+            if found is None or race.is_over(found):
+                return None
+            return ("last", found.id) if other.number == found.last else found.id
 
         store_of(study).save_all(
             host.study_id_of(study),

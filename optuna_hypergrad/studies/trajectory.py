@@ -153,6 +153,10 @@ class Ledger:
         self.member[trial.number] = trajectory.id
         return True
 
+    def has_placed(self, number: int) -> bool:
+        """Whether a trial has been taken in, as a step or as none."""
+        return number < self.seen and number not in self.unfinished and number not in self.early
+
     def of_trial(self, number: int) -> Trajectory | None:
         """The trajectory that a finished trial is a step of."""
         return self.trajectories.get(self.member.get(number, -1))
