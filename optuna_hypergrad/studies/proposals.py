@@ -22,8 +22,8 @@ def representatives(
     """One finished trial for each trajectory and, of its start, only ``names``.
 
     Its value is the trajectory's best one after as many steps as the others have had: what a setting is
-    worth must not depend on how long it was tuned. Trials from before or beside the trajectories are shown as they are, and trials that are opening
-    a trajectory as running ones.
+    worth must not depend on how long it was tuned. Trials from before or beside the trajectories are
+    shown as they are, and trials that are opening a trajectory as running ones.
     """
     shown: list[FrozenTrial] = []
     values = race.comparable(ledger.trajectories.values())

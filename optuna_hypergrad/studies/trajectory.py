@@ -121,11 +121,11 @@ class Ledger:
         self.unfinished.update(n for n in due if not trials[n].state.is_finished())
         finished = [n for n in due if trials[n].state.is_finished()]
         self.unfinished.difference_update(finished)
-        early = self.early
-        self.early = sorted(early + finished)
-        while finished or len(self.early) < len(early):
-            finished, early = [], self.early
-            self.early = [n for n in early if not self._take(trials[n])]
+        waiting, placed = sorted(self.early + finished), bool(finished)
+        while placed:
+            left = [n for n in waiting if not self._take(trials[n])]
+            waiting, placed = left, len(left) < len(waiting)
+        self.early = waiting
 
     def _take(self, trial: FrozenTrial) -> bool:
         """Whether the trial had its place: ``False`` for a step after one that is still to come."""
