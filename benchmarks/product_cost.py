@@ -13,7 +13,9 @@ its K products; a row of ours fails if it did not.
 
 Cost is CPU time (all threads of the process, children excluded: compilers do not count) divided by that
 of one gradient evaluation of the same framework, the median of interleaved repetitions. Memory is the
-peak above what was resident before the call. The error is against the same K-step formula in float64:
+peak above what was resident before the call. Every peer runs with glibc's ``malloc`` told to keep freed
+memory (``ALLOCATOR``): by default it gives blocks of megabytes back and faults them in again, which costs the
+ConvNet up to a third of its time, or nothing, as the order of its allocations happens to be. The error is against the same K-step formula in float64:
 the column "float64" tells a wrong formula from rounding.
 
 Peers live in environments of their own, made on the first run: ``benchmarks/.peers-venv`` (torch, pinned
@@ -58,6 +60,12 @@ TARGETS = {
     ("mlp", "ours, compiled"): 13.5,
 }
 INNER_STEPS = (10, 1000)
+ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+"""For timings only: memory is measured with glibc's defaults, which give freed memory back."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +180,10 @@ class Environments:
             stamps.write_text(json.dumps(known, indent=1))
         return known.get(peer.label)
 
-    def variables(self, peer: Peer, threads: int) -> dict[str, str]:
+    def variables(self, peer: Peer, threads: int, allocator: dict[str, str]) -> dict[str, str]:
         """Of the environment that a peer's process runs in."""
         checkout = {"PYTHONPATH": str(self.sources[peer.source[0]])} if peer.source else {}
-        return _variables(threads) | checkout
+        return _variables(threads) | allocator | checkout
 
     def _folder(self, where: str) -> Path:
         return HERE / (".peers-venv" if where == "torch" else ".peers-venv-jax")
@@ -196,11 +204,12 @@ def measure(
 ) -> dict[str, Any]:
     """One process of a peer's script; ``{"failure": why}`` if it did not give figures."""
     command = [environments.python(peer.where), str(PEERS / peer.script), str(task), solver]
+    allocator = {} if "--memory" in arguments else ALLOCATOR
     done = subprocess.run(
         [*command, "--threads", str(threads), *peer.arguments, *arguments],
         capture_output=True,
         text=True,
-        env=environments.variables(peer, threads),
+        env=environments.variables(peer, threads, allocator),
         check=False,
     )
     if done.returncode:
@@ -242,6 +251,7 @@ def run(options: argparse.Namespace, stored: Path) -> dict[str, Any]:
                     place = environments, peer, task, solver, options.threads
                     row = measure(*place, "--repetitions", str(options.repetitions))
                     if "failure" not in row:
+                        row["megabytes"] = measure(*place, "--memory").get("megabytes")
                         row["error64"] = measure(*place, "--float64").get("error")
                     found["rows"][f"{name}/{peer.label}/{solver}"] = row
                     print(f"{name} / {peer.label} / {solver}: {_brief(row)}", flush=True)
@@ -269,7 +279,7 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> str:
         "",
         "`python benchmarks/product_cost.py`: CPU time of one whole hypergradient divided by that of one "
         "gradient evaluation (forward and backward of the inner objective) of the same framework, and peak "
-        f"memory above the start. {options.threads} thread(s), median of {options.repetitions} interleaved "
+        f"memory above the start. {options.threads} thread(s), freed memory kept by malloc, median of {options.repetitions} interleaved "
         f"repetitions, quartiles in brackets; {_processor()}, Python {platform.python_version()}, torch "
         f"{_version('torch')}. Error: against the same K-step formula in float64, computed in float32 and "
         "in float64. The first call compiles, or finds compiled code in torch's cache.",

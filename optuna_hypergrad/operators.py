@@ -35,14 +35,23 @@ class Flattener:
         self.dtype = torch.float32 if widest in (torch.float16, torch.bfloat16) else widest
         self._uniform = all(d == self.dtype for d in self.dtypes)
 
-    def flatten(self, tensors: list[Tensor] | tuple[Tensor, ...], copy: bool = False) -> Tensor:
-        """``(P,)`` in the accumulation dtype. A single tensor is viewed unless ``copy`` is set."""
+    def flatten(
+        self,
+        tensors: list[Tensor] | tuple[Tensor, ...],
+        copy: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``(P,)`` in the accumulation dtype. A single tensor is viewed unless ``copy`` is set.
+
+        Several tensors are written to ``out``, if it is given: fresh memory of some megabytes costs
+        more (page faults) than the copy itself.
+        """
         if len(tensors) == 1:
             vector = tensors[0].reshape(-1)
             return vector if self._uniform and not copy else vector.to(self.dtype, copy=copy)
         if self._uniform:
-            return torch.cat([t.reshape(-1) for t in tensors])
-        return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+            return torch.cat([t.reshape(-1) for t in tensors], out=out)
+        return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors], out=out)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` in the shapes (and copies in the dtypes) of the parameters."""
@@ -71,13 +80,13 @@ class AbstractLinearOperator(abc.ABC):
     device: torch.device
     num_products: int = 0
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        """``(P,) -> (P,)``."""
+    def __call__(self, vector: Tensor, out: Tensor | None = None) -> Tensor:
+        """``(P,) -> (P,)``. The result may lie in ``out``, memory that the caller reuses, but need not."""
         self.num_products += 1
-        return self._apply(vector)
+        return self._apply(vector, out)
 
     @abc.abstractmethod
-    def _apply(self, vector: Tensor) -> Tensor: ...
+    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor: ...
 
 
 class MatrixOperator(AbstractLinearOperator):
@@ -89,8 +98,8 @@ class MatrixOperator(AbstractLinearOperator):
         self.dtype, self.device = matrix.dtype, matrix.device
         self.symmetric = torch.equal(matrix, matrix.mT) if symmetric is None else symmetric
 
-    def _apply(self, vector: Tensor) -> Tensor:
-        return self.matrix @ vector
+    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
+        return torch.mv(self.matrix, vector, out=out)
 
 
 class DampedOperator(AbstractLinearOperator):
@@ -101,8 +110,8 @@ class DampedOperator(AbstractLinearOperator):
         self.size, self.dtype, self.device = base.size, base.dtype, base.device
         self.symmetric = base.symmetric
 
-    def _apply(self, vector: Tensor) -> Tensor:
-        return self.base(vector).add(vector, alpha=self.damping)
+    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
+        return torch.add(self.base(vector, out), vector, alpha=self.damping, out=out)
 
 
 class InnerGraph:
@@ -137,7 +146,7 @@ class InnerGraph:
         # Edges keep the graph without the gradient's own memory.
         self._gradients = tuple(get_gradient_edge(gradients[i]) for i in self._alive)
 
-    def hvp(self, vector: Tensor) -> Tensor:
+    def hvp(self, vector: Tensor, out: Tensor | None = None) -> Tensor:
         """``H v``: ``(P,) -> (P,)`` with ``H = d2g/dw2``."""
         if not self._gradients:
             return torch.zeros_like(vector)
@@ -146,7 +155,8 @@ class InnerGraph:
             [
                 torch.zeros_like(w) if h is None else h
                 for h, w in zip(products, self._leaves, strict=True)
-            ]
+            ],
+            out=out,
         )
 
     def cross_vjp(self, vector: Tensor) -> dict[str, Tensor | None]:
@@ -202,8 +212,8 @@ class HessianOperator(AbstractLinearOperator):
             graph.layout.device,
         )
 
-    def _apply(self, vector: Tensor) -> Tensor:
-        return self.graph.hvp(vector)
+    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
+        return self.graph.hvp(vector, out)
 
 
 class GaussNewtonOperator(AbstractLinearOperator):
@@ -236,7 +246,7 @@ class GaussNewtonOperator(AbstractLinearOperator):
             else InnerGraph(curvature.regularizer, _tree.detach(graph.inner_params), lam, batch)
         )
 
-    def _apply(self, vector: Tensor) -> Tensor:
+    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
         parts = self._layout.split(vector)
         (pushed,) = torch.autograd.grad(
             self._transposed, self._dual, [parts[i] for i in self._alive], retain_graph=True

@@ -52,12 +52,12 @@ class CG(AbstractLinearSolver):
             x = x0.clone()
             r = vector.sub_(operator(x))
             rr = float(torch.dot(r, r))
-        p = r.clone()
+        p, memory = r.clone(), torch.empty_like(r)
         result = SUCCESS
         for _ in range(self.max_steps):
             if rr <= target:
                 break
-            hp = operator(p)
+            hp = operator(p, memory)
             curvature = float(torch.dot(p, hp))
             if not curvature > 0:
                 result = _no_descent(curvature / float(torch.dot(p, p)))
@@ -65,7 +65,6 @@ class CG(AbstractLinearSolver):
             alpha = rr / curvature
             x.add_(p, alpha=alpha)
             r.sub_(hp, alpha=alpha)
-            del hp
             rr, before = float(torch.dot(r, r)), rr
             torch.add(r, p, alpha=rr / before, out=p)
         residual = math.sqrt(rr / bb)

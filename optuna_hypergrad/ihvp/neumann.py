@@ -59,9 +59,9 @@ class Neumann(AbstractLinearSolver):
         bb = torch.dot(vector, vector)
         v = vector if x0 is None else vector - operator(x0)
         start = torch.dot(v, v)
-        total = v.clone()
+        total, memory = v.clone(), torch.empty_like(v)
         for _ in range(self.num_steps):
-            v.sub_(operator(v), alpha=alpha)
+            v.sub_(operator(v, memory), alpha=alpha)
             total += v
         residual = float((torch.dot(v, v) / bb).sqrt())
         x = total.mul_(alpha) if x0 is None else total.mul_(alpha).add_(x0)
