@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 import torch
 
+from . import _optuna
 from ._typing import Params
 from .stores import Pointer, Retention, TensorStore
 
@@ -55,8 +56,8 @@ class Checkpoints:
         encoded = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)
         self._wait()
         self._pending = self.store.save_all_soon(
-            self.trial.study._study_id,
-            self.trial._trial_id,
+            _optuna.study_id_of(self.trial.study),
+            _optuna.trial_id_of(self.trial),
             step,
             {(self.name, "checkpoint"): {**tensors, _NUMBERS: encoded}},
         )
@@ -65,11 +66,11 @@ class Checkpoints:
         """Store the hyperparameters that the run ended with, where ``load_tensors`` finds them."""
         self._wait()
         store = TensorStore(
-            self.store.artifact_store, self.trial.study._storage, _OLD_CHECKPOINTS_GO
+            self.store.artifact_store, _optuna.storage_of(self.trial.study), _OLD_CHECKPOINTS_GO
         )
         store.save_all(
-            self.trial.study._study_id,
-            self.trial._trial_id,
+            _optuna.study_id_of(self.trial.study),
+            _optuna.trial_id_of(self.trial),
             step,
             {(self.name, "value"): values},
             retain=True,
@@ -82,7 +83,7 @@ class Checkpoints:
 
     def load(self) -> tuple[Params, dict[str, Any]] | None:
         """The newest state, or ``None`` where there is none."""
-        frozen = self.trial.study._storage.get_trial(self.trial._trial_id)
+        frozen = _optuna.current(self.trial)
         pointers = self.store.pointers(frozen, name=self.name, role="checkpoint")
         if not pointers:
             return None

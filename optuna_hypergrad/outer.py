@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import _tree
+from . import _optuna, _tree
 from ._errors import HyperparameterError, SolverError
 from ._results import SUCCESS, Result
 from ._typing import Params
@@ -193,7 +193,7 @@ def minimize_bilevel(
 
 def _report_again(trial: optuna.Trial, history: list[dict[str, float]], report_every: int) -> None:
     """Give a trial that continues another one's checkpoint the curve up to there."""
-    known = trial.study._storage.get_trial(trial._trial_id).intermediate_values
+    known = _optuna.current(trial).intermediate_values
     for step in range(0, len(history), report_every):
         if step not in known:
             trial.report(history[step]["outer_value"], step)

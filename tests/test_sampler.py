@@ -550,17 +550,17 @@ def test_workers_with_their_own_samplers(kind: str, tmp_path: Path) -> None:
 
 def test_work_per_trial_does_not_grow_with_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each finished trial is decoded once: attributes are read a constant number of times a trial."""
-    from optuna_hypergrad.studies import host
+    from optuna_hypergrad.studies import events
 
     reads = 0
-    original = host.read_attribute
+    original = events.long_attribute
 
     def counting(attributes: dict[str, Any], key: str) -> dict[str, Any] | None:
         nonlocal reads
         reads += 1
         return original(attributes, key)
 
-    monkeypatch.setattr(host, "read_attribute", counting)
+    monkeypatch.setattr(events, "long_attribute", counting)
     counts = []
     study = optuna.create_study(sampler=HypergradientSampler(seed=0, start="best", slice_steps=1))
     for _ in range(3):

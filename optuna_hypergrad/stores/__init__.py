@@ -5,7 +5,13 @@ import line here. The order of the imports is the order in which a storage is of
 """
 
 from .._registry import registry
-from ._attributes import MAX_ATTRIBUTE_BYTES, set_study_attribute, set_trial_attribute
+from ._attributes import (
+    MAX_ATTRIBUTE_BYTES,
+    long_attribute,
+    set_long_trial_attribute,
+    set_study_attribute,
+    set_trial_attribute,
+)
 from ._housekeeping import SweepReport
 from ._pointer import Pointer
 from ._retention import Retention
@@ -28,6 +34,8 @@ __all__ = [
     "SweepReport",
     "TensorStore",
     "default_artifact_store",
+    "long_attribute",
+    "set_long_trial_attribute",
     "set_study_attribute",
     "set_trial_attribute",
 ]

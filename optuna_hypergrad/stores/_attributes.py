@@ -6,7 +6,7 @@ import json
 import random
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from optuna.storages import BaseStorage
@@ -54,6 +54,32 @@ def set_trial_attribute(storage: BaseStorage, trial_id: int, key: str, value: An
     """Write a system attribute of a running trial. Raises :class:`StorageError` if too large."""
     check_attribute(key, value)
     retry_while_busy(lambda: storage.set_trial_system_attr(trial_id, key, value))
+
+
+def set_long_trial_attribute(
+    storage: BaseStorage, trial_id: int, key: str, payload: dict[str, Any]
+) -> None:
+    """A system attribute of any size; in numbered pieces, the head last, where it is too long."""
+    text = json.dumps(payload, allow_nan=False)
+    if len(text) <= MAX_ATTRIBUTE_BYTES:
+        set_trial_attribute(storage, trial_id, key, payload)
+        return
+    size = MAX_ATTRIBUTE_BYTES // 2  # quotes inside a string are escaped when it is stored
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    for i, piece in enumerate(pieces):
+        set_trial_attribute(storage, trial_id, f"{key}:{i}", piece)
+    set_trial_attribute(storage, trial_id, key, {"pieces": len(pieces)})
+
+
+def long_attribute(attributes: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+    """What :func:`set_long_trial_attribute` wrote, or ``None``."""
+    payload = attributes.get(key)
+    if not isinstance(payload, dict):
+        return None
+    if "pieces" in payload:
+        text = "".join(str(attributes[f"{key}:{i}"]) for i in range(int(payload["pieces"])))
+        payload = json.loads(text)
+    return payload
 
 
 def set_study_attribute(storage: BaseStorage, study_id: int, key: str, value: Any) -> None:

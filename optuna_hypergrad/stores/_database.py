@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import Connection, Engine
 
+from .. import _optuna
+
 
 def unwrap_rdb(storage: object) -> RDBStorage | None:
     """The ``RDBStorage`` that ``storage`` is or wraps as ``_backend``, if any."""
     while isinstance(storage, BaseStorage):
         if isinstance(storage, RDBStorage):
             return storage
-        storage = getattr(storage, "_backend", None)
+        storage = _optuna.wrapped_by(storage)
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from .. import _optuna
 from .._errors import CorruptTensorError
 from ._identity import ATTRIBUTE_PREFIX as UUID_PREFIX
 from ._identity import uuids_in
@@ -108,7 +109,7 @@ def find_orphans(
     unreadable: list[str] = []
     untouchable: set[str] = set()
     for study in storage.get_all_studies():
-        for trial in storage.get_all_trials(study._study_id, deepcopy=False):
+        for trial in storage.get_all_trials(_optuna.study_id_of(study), deepcopy=False):
             for key, value in _pointer_attributes(trial):
                 try:
                     used.add(Pointer.from_json(value, key, trial.number).blob)
@@ -143,4 +144,6 @@ def _uuids(storage: BaseStorage, excluding: int | None = None) -> set[str]:
         keys = study_attribute_keys(rdb, UUID_PREFIX)
         return set(uuids_in({key: None for study_id, key in keys if study_id != excluding}))
     studies = storage.get_all_studies()
-    return {u for s in studies if s._study_id != excluding for u in uuids_in(s.user_attrs)}
+    return {
+        u for s in studies if _optuna.study_id_of(s) != excluding for u in uuids_in(s.user_attrs)
+    }

@@ -16,6 +16,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import Connection
 
+from .. import _optuna
+
 try:
     from optuna.storages._cached_storage import _CachedStorage
     from optuna.storages._rdb import models
@@ -32,7 +34,7 @@ def plain_rdb(storage: BaseStorage) -> RDBStorage | None:
     """The ``RDBStorage`` that ``storage`` is or caches, if nothing stands between it and its tables."""
     if not _TABLES_KNOWN:
         return None
-    found = storage._backend if type(storage) is _CachedStorage else storage
+    found = _optuna.wrapped_by(storage) if type(storage) is _CachedStorage else storage
     return found if type(found) is RDBStorage else None
 
 

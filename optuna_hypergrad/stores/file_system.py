@@ -14,6 +14,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from .. import _optuna
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -37,10 +38,10 @@ class AtomicFileSystemArtifactStore(AbstractArtifactStore):
     @classmethod
     def beside(cls, storage: BaseStorage) -> AtomicFileSystemArtifactStore | None:
         """For a Journal file ``x.log``, the directory ``x.log.hypergrad``."""
-        backend = getattr(storage, "_backend", None)
+        backend = _optuna.wrapped_by(storage)
         if not isinstance(storage, JournalStorage) or not isinstance(backend, JournalFileBackend):
             return None
-        return cls(f"{backend._file_path}.hypergrad")
+        return cls(f"{_optuna.path_of_journal(backend)}.hypergrad")
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         try:

@@ -15,6 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 from sqlalchemy.pool import NullPool, QueuePool
 
+from .. import _optuna
 from .._errors import CorruptTensorError, MissingTensorError, StorageError
 from .._typing import Params
 from ._attributes import retry_while_busy
@@ -91,7 +92,7 @@ class TensorStore:
         Raises:
             StorageError: if the storage has no place of its own and none is given.
         """
-        storage = study._storage
+        storage = _optuna.storage_of(study)
         if artifact_store is None:
             return cls(default_artifact_store(storage), storage, retention, exclusive=True)
         if isinstance(artifact_store, (str, os.PathLike)):

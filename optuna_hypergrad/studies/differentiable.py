@@ -11,9 +11,9 @@ import optuna
 import torch
 from optuna.trial import BaseTrial
 
+from .. import _optuna
 from .._errors import HypergradError, HyperparameterError, ObjectiveError, SolverError
 from .._typing import Params
-from . import host
 from .points import Definition, domain_of
 from .sampler import HypergradientSampler
 from .trial import DifferentiableTrial, adapted
@@ -94,11 +94,11 @@ def report_hypergradient(trial: BaseTrial, gradients: Mapping[str, Any]) -> None
     """
     if not isinstance(trial, optuna.Trial):
         return
-    sampler = host.find_sampler(trial.study.sampler, HypergradientSampler)
+    sampler = _optuna.find_sampler(trial.study.sampler, HypergradientSampler)
     if sampler is None:
         return
     own = DifferentiableTrial.of(trial)
-    leaves, frozen = own._leaves, host.frozen_of(trial)
+    leaves, frozen = own._leaves, _optuna.frozen_of(trial)
     floats: dict[str, float] = {}
     tensors: Params = {}
     for name, given in gradients.items():

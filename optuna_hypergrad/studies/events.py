@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from . import host
+from .. import _optuna
+from ..stores import long_attribute, set_long_trial_attribute
 
 CLAIM, GRADIENT, OUTCOME = "hypergrad:claim", "hypergrad:gradient", "hypergrad:outcome"
+
+
+def write_event(study: Study, trial: FrozenTrial, key: str, payload: dict[str, Any]) -> None:
+    """One of the three, for a running trial."""
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    set_long_trial_attribute(storage, trial_id, key, payload)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Claim:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Claim | None:
-        data = host.read_attribute(trial.system_attrs, CLAIM)
+        data = long_attribute(trial.system_attrs, CLAIM)
         return None if data is None else cls(**{k: data[k] for k in cls.__dataclass_fields__})
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +81,7 @@ class Outcome:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Outcome | None:
-        data = host.read_attribute(trial.system_attrs, OUTCOME)
+        data = long_attribute(trial.system_attrs, OUTCOME)
         return None if data is None else cls(**{k: data[k] for k in cls.__dataclass_fields__})
 
     def to_json(self) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def encode_gradient(gradient: dict[str, float], names: list[str]) -> dict[str, A
 
 def gradient_of(trial: FrozenTrial) -> tuple[list[str], np.ndarray] | None:
     """Names (sorted) and d(objective)/d(value) of a trial's numbers, or ``None``."""
-    data = host.read_attribute(trial.system_attrs, GRADIENT)
+    data = long_attribute(trial.system_attrs, GRADIENT)
     if data is None:
         return None
     names = data["names"] if data["names"] is not None else continuous_names(trial)
@@ -106,7 +114,7 @@ def gradient_of(trial: FrozenTrial) -> tuple[list[str], np.ndarray] | None:
 
 def continuous_names(trial: FrozenTrial) -> list[str]:
     """Names of a trial's floats without a step, sorted."""
-    return sorted(n for n, d in trial.distributions.items() if host.is_continuous(d))
+    return sorted(n for n, d in trial.distributions.items() if _optuna.is_continuous(d))
 
 
 def this_process() -> str:

@@ -13,10 +13,10 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from .. import _optuna
 from .._typing import Params
 from ..stores import TensorStore
-from . import host
-from .events import CLAIM, Claim, is_dead, this_process
+from .events import CLAIM, Claim, is_dead, this_process, write_event
 from .points import Definition
 from .proposals import Proposer
 from .racing import Race
@@ -79,7 +79,7 @@ class Memory:
     def say_once(self, subject: str, text: str) -> None:
         if subject not in self.said:
             self.said.add(subject)
-            host.logger.warning(text)
+            _optuna.logger.warning(text)
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class Planner:
     def plan(self, memory: Memory, study: Study, trial: FrozenTrial) -> Plan | None:
         """Claim a step for ``trial``; ``None`` while the study is the base sampler's alone."""
         ledger, excluded = memory.ledger, set[int]()
-        trials = host.recent_trials(study, max(trial.number + 1, ledger.seen))
+        trials = _optuna.recent_trials(study, max(trial.number + 1, ledger.seen))
         ledger.sync(trials)
         if not self.is_differentiated(memory, trials, trial):
             return None
-        enqueued = host.fixed_params(trial)
+        enqueued = _optuna.fixed_params(trial)
         while True:
             claims = live(ledger.claims(trials, trial.number))
             taken = {c.trajectory for c in claims.values()} | excluded
@@ -118,7 +118,7 @@ class Planner:
                 return plan
             claim = Claim(chosen.id, chosen.last, "step", this_process())
             self._write(study, trial, claim)
-            trials = host.all_trials(study)
+            trials = _optuna.all_trials(study)
             if self._won(ledger, study, trials, trial, claim):
                 return Plan(
                     claim=claim,
@@ -127,7 +127,7 @@ class Planner:
                     distributions={n: chosen.distributions[n] for n in chosen.setting},
                 )
             excluded.add(chosen.id)
-            trials = host.all_trials(study)
+            trials = _optuna.all_trials(study)
             ledger.sync(trials)
 
     def _choose(
@@ -143,7 +143,7 @@ class Planner:
         if enqueued:
             return self._inherited(ledger, trial, taken), {}, None
         others, everything = ledger.other_distributions(), ledger.trajectories.values()
-        held = host.held_by_wrappers(study.sampler)
+        held = _optuna.held_by_wrappers(study.sampler)
         taken = taken | {t.id for t in everything if not agrees(t.setting, held)}
         chosen = self.race.choose(ledger.trajectories, taken)
         if chosen is not None:
@@ -241,14 +241,14 @@ class Planner:
 
     def proposer_of(self, memory: Memory, study: Study, trial: FrozenTrial) -> Proposer:
         """For a parameter that nobody foresaw."""
-        ledger, trials = memory.ledger, host.all_trials(study)
+        ledger, trials = memory.ledger, _optuna.all_trials(study)
         ledger.sync(trials)
         names = set(ledger.other_distributions()) or set(ledger.owned)
         return self._proposer(ledger, study, trials, trial, names, _PROPOSALS + 1)
 
     def _write(self, study: Study, trial: FrozenTrial, claim: Claim | None) -> None:
         if claim is not None:
-            host.write_attribute(study, host.trial_id_of(trial), CLAIM, claim.to_json())
+            write_event(study, trial, CLAIM, claim.to_json())
 
     def _won(
         self,
@@ -279,7 +279,7 @@ class Planner:
             if min(rivals) < trial.number or time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
-            trials = host.all_trials(study)
+            trials = _optuna.all_trials(study)
 
 
 def live(claims: dict[int, Claim]) -> dict[int, Claim]:

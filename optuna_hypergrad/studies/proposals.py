@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from . import host
+from .. import _optuna
 from .events import is_dead
 from .racing import Race
 from .trajectory import Ledger
@@ -34,7 +34,7 @@ def representatives(
             continue
         params = {n: v for n, v in {**t.setting, **t.first}.items() if n in names}
         shown.append(
-            host.representative(
+            _optuna.representative(
                 t.id,
                 t.trial_id,
                 TrialState.COMPLETE,
@@ -54,9 +54,9 @@ def representatives(
 
 def cut(trial: FrozenTrial, names: set[str]) -> FrozenTrial:
     params = {n: v for n, v in trial.params.items() if n in names}
-    return host.representative(
+    return _optuna.representative(
         trial.number,
-        host.trial_id_of(trial),
+        _optuna.trial_id_of(trial),
         trial.state,
         trial.value if trial.state.is_finished() else None,
         params,
@@ -86,15 +86,15 @@ class Proposer:
         trial: FrozenTrial,
         names: set[str],
     ) -> None:
-        self.sampler = host.seeded_copy(base, entropy)
+        self.sampler = _optuna.seeded_copy(base, entropy)
         self.trial = cut(trial, names)
         shown = [
             t for t in representatives(ledger, race, trials, names) if t.number != trial.number
         ]
         shown = sorted([*shown, self.trial], key=lambda t: t.number)
-        self.view = host.ViewStudy.of(study, shown)
+        self.view = _optuna.ViewStudy.of(study, shown)
         self.sampler.before_trial(self.view, self.trial)
-        self.trial.system_attrs = host.attributes_of(study, host.trial_id_of(trial))
+        self.trial.system_attrs = _optuna.attributes_of(study, _optuna.trial_id_of(trial))
 
     def propose(self, distributions: dict[str, BaseDistribution]) -> dict[str, Any]:
         """A value for each of ``distributions``: jointly where the sampler can, one by one elsewhere."""
@@ -103,7 +103,7 @@ class Proposer:
         joint = self.sampler.sample_relative(self.view, self.trial, space)
         values = {}
         for name, distribution in distributions.items():
-            if name in joint and host.contains(distribution, joint[name]):
+            if name in joint and _optuna.contains(distribution, joint[name]):
                 values[name] = self._keep(name, distribution, joint[name])
             else:
                 values[name] = self.one(name, distribution)
@@ -111,7 +111,7 @@ class Proposer:
 
     def one(self, name: str, distribution: BaseDistribution) -> Any:
         if distribution.single():
-            return self._keep(name, distribution, host.single_value(distribution))
+            return self._keep(name, distribution, _optuna.single_value(distribution))
         value = self.sampler.sample_independent(self.view, self.trial, name, distribution)
         return self._keep(name, distribution, value)
 

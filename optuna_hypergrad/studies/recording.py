@@ -13,12 +13,12 @@ import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from .. import _optuna
 from .._errors import CorruptTensorError, MissingTensorError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
 from ..stores import TensorStore
-from . import host
-from .events import OUTCOME, Claim, Outcome, gradient_of
+from .events import OUTCOME, Claim, Outcome, gradient_of, write_event
 from .plan import Memory, Plan, live
 from .points import Definition, PointSpace, domain_of, nested, place
 from .racing import Race
@@ -88,7 +88,7 @@ class Recorder:
             return init
         start = init
         if plan.tensors_from is not None:
-            donor = host.all_trials(study)[plan.tensors_from]
+            donor = _optuna.all_trials(study)[plan.tensors_from]
             start = self._borrow(definition, init, donor, store)
         assert plan.claim is not None
         rivals = self._same_start(memory, plan, study, trial)
@@ -117,7 +117,7 @@ class Recorder:
         done = sum(
             _point(t.source) == point and t.setting == setting for t in ledger.trajectories.values()
         )
-        claims = live(ledger.claims(host.all_trials(study), trial.number))
+        claims = live(ledger.claims(_optuna.all_trials(study), trial.number))
         now = [n for n, c in claims.items() if c.parent is None and _point(c.source) == point]
         return (done, sum(n < trial.number for n in now)) if done or now else None
 
@@ -150,10 +150,9 @@ class Recorder:
         """Write the outcome of a running trial, and its tensors and the state after it, if any."""
         known = memory.ledger.trajectories.get(claim.trajectory)
         if claim.parent is not None and (known is None or known.last != claim.parent):
-            memory.ledger.sync(host.all_trials(study))
+            memory.ledger.sync(_optuna.all_trials(study))
         outcome = self._outcome(memory, plan, claim, study, trial, state, values, store_of)
-        trial_id = host.trial_id_of(trial)
-        host.write_attribute(study, trial_id, OUTCOME, outcome.to_json())
+        write_event(study, trial, OUTCOME, outcome.to_json())
 
     def _outcome(
         self,
@@ -207,7 +206,7 @@ class Recorder:
         if value is None and trajectory is None:
             stop = "The evaluation at its start failed."
             return Outcome("bad", identity, parent, None, stop, None, opened)
-        held = sorted(host.held_by_wrappers(study.sampler).keys() & space.floats.keys())
+        held = sorted(_optuna.held_by_wrappers(study.sampler).keys() & space.floats.keys())
         cursor = advance(
             self.rule,
             space,
@@ -290,8 +289,8 @@ class Recorder:
             return ("last", found.id) if other.number == found.last else found.id
 
         store_of(study).save_all(
-            host.study_id_of(study),
-            host.trial_id_of(trial),
+            _optuna.study_id_of(study),
+            _optuna.trial_id_of(trial),
             step,
             stored,
             retain=True,
@@ -307,7 +306,7 @@ class Recorder:
                 del memory.cursors[number]
 
     def _load(self, trajectory: Trajectory, study: Study, store: TensorStore) -> Cursor:
-        trial = host.all_trials(study)[trajectory.last]
+        trial = _optuna.all_trials(study)[trajectory.last]
         outcome = Outcome.of(trial)
         try:
             (pointer,) = store.pointers(trial, STATE, "step_state")
@@ -323,7 +322,7 @@ class Recorder:
         self, memory: Memory, trajectory: Trajectory, study: Study, cursor: Cursor | None
     ) -> Cursor:
         """The state after the last step, by taking the steps that ``cursor`` has not seen again."""
-        sign, trials = memory.ledger.sign, host.all_trials(study)
+        sign, trials = memory.ledger.sign, _optuna.all_trials(study)
         done = -1 if cursor is None else cursor.after
         for step in trajectory.steps:
             if step.number <= done:

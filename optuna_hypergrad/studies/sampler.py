@@ -16,12 +16,20 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from .. import _optuna
 from .._errors import HyperparameterError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, make_step_rule
 from ..stores import Retention, TensorStore
-from . import host
-from .events import CLAIM, GRADIENT, Claim, continuous_names, encode_gradient, this_process
+from .events import (
+    CLAIM,
+    GRADIENT,
+    Claim,
+    continuous_names,
+    encode_gradient,
+    this_process,
+    write_event,
+)
 from .plan import Memory, Plan, Planner, StartFrom
 from .points import Definition, domain_of
 from .racing import Race
@@ -133,10 +141,10 @@ class HypergradientSampler(BaseSampler):
         if base_sampler is None:
             base_sampler = TPESampler(seed=seed, n_startup_trials=_STARTUP_TRAJECTORIES)
         self._base = base_sampler
-        drawn = host.own_seed(self._base) if seed is None else seed
+        drawn = _optuna.own_seed(self._base) if seed is None else seed
         rule = make_step_rule(optimizer)
         race = Race(slice_steps, reduction, max_steps=max_steps, patience=patience)
-        pristine = host.seeded_copy(self._base, [0])
+        pristine = _optuna.seeded_copy(self._base, [0])
         drawn = secrets.randbits(31) if drawn is None else drawn
         self._planner = Planner(pristine, drawn, race, start)
         self._tensor_store = tensor_store
@@ -159,11 +167,11 @@ class HypergradientSampler(BaseSampler):
         self._base.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        if host.is_multi_objective(study):
+        if _optuna.is_multi_objective(study):
             return
         memory = self._memory(study)
         with memory.lock:
-            trials = host.recent_trials(study, max(trial.number + 1, memory.ledger.seen))
+            trials = _optuna.recent_trials(study, max(trial.number + 1, memory.ledger.seen))
             memory.ledger.sync(trials)
             if self._planner.is_differentiated(memory, trials, trial):
                 return
@@ -218,11 +226,11 @@ class HypergradientSampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        if host.is_multi_objective(study):
+        if _optuna.is_multi_objective(study):
             return
         memory = self._memory(study)
         with memory.lock:
-            plan = memory.plans.pop(host.trial_id_of(trial), None) or Plan()
+            plan = memory.plans.pop(_optuna.trial_id_of(trial), None) or Plan()
             claim = Claim.of(trial)
             if claim is not None:
                 self._recorder.record(
@@ -298,7 +306,7 @@ class HypergradientSampler(BaseSampler):
             plan.reported = True
             if floats:
                 payload = encode_gradient(plan.float_gradient, continuous_names(trial))
-                host.write_attribute(study, host.trial_id_of(trial), GRADIENT, payload)
+                write_event(study, trial, GRADIENT, payload)
 
     def plan_for(self, study: Study, trial: FrozenTrial) -> Plan:
         """What a running trial is to do; decided now if it was not."""
@@ -314,12 +322,12 @@ class HypergradientSampler(BaseSampler):
         return self._memory(study).plans.get(trial_id)
 
     def _plan(self, study: Study, trial: FrozenTrial) -> Plan:
-        if host.is_multi_objective(study):
+        if _optuna.is_multi_objective(study):
             raise ValueError(
                 "HypergradientSampler follows the gradient of one objective, and this study has "
                 f"{len(study.directions)}. Return one value (a weighted sum, say), or use another sampler."
             )
-        memory, trial_id = self._memory(study), host.trial_id_of(trial)
+        memory, trial_id = self._memory(study), _optuna.trial_id_of(trial)
         with memory.lock:
             if trial_id not in memory.plans:
                 memory.plans[trial_id] = self._make_plan(memory, study, trial)
@@ -339,21 +347,21 @@ class HypergradientSampler(BaseSampler):
                 return plan
 
     def _memory(self, study: Study) -> Memory:
-        studies = self._memories.setdefault(host.storage_of(study), {})
-        key = host.study_id_of(study)
+        studies = self._memories.setdefault(_optuna.storage_of(study), {})
+        key = _optuna.study_id_of(study)
         if key not in studies:
-            studies.setdefault(key, Memory(Ledger(host.sign_of(study))))
+            studies.setdefault(key, Memory(Ledger(_optuna.sign_of(study))))
         return studies[key]
 
     def _claim_start(self, memory: Memory, plan: Plan, study: Study, trial: FrozenTrial) -> None:
         """The trial has turned out to be differentiated: it opens a trajectory."""
-        trials = host.all_trials(study)
+        trials = _optuna.all_trials(study)
         memory.ledger.sync(trials)
         first = not self._planner.is_differentiated(memory, trials, trial)
-        enqueued = bool(host.fixed_params(trials[trial.number]))
+        enqueued = bool(_optuna.fixed_params(trials[trial.number]))
         source = "enqueued" if enqueued else "init" if first else "base"
         plan.claim = Claim(trial.number, None, source, this_process())
-        host.write_attribute(study, host.trial_id_of(trial), CLAIM, plan.claim.to_json())
+        write_event(study, trial, CLAIM, plan.claim.to_json())
 
     def _check_definition(
         self, memory: Memory, plan: Plan, definition: Definition, trial: FrozenTrial

@@ -11,9 +11,9 @@ import torch
 from optuna.trial import BaseTrial
 from torch import Tensor, nn
 
+from .. import _optuna
 from .._errors import HyperparameterError
 from .._typing import Params
-from . import host
 from .leaves import (
     Leaves,
     Shape,
@@ -174,7 +174,7 @@ class Suggesting:
 
     def _tensor_values(self, definition: Definition, start: Params) -> Params:
         """Values out of the parameters that are replayed."""
-        given = host.replayed(cast(BaseTrial, self), definition.name)
+        given = _optuna.replayed(cast(BaseTrial, self), definition.name)
         if given is None:
             raise HyperparameterError(
                 f"Hyperparameter {definition.name!r} is a {definition.kind}, and the trial to replay has no "

@@ -9,10 +9,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
+from .. import _optuna
 from .._errors import MissingTensorError
 from .._typing import Params
 from ..stores import TensorStore
-from . import host
 from .sampler import HypergradientSampler
 
 
@@ -45,7 +45,7 @@ def load_tensors(
         trial = study.best_trial
     elif isinstance(study_or_trial, optuna.Trial):
         study = study_or_trial.study
-        trial = host.all_trials(study)[study_or_trial.number]
+        trial = _optuna.all_trials(study)[study_or_trial.number]
     elif isinstance(study_or_trial, FrozenTrial) and study is not None:
         trial = study_or_trial
     else:
@@ -68,5 +68,5 @@ def load_tensors(
 
 
 def _store(study: Study) -> TensorStore:
-    sampler = host.find_sampler(study.sampler, HypergradientSampler)
+    sampler = _optuna.find_sampler(study.sampler, HypergradientSampler)
     return TensorStore.of_study(study) if sampler is None else sampler.store_of(study)

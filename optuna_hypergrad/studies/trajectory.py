@@ -11,9 +11,9 @@ import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from .. import _optuna
 from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
-from . import host
 from .events import Claim, Outcome, gradient_of
 from .points import Definition, PointSpace, domain_of
 
@@ -170,7 +170,7 @@ class Ledger:
         floats = {n: domain_of(n, trial.distributions[n]) for n in names}
         return Trajectory(
             id=trial.number,
-            trial_id=host.trial_id_of(trial),
+            trial_id=_optuna.trial_id_of(trial),
             setting={n: v for n, v in trial.params.items() if n not in floats},
             space=PointSpace(floats, definitions),
             distributions=dict(trial.distributions),

@@ -11,10 +11,10 @@ import torch
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial
 from torch import Tensor
 
+from .. import _optuna
 from .._errors import HyperparameterError, ObjectiveError, RequirementError
 from .._typing import Params
 from ..stores import TensorStore
-from . import host
 from .leaves import Leaves
 from .plan import Plan
 from .points import Definition
@@ -47,7 +47,7 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
             raise TypeError(
                 f"DifferentiableTrial.of takes an optuna.Trial, not {type(trial).__name__}."
             )
-        if host.is_multi_objective(trial.study):
+        if _optuna.is_multi_objective(trial.study):
             raise RequirementError(
                 f"The study has {len(trial.study.directions)} objectives, and hypergradients follow one. "
                 "Return one value (a weighted sum, say) in a single-objective study."
@@ -61,7 +61,7 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
         """The study's sampler, also where another one is wrapped around it."""
         return cast(
             "HypergradientSampler | None",
-            host.find_sampler(self.study.sampler, HypergradientSampler),
+            _optuna.find_sampler(self.study.sampler, HypergradientSampler),
         )
 
     @property
@@ -153,7 +153,7 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
         gradient = leaves.gradient(loss, allow_unused)
         bad = [n for n, g in gradient.items() if not bool(torch.isfinite(g).all())]
         if bad:
-            host.logger.warning(
+            _optuna.logger.warning(
                 f"Trial {self.number}: the hypergradient of {bad[0]!r} is not finite; the step is taken back."
             )
         self._send(gradient)
@@ -173,7 +173,7 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
                 f"{reason} at the start of trial {self.number} ({where}). Start elsewhere with init= or "
                 "study.enqueue_trial, or narrow the bounds."
             )
-        host.logger.warning(
+        _optuna.logger.warning(
             f"Trial {self.number} failed. {reason} ({where}); the step is taken back."
         )
         return math.nan
@@ -181,12 +181,12 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
     def void(self) -> None:
         """Say that nothing was evaluated: the trial's step will be done again as if for the first time."""
         sampler = self.sampler
-        plan = None if sampler is None else sampler.plan_of(self.study, self._trial_id)
+        plan = None if sampler is None else sampler.plan_of(self.study, _optuna.trial_id_of(self))
         if plan is not None:
             plan.void = True
 
     def _where(self) -> str:
-        shown = [f"{n}={v!r}" for n, v in self._cached_frozen_trial.params.items()]
+        shown = [f"{n}={v!r}" for n, v in _optuna.frozen_of(self).params.items()]
         shown += [d.name for d in self._leaves.definitions.values() if d.kind != "float"]
         return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
 
@@ -197,16 +197,16 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
         definitions = self._leaves.definitions
         floats = {n: float(g) for n, g in gradient.items() if _kind(definitions, n) == "float"}
         tensors = {n: g for n, g in gradient.items() if n not in floats}
-        sampler.receive(self.study, self._cached_frozen_trial, floats, tensors)
+        sampler.receive(self.study, _optuna.frozen_of(self), floats, tensors)
 
     def _plan(self, sampler: HypergradientSampler) -> Plan:
-        return sampler.plan_for(self.study, self._cached_frozen_trial)
+        return sampler.plan_for(self.study, _optuna.frozen_of(self))
 
     def _declare(self, definition: Definition, init: Any) -> None:
         sampler = self.sampler
         if sampler is not None:
             _ = self.relative_params  # plans the trial, once
-            sampler.declare(self.study, self._cached_frozen_trial, definition, init)
+            sampler.declare(self.study, _optuna.frozen_of(self), definition, init)
 
     def _tensor_values(self, definition: Definition, start: Params) -> Params:
         sampler = self.sampler
@@ -218,7 +218,7 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
             )
         _ = self.tensor_store  # raises where tensors cannot be stored
         _ = self.relative_params
-        return sampler.declare(self.study, self._cached_frozen_trial, definition, start)
+        return sampler.declare(self.study, _optuna.frozen_of(self), definition, start)
 
 
 class _FixedReplay(Suggesting, FixedTrial):

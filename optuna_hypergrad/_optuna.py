@@ -1,9 +1,11 @@
-"""All that touches Optuna's private interface (checked against optuna 5.0)."""
+"""All that touches Optuna's private interface (checked against optuna 5.0).
+
+Other files ask here. Where Optuna keeps its tables is known to ``stores/_optuna_tables.py`` alone.
+"""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Container, Iterator, Sequence
 from typing import Any, cast
 
@@ -13,10 +15,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
-
-from ..stores import MAX_ATTRIBUTE_BYTES, set_trial_attribute
 
 logger = optuna.logging.get_logger("optuna.hypergradients")
 
@@ -25,12 +27,26 @@ def storage_of(study: Study) -> BaseStorage:
     return study._storage
 
 
-def study_id_of(study: Study) -> int:
+def study_id_of(study: Study | FrozenStudy) -> int:
     return study._study_id
 
 
 def trial_id_of(trial: optuna.Trial | FrozenTrial) -> int:
     return trial._trial_id
+
+
+def current(trial: optuna.Trial) -> FrozenTrial:
+    """A running trial as the storage has it now."""
+    return trial.study._storage.get_trial(trial._trial_id)
+
+
+def wrapped_by(storage: BaseStorage) -> Any:
+    """What a storage stands before: a cached database, a Journal's file; ``None`` for no such thing."""
+    return getattr(storage, "_backend", None)
+
+
+def path_of_journal(backend: JournalFileBackend) -> str:
+    return backend._file_path
 
 
 def all_trials(study: Study) -> list[FrozenTrial]:
@@ -83,31 +99,6 @@ def held_by_wrappers(sampler: Any) -> dict[str, Any]:
         held = {**getattr(sampler, "_fixed_params", {}), **held}
         sampler = sampler._base_sampler
     return held
-
-
-def write_attribute(study: Study, trial_id: int, key: str, payload: dict[str, Any]) -> None:
-    """One trial system attribute; in numbered pieces, the head last, where it is too long."""
-    text = json.dumps(payload, allow_nan=False)
-    storage = study._storage
-    if len(text) <= MAX_ATTRIBUTE_BYTES:
-        set_trial_attribute(storage, trial_id, key, payload)
-        return
-    size = MAX_ATTRIBUTE_BYTES // 2  # quotes inside a string are escaped when it is stored
-    pieces = [text[i : i + size] for i in range(0, len(text), size)]
-    for i, piece in enumerate(pieces):
-        set_trial_attribute(storage, trial_id, f"{key}:{i}", piece)
-    set_trial_attribute(storage, trial_id, key, {"pieces": len(pieces)})
-
-
-def read_attribute(attributes: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """What :func:`write_attribute` wrote, or ``None``."""
-    payload = attributes.get(key)
-    if not isinstance(payload, dict):
-        return None
-    if "pieces" in payload:
-        text = "".join(str(attributes[f"{key}:{i}"]) for i in range(int(payload["pieces"])))
-        payload = json.loads(text)
-    return payload
 
 
 def attributes_of(study: Study, trial_id: int) -> dict[str, Any]:
