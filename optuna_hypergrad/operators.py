@@ -7,6 +7,7 @@ beyond itself. Half-precision parameters are accumulated in float32.
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from . import _tree
 from ._errors import ObjectiveError, RequirementError
 from ._typing import Batch, Objective, Params
+
+_COLUMNS = 32
+"""Columns of a dense matrix that are computed at once: each takes the activations' memory again."""
 
 
 class Flattener:
@@ -81,12 +85,24 @@ class AbstractLinearOperator(abc.ABC):
     num_products: int = 0
 
     def __call__(self, vector: Tensor, out: Tensor | None = None) -> Tensor:
-        """``(P,) -> (P,)``. The result may lie in ``out``, memory that the caller reuses, but need not."""
+        """``(P,) -> (P,)``. The result may lie in ``out`` (:meth:`workspace`), but need not."""
         self.num_products += 1
         return self._apply(vector, out)
 
+    def workspace(self) -> Tensor | None:
+        """An ``out`` for a caller to reuse, where that saves a copy into fresh memory."""
+        return None
+
+    def many(self, vectors: Tensor) -> Tensor:
+        """``(B, P) -> (B, P)``: one product for each row."""
+        self.num_products += len(vectors)
+        return self._apply_many(vectors)
+
     @abc.abstractmethod
     def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def _apply_many(self, vectors: Tensor) -> Tensor:
+        return torch.stack([self._apply(v, None) for v in vectors])
 
 
 class MatrixOperator(AbstractLinearOperator):
@@ -110,8 +126,14 @@ class DampedOperator(AbstractLinearOperator):
         self.size, self.dtype, self.device = base.size, base.dtype, base.device
         self.symmetric = base.symmetric
 
+    def workspace(self) -> Tensor | None:
+        return self.base.workspace()
+
     def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
         return torch.add(self.base(vector, out), vector, alpha=self.damping, out=out)
+
+    def _apply_many(self, vectors: Tensor) -> Tensor:
+        return self.base.many(vectors).add(vectors, alpha=self.damping)
 
 
 class InnerGraph:
@@ -158,6 +180,38 @@ class InnerGraph:
             ],
             out=out,
         )
+
+    def hvp_many(self, vectors: Tensor) -> Tensor:
+        """``(B, P) -> (B, P)``: the rows' products in one walk of the graph.
+
+        One after the other where an operation of the inner objective cannot be batched.
+        """
+        if not self._gradients:
+            return torch.zeros_like(vectors)
+        parts = torch.split_with_sizes(vectors, self.layout.sizes, dim=1)
+        rows = len(vectors)
+        cotangents = [
+            parts[i].reshape(rows, *self.layout.shapes[i]).to(self.layout.dtypes[i])
+            for i in self._alive
+        ]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # which operation is done one by one
+                products = torch.autograd.grad(
+                    self._gradients,
+                    self._leaves,
+                    cotangents,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+        except RuntimeError:
+            return torch.stack([self.hvp(v) for v in vectors])
+        flat = [
+            w.new_zeros(rows, w.numel()) if h is None else h.reshape(rows, -1)
+            for h, w in zip(products, self._leaves, strict=True)
+        ]
+        return torch.cat([h.to(self.layout.dtype) for h in flat], dim=1)
 
     def cross_vjp(self, vector: Tensor) -> dict[str, Tensor | None]:
         """``M^T v`` with ``M = d2g/(dw dlam)``, by hyperparameter; ``None`` where g_w ignores it."""
@@ -212,8 +266,16 @@ class HessianOperator(AbstractLinearOperator):
             graph.layout.device,
         )
 
+    def workspace(self) -> Tensor | None:
+        if len(self.graph.layout.sizes) == 1:  # the product is the tensor that autograd made
+            return None
+        return torch.empty(self.size, dtype=self.dtype, device=self.device)
+
     def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
         return self.graph.hvp(vector, out)
+
+    def _apply_many(self, vectors: Tensor) -> Tensor:
+        return self.graph.hvp_many(vectors)
 
 
 class GaussNewtonOperator(AbstractLinearOperator):
@@ -304,7 +366,7 @@ class GaussNewton(AbstractCurvature):
 
 
 def dense(operator: AbstractLinearOperator, max_size: int) -> Tensor:
-    """The matrix ``(P, P)`` of an operator, column by column.
+    """The matrix ``(P, P)`` of an operator, a few columns at a time.
 
     Raises:
         RequirementError: if ``P > max_size``.
@@ -315,7 +377,24 @@ def dense(operator: AbstractLinearOperator, max_size: int) -> Tensor:
             f"{max_size}. Use CG or Neumann, or raise max_size."
         )
     identity = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
-    return torch.stack([operator(column) for column in identity], dim=1)
+    return torch.cat(
+        [operator.many(rows) for rows in torch.chunk(identity, -(-operator.size // _COLUMNS))]
+    ).mT
+
+
+def cholesky(operator: AbstractLinearOperator, max_size: int) -> tuple[Tensor, Tensor] | None:
+    """The matrix of a symmetric operator and its Cholesky factor; ``None`` if not positive definite.
+
+    In float64 whatever the operator's dtype, where the device has it.
+
+    Raises:
+        RequirementError: if ``P > max_size``.
+    """
+    matrix = dense(operator, max_size)
+    if matrix.device.type != "mps":
+        matrix = matrix.double()
+    factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
+    return None if int(info) or not _tree.finite(factor) else (matrix, factor)
 
 
 def scalar(value: object, label: str) -> Tensor:

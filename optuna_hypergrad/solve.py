@@ -17,7 +17,9 @@ from .ihvp import CG
 from .inner import AbstractInnerSolver, NewtonCG
 from .problem import BilevelProblem, check_problem, full_batch
 
-DEFAULT_ESTIMATOR = Implicit(CG(max_steps=5000, rtol=1e-7, require_convergence=True))
+DEFAULT_ESTIMATOR = Implicit(
+    CG(max_steps=5000, rtol=1e-7, require_convergence=True, factorize_up_to=2048)
+)
 
 
 def solve(
@@ -40,8 +42,8 @@ def solve(
         inner_params: ``w_0``. Under ``Unroll`` gradients flow to it as well.
         outer_params: ``lam``: tensors of any shape, leaves or not.
         solver: Of the inner problem; ``NewtonCG()`` by default.
-        estimator: ``Implicit`` with CG to a relative residual of 1e-7 by default; it raises when
-            that is not reached.
+        estimator: ``Implicit`` with CG to a relative residual of 1e-7 by default, and the factorized
+            matrix for up to 2,048 inner parameters where CG is slow; it raises when that is not reached.
         inner_batch: ``step -> batch``; ``None`` is passed as the batch by default.
 
     Returns:

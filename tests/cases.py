@@ -130,6 +130,15 @@ LINEAR_SOLVERS = [
     SolverRow(ohg.CG(60, 1e-14), "identity", rtol=1e-14),
     SolverRow(ohg.CG(60, 1e-14), "low_rank_plus_identity", rtol=1e-10),
     SolverRow(ohg.CG(60), "indefinite", message="direction of curvature"),
+    SolverRow(
+        ohg.CG(300, 1e-13, require_convergence=True), "ill_conditioned", message="stopped after 300"
+    ),
+    SolverRow(
+        ohg.CG(60, 1e-9, require_convergence=True, factorize_up_to=40),
+        "ill_conditioned",
+        rtol=1e-6,
+    ),
+    SolverRow(ohg.CG(60, factorize_up_to=40), "indefinite", message="direction of curvature"),
     SolverRow(ohg.CG(60), "nonsymmetric", message="needs a symmetric operator"),
     SolverRow(
         ohg.CG(3, 1e-10, require_convergence=True), "spd", message="stopped after 3 products"

@@ -99,6 +99,7 @@ def make_matrix(kind: str, size: int = 40) -> torch.Tensor:
         "spd": torch.logspace(-1, 1, size, dtype=problems.F64),
         "indefinite": torch.linspace(-0.5, 5, size, dtype=problems.F64),
         "negative": -torch.linspace(0.5, 5, size, dtype=problems.F64),
+        "ill_conditioned": torch.logspace(-9, 1, size, dtype=problems.F64),
         "singular": torch.linspace(0, 5, size, dtype=problems.F64),
     }
     return symmetric(q @ torch.diag(spectra[kind]) @ q.T)

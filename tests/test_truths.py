@@ -11,10 +11,12 @@ import cases
 import pytest
 import torch
 from problems import F64, randn, relative_error
+from sklearn.datasets import load_digits
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad.hypergradients.matrix_products import MatrixProducts
+from optuna_hypergrad.inner import newton_cg
 from optuna_hypergrad.operators import (
     DampedOperator,
     Flattener,
@@ -195,6 +197,106 @@ def test_terms_that_share_memory_do_not_corrupt_each_other() -> None:
     for solver in (ohg.CG(5), ohg.Neumann(60, alpha=0.5), ohg.Direct()):
         found = ohg.hypergradient(problem, {"w": 3.0 * x}, {"x": x}, estimator=ohg.Implicit(solver))
         assert torch.allclose(found.value["x"], torch.full_like(x, 4.0), rtol=1e-12)
+
+
+def test_products_done_together_equal_products_one_by_one() -> None:
+    for name in ("ridge", "quadratic", "network"):
+        case = cases.case(name)
+        operator = HessianOperator(
+            InnerGraph(
+                case.problem.inner_objective, case.inner_params, case.outer_params, batch=None
+            )
+        )
+        rows = randn(5, operator.size, seed=9)
+        together, one_by_one = operator.many(rows), torch.stack([operator(row) for row in rows])
+        assert operator.num_products == 10
+        assert float((together - one_by_one).norm()) <= 1e-14 * float(one_by_one.norm())
+        damped = DampedOperator(operator, 0.5)
+        assert torch.allclose(damped.many(rows), one_by_one + 0.5 * rows, rtol=1e-13, atol=1e-13)
+
+
+def test_operations_that_cannot_be_batched_are_multiplied_one_by_one() -> None:
+    class Cubed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.numpy(force=True).__pow__(3).sum() * x.new_ones(())
+
+        @staticmethod
+        def backward(ctx, slope):
+            (x,) = ctx.saved_tensors
+            return slope * Squared.apply(x)
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return 3 * x**2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, slope):
+            (x,) = ctx.saved_tensors
+            return torch.from_numpy(slope.numpy() * 6 * x.numpy())
+
+    x = randn(6, seed=3)
+    graph = InnerGraph(lambda w, lam, _: Cubed.apply(w["x"]), {"x": x}, {}, None)
+    assert torch.allclose(dense(HessianOperator(graph), 6), torch.diag(6 * x), rtol=1e-12)
+
+
+def test_a_slow_solve_is_finished_by_the_factorized_matrix_in_few_products() -> None:
+    spectrum = torch.logspace(-9, 1, 60, dtype=F64)
+    q, _ = torch.linalg.qr(randn(60, 60, seed=3))
+    matrix, b = q @ torch.diag(spectrum) @ q.T, randn(60, seed=4)
+    operator = MatrixOperator(0.5 * (matrix + matrix.T))
+    found = ohg.linear_solve(ohg.CG(5000, 1e-8, factorize_up_to=60), operator, b)
+    assert found.num_products == 15 + 60
+    true = float((operator.matrix @ found.x - b).norm() / b.norm())
+    assert found.residual == pytest.approx(true, rel=0.5)
+    assert true < 1e-5
+    slow = ohg.linear_solve(ohg.CG(5000, 1e-8, factorize_up_to=59), operator, b)
+    assert slow.num_products > 150
+
+
+def test_newton_factorizes_the_hessian_where_its_linear_solves_are_long(monkeypatch) -> None:
+    data, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(data[:300] / 16), torch.tensor(labels[:300])
+    decay = (
+        10
+        ** torch.linspace(-6, 1, 64, dtype=F64)[
+            torch.randperm(64, generator=torch.Generator().manual_seed(0))
+        ]
+    )
+
+    def inner_objective(w, lam, batch):
+        loss = torch.nn.functional.cross_entropy(x @ w["w"], y)
+        return loss + 0.5 * (lam["decay"][:, None] * w["w"] ** 2).sum()
+
+    problem = ohg.BilevelProblem(inner_objective, lambda w, lam, _: w["w"].sum())
+    lam, w0 = {"decay": decay}, {"w": torch.zeros(64, 10, dtype=F64)}
+    walks = 0
+
+    def counting(name):
+        original = getattr(InnerGraph, name)
+
+        def call(graph, vectors, *rest):
+            nonlocal walks
+            walks += 1
+            return original(graph, vectors, *rest)
+
+        monkeypatch.setattr(InnerGraph, name, call)
+
+    counting("hvp"), counting("hvp_many")
+    spent, found = [], []
+    for most in (2048, 0):
+        monkeypatch.setattr(newton_cg, "_FACTORIZED", most)
+        walks = 0
+        found.append(ohg.inner_solve(problem, ohg.NewtonCG(atol=1e-8), w0, lam))
+        spent.append(walks)
+        assert found[-1].result.success
+        assert found[-1].gradient_norm <= 1e-8
+    assert relative_error(found[0].inner_params, found[1].inner_params) < 1e-5
+    assert spent[0] < 0.7 * spent[1], spent
 
 
 def test_gauss_newton_equals_the_hessian_of_a_linear_model_and_is_psd_otherwise() -> None:

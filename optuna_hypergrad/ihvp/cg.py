@@ -13,6 +13,7 @@ from torch import Tensor
 from .._results import SUCCESS, Result, Status
 from ..operators import AbstractLinearOperator
 from ._base import AbstractLinearSolver, LinearSolution, TracedSolution, Vector, inner
+from .direct import solve_positive_definite
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class CG(AbstractLinearSolver):
         rtol: Stop when ``|b - H x| <= rtol |b|``. 0 for exactly ``max_steps`` products.
         require_convergence: Whether stopping at ``max_steps`` above ``rtol`` is a failure. Off by
             default: a truncated solve is the usual compromise, and its residual is reported.
+        factorize_up_to: For so many unknowns ``P`` at most, a solve that has not converged after
+            ``P // 4`` products tries the factorized matrix (``P`` more, done together) before it goes
+            on. 0 for never; compiled solves never do.
     """
 
     name: ClassVar[str] = "cg"
@@ -34,6 +38,7 @@ class CG(AbstractLinearSolver):
     max_steps: int = 1000
     rtol: float = 1e-6
     require_convergence: bool = False
+    factorize_up_to: int = 0
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or self.rtol < 0:
@@ -46,17 +51,23 @@ class CG(AbstractLinearSolver):
     ) -> LinearSolution:
         bb = float(torch.dot(vector, vector))
         target = max(self.rtol, _smallest_residual(vector)) ** 2 * bb
+        factorized_at = operator.size // 4 if operator.size <= self.factorize_up_to else None
+        b = vector if factorized_at is None else vector.clone()
         if x0 is None:
             x, r, rr = torch.zeros_like(vector), vector, bb
         else:
             x = x0.clone()
             r = vector.sub_(operator(x))
             rr = float(torch.dot(r, r))
-        p, memory = r.clone(), torch.empty_like(r)
+        p, memory = r.clone(), operator.workspace()
         result = SUCCESS
-        for _ in range(self.max_steps):
+        for count in range(self.max_steps):
             if rr <= target:
                 break
+            if count == factorized_at:
+                direct = solve_positive_definite(operator, b, self.factorize_up_to)
+                if direct is not None:
+                    return direct
             hp = operator(p, memory)
             curvature = float(torch.dot(p, hp))
             if not curvature > 0:
@@ -65,6 +76,7 @@ class CG(AbstractLinearSolver):
             alpha = rr / curvature
             x.add_(p, alpha=alpha)
             r.sub_(hp, alpha=alpha)
+            del hp
             rr, before = float(torch.dot(r, r)), rr
             torch.add(r, p, alpha=rr / before, out=p)
         residual = math.sqrt(rr / bb)

@@ -59,7 +59,7 @@ class Neumann(AbstractLinearSolver):
         bb = torch.dot(vector, vector)
         v = vector if x0 is None else vector - operator(x0)
         start = torch.dot(v, v)
-        total, memory = v.clone(), torch.empty_like(v)
+        total, memory = v.clone(), operator.workspace()
         for _ in range(self.num_steps):
             v.sub_(operator(v, memory), alpha=alpha)
             total += v

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from .. import _tree
 from .._typing import Params
-from ..operators import Flattener, InnerGraph
+from ..operators import Flattener, HessianOperator, InnerGraph, cholesky
 from ._base import AbstractMinimizer, InnerObjective, InnerSolution, gradient_of, verdict
 
 _LONG_SOLVE = 100
 _NUM_PROBES = 8
+_FACTORIZED = 2048
 _ARMIJO = 1e-4
 _MAX_HALVINGS = 30
+Preconditioner = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,11 @@ class NewtonCG(AbstractMinimizer):
     """Newton steps by conjugate gradients, with a backtracking line search.
 
     For deterministic inner objectives (full batch), twice differentiable. It needs no step size, and
-    keeps converging where decays of very different sizes stall first-order methods: once a linear
-    solve takes more than 100 products, later ones are preconditioned by a diagonal that 8 random
-    products estimate. Negative curvature ends a linear solve with the descent direction found so far.
+    keeps converging where decays of very different sizes stall first-order methods: a linear solve
+    that takes long (100 products; ``P // 4`` if that is more and ``P`` at most 2,048) is given a
+    preconditioner, which later ones keep: the factorized Hessian for up to 2,048 parameters (``P``
+    products, done together), else a diagonal that 8 random products estimate. Negative curvature ends
+    a linear solve with the descent direction found so far.
 
     Reference: Nocedal & Wright (2006), "Numerical optimization", algorithm 7.1; diagonal: Bekas,
     Kokiopoulou & Saad (2007), "An estimator for the diagonal of a matrix".
@@ -56,17 +61,18 @@ class NewtonCG(AbstractMinimizer):
         layout = Flattener(inner_params)
         atol = default_atol(layout.dtype) if self.atol is None else self.atol
         budget = self.max_steps if max_steps is None else max_steps
-        w, diagonal, taken, resolved = inner_params, None, 0, False
+        w, taken, resolved = inner_params, 0, False
+        precondition: Preconditioner | None = None
         value, gradient = _measure(objective, w, layout)
         norm = float(torch.linalg.vector_norm(gradient))
         target = max(atol, self.rtol * norm) if max_steps is None else 0.0
         while norm > target and taken < budget and math.isfinite(norm):
             graph = InnerGraph(lambda w, _, __: objective(w), w, {}, None)
-            step, products = _descent(
-                graph, gradient, diagonal, min(0.1, norm**0.5), self.max_products
-            )
-            if diagonal is None and products > _LONG_SOLVE:
-                diagonal = _estimated_diagonal(graph)
+            rtol, patience = min(0.1, norm**0.5), _patience(layout.size, self.max_products)
+            step, products = _descent(graph, gradient, precondition, rtol, patience)
+            if products >= patience:
+                precondition = _preconditioner(graph, precondition)
+                step, _ = _descent(graph, gradient, precondition, rtol, self.max_products)
             del graph
             moved = _line_search(objective, layout, w, step, value, gradient, norm)
             size = float(torch.linalg.vector_norm(step))
@@ -101,13 +107,13 @@ def _measure(objective: InnerObjective, w: Params, layout: Flattener) -> tuple[f
 def _descent(
     graph: InnerGraph,
     gradient: Tensor,
-    diagonal: Tensor | None,
+    precondition: Preconditioner | None,
     rtol: float,
     max_products: int,
 ) -> tuple[Tensor, int]:
     """``d ~ H^-1 g`` by (preconditioned) CG, and the products spent."""
     x, r = torch.zeros_like(gradient), gradient.clone()
-    z = r if diagonal is None else r / diagonal
+    z = r if precondition is None else precondition(r)
     p = z.clone()
     rz = float(torch.dot(r, z))
     stop = rtol * float(torch.linalg.vector_norm(gradient))
@@ -121,10 +127,28 @@ def _descent(
         r.sub_(hp, alpha=alpha)
         if float(torch.linalg.vector_norm(r)) <= stop:
             return x, count
-        z = r if diagonal is None else r / diagonal
+        z = r if precondition is None else precondition(r)
         rz, before = float(torch.dot(r, z)), rz
         p.mul_(rz / before).add_(z)
     return x, max_products
+
+
+def _patience(size: int, max_products: int) -> int:
+    """Products after which a linear solve is given a (new) preconditioner."""
+    return min(max(_LONG_SOLVE, size // 4 if size <= _FACTORIZED else 0), max_products)
+
+
+def _preconditioner(graph: InnerGraph, before: Preconditioner | None) -> Preconditioner:
+    """The factorized Hessian where there is one, else a diagonal, estimated once."""
+    size = graph.layout.size
+    found = cholesky(HessianOperator(graph), size) if size <= _FACTORIZED else None
+    if found is not None:
+        factor = found[1]
+        return lambda r: torch.cholesky_solve(r.to(factor)[:, None], factor)[:, 0].to(r)
+    if before is not None:
+        return before
+    diagonal = _estimated_diagonal(graph)
+    return lambda r: r / diagonal
 
 
 def _estimated_diagonal(graph: InnerGraph) -> Tensor:
