@@ -1,0 +1,28 @@
+"""The code of the README runs as it stands, with fewer trials, and does what its text says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_code_of_the_readme_runs(capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = "\n".join(blocks).replace("n_trials=30", "n_trials=4").replace("progress=True", "")
+    assert "n_trials=4" in code
+    names: dict[str, Any] = {}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        exec(compile(code, str(README), "exec"), names)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    assert names["study"].best_value < 0.4
+    weights = names["weights"]
+    assert float(weights[:100].mean()) < 0.6 * float(weights[100:].mean())
+    assert capsys.readouterr().out
