@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant(
         "the outer product of the gradient in place of the Hessian",
         "operators.py",
-        "        return self.graph.hvp(vector)",
+        "        return self.graph.hvp(vector, out)",
         "        return self.graph.slope * torch.dot(self.graph.slope, vector)",
         RIDGE,
         also=(
@@ -92,8 +92,8 @@ MUTANTS = [
     Mutant(
         "add the identity to the damped operator",
         "operators.py",
-        "self.base(vector).add(vector, alpha=self.damping)",
-        "self.base(vector).add(vector, alpha=1.0 + self.damping)",
+        "self.base(vector, out), vector, alpha=self.damping",
+        "self.base(vector, out), vector, alpha=1.0 + self.damping",
         f"{TRUTHS}::test_damping_is_added_once",
     ),
     Mutant(
