@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,40 @@ import pytest
 import sqlalchemy as sa
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from servers import SERVERS, Server, UnavailableError
 
 pytest.register_assert_rewrite("optuna.testing.pytest_samplers")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 STORAGES = ("memory", "sqlite", "journal")
+DATABASES = ("sqlite", "postgresql", "mariadb")
+_running: dict[str, Server] = {}
+_opened: list[RDBStorage] = []
+
+
+def server(kind: str) -> Server:
+    """The server of one of ``SERVERS`` for all tests of this run; skips where there can be none."""
+    if kind not in _running:
+        try:
+            _running[kind] = SERVERS[kind]()
+        except UnavailableError as error:
+            pytest.skip(f"no {kind}: {error}")
+        atexit.register(_running[kind].close)
+    return _running[kind]
 
 
 def open_storage(kind: str, directory: Path) -> BaseStorage:
-    """A storage of one of ``STORAGES``; opened again, it holds what it held (memory excepted)."""
+    """A storage of one of ``STORAGES`` or ``SERVERS``; opened again, it holds what it held (memory
+    excepted), also in another process.
+    """
     if kind == "memory":
         return InMemoryStorage()
+    if kind in SERVERS:
+        address = directory / "url"
+        if not address.exists():
+            address.write_text(server(kind).new_database())
+        _opened.append(RDBStorage(address.read_text()))
+        return _opened[-1]
     if kind == "sqlite":
         opened = RDBStorage(f"sqlite:///{directory}/study.db")
         opened.engine.dispose()
@@ -32,6 +56,15 @@ def open_storage(kind: str, directory: Path) -> BaseStorage:
 
 def _without_waiting_for_the_disk(connection: Any, record: Any) -> None:
     connection.execute("PRAGMA synchronous=OFF")
+
+
+@pytest.fixture(autouse=True)
+def closed_connections() -> Iterator[None]:
+    yield
+    while _opened:
+        database = _opened.pop()
+        database.remove_session()
+        database.engine.dispose()
 
 
 @pytest.fixture(params=STORAGES)

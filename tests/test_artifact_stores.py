@@ -13,9 +13,11 @@ from typing import BinaryIO
 import optuna
 import pytest
 import sqlalchemy as sa
+from conftest import open_storage
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from servers import SERVERS
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
@@ -26,7 +28,7 @@ from optuna_hypergrad.stores import file_system as fs
 CHUNK = rdb.CHUNK_BYTES
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 12345]
 STORES = {
-    "rdb": ["sqlite_file", "cached_sqlite", "sqlite_memory"],
+    "rdb": ["sqlite_file", "cached_sqlite", "sqlite_memory", "postgresql", "mariadb"],
     "file_system": ["journal"],
     "memory": ["in_memory"],
 }
@@ -49,6 +51,10 @@ def storage(
         yield InMemoryStorage()
     elif kind == "journal":
         yield JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
+    elif kind in SERVERS:
+        found = open_storage(kind, tmp_path)
+        yield found
+        found.engine.dispose()
     else:
         shutil.copy(empty_database, tmp_path / "s.db")
         found = RDBStorage("sqlite://" if kind == "sqlite_memory" else f"sqlite:///{tmp_path}/s.db")

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from conftest import open_storage
+from conftest import DATABASES, open_storage
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -109,7 +109,7 @@ def assert_same(one: optuna.Study, other: optuna.Study) -> None:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+@pytest.mark.parametrize("kind", [*DATABASES, "journal"])
 @pytest.mark.parametrize("settings", [{}, HURRIED], ids=["defaults", "hurried"])
 def test_fresh_samplers_continue_bit_for_bit(
     settings: dict[str, Any], kind: str, name: str, tmp_path: Path
@@ -163,7 +163,7 @@ def test_same_seed_same_trials_and_other_seed_other_trials(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("crash_at", [0, 4, 11])
-@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+@pytest.mark.parametrize("kind", [*DATABASES, "journal"])
 def test_another_process_continues_after_a_crash(kind: str, crash_at: int, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

@@ -26,6 +26,7 @@ import pytest
 import safetensors.torch
 import sqlalchemy as sa
 import torch
+from conftest import open_storage
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from optuna.artifacts import FileSystemArtifactStore
@@ -34,6 +35,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from servers import SERVERS
 from torch import Tensor
 
 import optuna_hypergrad as ohg
@@ -56,7 +58,7 @@ from optuna_hypergrad.stores import (
 from optuna_hypergrad.stores import _encoding as encoding
 
 Params = dict[str, Tensor]
-STORAGES = ["in_memory", "journal", "sqlite_file"]
+STORAGES = ["in_memory", "journal", "sqlite_file", "postgresql", "mariadb"]
 NASTY = [
     "",
     " ",
@@ -99,6 +101,10 @@ def storage(
         yield InMemoryStorage()
     elif kind == "journal":
         yield JournalStorage(JournalFileBackend(str(tmp_path / "study.log")))
+    elif kind in SERVERS:
+        database = open_storage(kind, tmp_path)
+        yield optuna.storages.get_storage(database)
+        database.engine.dispose()
     else:
         shutil.copy(empty_database, tmp_path / "study.db")
         url = "sqlite://" if kind == "sqlite_memory" else f"sqlite:///{tmp_path}/study.db"
