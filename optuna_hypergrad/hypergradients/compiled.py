@@ -28,10 +28,10 @@ _CACHE_SIZE = 16
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _compiled(
     inner_objective: Objective, solver: AbstractLinearSolver, damping: float
-) -> Callable[..., tuple[tuple[Tensor, ...], Params]]:
+) -> Callable[..., tuple[Tensor, Tensor, Params]]:
     def run(
         w: Params, lam: Params, batch: Batch, b: list[Tensor], alpha: Tensor
-    ) -> tuple[tuple[Tensor, ...], Params]:
+    ) -> tuple[Tensor, Tensor, Params]:
         names = list(w)
         _, pull = torch.func.vjp(  # type: ignore[misc]
             lambda w, lam: torch.func.grad(inner_objective)(w, lam, batch), w, lam
@@ -45,7 +45,7 @@ def _compiled(
 
         found = solver.traced(product, b, alpha)
         cross = pull({k: -x for k, x in zip(names, found.x, strict=True)})[1]
-        return (*found.x, found.residual, found.least_curvature), cross
+        return found.residual, found.least_curvature, cross
 
     from .matrix_products import MatrixProducts  # takes a second: the compiler comes with it
 
@@ -71,7 +71,8 @@ def compiled_solve(
     define it once, not anew in every trial.
 
     Returns:
-        The solution; ``-M^T x`` by hyperparameter, ``None`` where the inner gradient ignores it.
+        The solution without its ``x``, which the compiled code uses up; ``-M^T x`` by hyperparameter,
+        ``None`` where the inner gradient ignores it.
 
     Raises:
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
@@ -95,16 +96,17 @@ def compiled_solve(
     try:
         with torch.no_grad():
             parts = Flattener(w).split(b)
-            found, cross = run(w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype))
+            residual, least_curvature, cross = run(
+                w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype)
+            )
     except Exception as error:
         raise RequirementError(
             f"torch.compile could not turn the inner objective and {solver.name} into one graph "
             f"({type(error).__name__}: {str(error).splitlines()[0]:.200}). Use Implicit(compile=False), or take "
             f"data-dependent branches, prints and third-party calls out of the inner objective."
         ) from error
-    *x, residual, least_curvature = found
     solution = LinearSolution(
-        Flattener(w).flatten(x),
+        b.new_empty(0),
         float(residual),
         solver.num_traced_products() + probes,
         curvature=curvature,

@@ -25,7 +25,7 @@ class LinearSolution:
     """What a linear solve found.
 
     Attributes:
-        x: ``(P,)``.
+        x: ``(P,)``; empty where the solve went on with it itself.
         residual: ``|b - H x| / |b|`` as the method knows it; NaN where it does not.
         num_products: Products with ``H``, those spent on estimating step sizes included.
         result: Success, or a sentence that says what to change.
