@@ -167,9 +167,9 @@ def test_same_seed_same_trials_and_other_seed_other_trials(tmp_path: Path) -> No
 def test_another_process_continues_after_a_crash(kind: str, crash_at: int, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    before = 2 if crash_at == 4 else 0
-    if before:
-        run(open_storage(kind, tmp_path / "b"), "tensors", before)
+    opened = open_storage(kind, tmp_path / "b")  # a server, if it takes one, is this process's
+    if crash_at == 4:
+        run(opened, "tensors", 2)
     command = [sys.executable, __file__, kind, str(tmp_path / "b"), "20", str(crash_at)]
     crashed = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
     assert crashed.returncode == 9, crashed.stderr
