@@ -7,7 +7,6 @@ beyond itself. Half-precision parameters are accumulated in float32.
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -195,16 +194,14 @@ class InnerGraph:
             for i in self._alive
         ]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # which operation is done one by one
-                products = torch.autograd.grad(
-                    self._gradients,
-                    self._leaves,
-                    cotangents,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
+            products = torch.autograd.grad(
+                self._gradients,
+                self._leaves,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
         except RuntimeError:
             return torch.stack([self.hvp(v) for v in vectors])
         flat = [
@@ -385,7 +382,9 @@ def dense(operator: AbstractLinearOperator, max_size: int) -> Tensor:
 def cholesky(operator: AbstractLinearOperator, max_size: int) -> tuple[Tensor, Tensor] | None:
     """The matrix of a symmetric operator and its Cholesky factor; ``None`` if not positive definite.
 
-    In float64 whatever the operator's dtype, where the device has it.
+    In float64 whatever the operator's dtype, where the device has it. "Positive definite" is beyond what
+    rounding in the operator's dtype leaves of a zero eigenvalue: factorized, a singular matrix would give
+    huge solutions without a complaint.
 
     Raises:
         RequirementError: if ``P > max_size``.
@@ -394,7 +393,24 @@ def cholesky(operator: AbstractLinearOperator, max_size: int) -> tuple[Tensor, T
     if matrix.device.type != "mps":
         matrix = matrix.double()
     factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
-    return None if int(info) or not _tree.finite(factor) else (matrix, factor)
+    if int(info) or not _tree.finite(factor):
+        return None
+    rounding = 10 * float(torch.finfo(operator.dtype).eps)
+    rounding = max(rounding, len(matrix) * float(torch.finfo(matrix.dtype).eps))
+    if _least_eigenvalue(factor) <= rounding * float(torch.linalg.matrix_norm(matrix)):
+        return None
+    return matrix, factor
+
+
+def _least_eigenvalue(factor: Tensor, num_steps: int = 4) -> float:
+    """Of ``factor @ factor.T``, from above, by inverse iteration from a fixed start."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(len(factor), 1, generator=generator, dtype=torch.float32).to(factor)
+    size = torch.linalg.vector_norm(v)
+    for _ in range(num_steps):
+        v = torch.cholesky_solve(v / size, factor)
+        size = torch.linalg.vector_norm(v)
+    return 1.0 / float(size)
 
 
 def scalar(value: object, label: str) -> Tensor:

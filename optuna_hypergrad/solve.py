@@ -55,6 +55,11 @@ def solve(
     """
     solver = NewtonCG() if solver is None else solver
     estimator = DEFAULT_ESTIMATOR if estimator is None else estimator
+    if not isinstance(solver, AbstractInnerSolver):
+        raise RequirementError(
+            f"ohg.solve needs an inner solver such as NewtonCG() or HeavyBall(0.1, max_steps=100) as solver=, not "
+            f"{solver!r:.80}."
+        )
     if not isinstance(estimator, AbstractPullbackEstimator):
         raise RequirementError(
             f"ohg.solve needs an estimator with a pullback (Implicit, Unroll), not {estimator!r:.80}; use "

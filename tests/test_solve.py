@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from problems import F64, relative_error
+from problems import F64, randn, relative_error
 
 import optuna_hypergrad as ohg
 
@@ -96,9 +96,87 @@ def test_negative_curvature_is_reported_in_the_backward_pass() -> None:
         lambda w, lam, _: w["a"][0] ** 2 - w["a"][1] ** 2 + lam["x"] * w["a"].sum() * 0,
         saddle,
         {"x": x},
+        solver=ohg.LBFGS(),
     )
     with pytest.raises(ohg.SolverError, match=r"damping of at least 2\.0e"):
         (w["a"] * torch.tensor([0.0, 1.0], dtype=F64)).sum().backward()
+
+
+def quadratic_solution(lam: torch.Tensor, rows: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def inner_objective(w, lam, batch):
+        return 0.5 * ((rows @ w["w"] - lam["l"] * y) ** 2).sum()
+
+    w0 = {"w": torch.zeros(rows.shape[1], dtype=rows.dtype)}
+    return ohg.solve(inner_objective, w0, {"l": lam})["w"]
+
+
+@pytest.mark.parametrize("size", [3, 6, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_singular_inner_problem_is_refused_however_small(size: int, seed: int) -> None:
+    """With one direction free, a factorization ends with a pivot of rounding errors, and huge numbers."""
+    rows, y = randn(size - 1, size, seed=seed), randn(size - 1, seed=seed + 100)
+    lam = torch.ones(size - 1, dtype=F64, requires_grad=True)
+    free = randn(size, seed=seed + 200)
+    with pytest.raises(ohg.SolverError, match=r"positive definite|stopped after"):
+        (free @ quadratic_solution(lam, rows, y)).backward()
+    determined = rows.T @ randn(size - 1, seed=seed + 300)
+    (determined @ quadratic_solution(lam, rows, y)).backward()
+    exact = (torch.linalg.pinv(rows).T @ determined) * y
+    assert float((lam.grad - exact).norm() / exact.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e20, 1.0, 1e-25, 1e-30])
+@pytest.mark.parametrize(
+    "solver", [ohg.CG(10), ohg.Direct(), ohg.Neumann(10, alpha=1.0), None], ids=str
+)
+def test_gradients_beyond_the_square_root_of_the_dtype(scale: float, solver) -> None:
+    lam = torch.ones(3, requires_grad=True)
+    estimator = None if solver is None else ohg.Implicit(solver)
+
+    def inner_objective(w, lam, batch):
+        return 0.5 * ((w["w"] - lam["l"]) ** 2).sum()
+
+    w = ohg.solve(inner_objective, {"w": torch.zeros(3)}, {"l": lam}, estimator=estimator)["w"]
+    (scale * w.sum()).backward()
+    assert torch.allclose(lam.grad, torch.full((3,), scale), rtol=1e-5, atol=0.0)
+
+
+def test_a_start_on_a_maximum_is_not_taken_for_a_solution() -> None:
+    lam = torch.tensor(1.0, dtype=F64, requires_grad=True)
+    with pytest.raises(ohg.SolverError, match=r"curves downwards there .* Start elsewhere"):
+        ohg.solve(
+            lambda w, lam, _: ((w["w"] ** 2 - lam["l"]) ** 2).sum(),
+            {"w": torch.zeros(2, dtype=F64)},
+            {"l": lam},
+        )
+
+
+def test_float32_is_solved_as_far_as_it_goes() -> None:
+    x = randn(80, 6, seed=1).float() * torch.logspace(-1, 2, 6)
+    y = 150 + 70 * randn(80, seed=2).float()
+    lam = torch.tensor(-3.0, requires_grad=True)
+
+    def inner_objective(w, lam, batch):
+        return ((x @ w["w"] + w["b"] - y) ** 2).mean() + lam["l"].exp() * (w["w"] ** 2).sum()
+
+    w = ohg.solve(inner_objective, {"w": torch.zeros(6), "b": torch.zeros(())}, {"l": lam})
+    w["w"].sum().backward()
+    wide = torch.cat([x, torch.ones(80, 1)], 1).double()
+    decay = torch.diag(torch.tensor([1.0] * 6 + [0.0], dtype=F64)) * lam.detach().double().exp()
+    matrix = wide.T @ wide / 80 + decay
+    solution = torch.linalg.solve(matrix, wide.T @ y.double() / 80)
+    slope = -torch.linalg.solve(matrix, decay @ solution)[:6].sum()
+    assert float(lam.grad) == pytest.approx(float(slope), rel=1e-3)
+
+
+def test_what_is_no_solver_is_refused() -> None:
+    with pytest.raises(ohg.RequirementError, match="needs an inner solver such as"):
+        ohg.solve(lambda w, lam, _: w["w"].sum(), {"w": torch.zeros(1)}, {}, solver="newton")
+    for settings in ({"rtol": float("nan")}, {"max_steps": 2.5}, {"factorize_up_to": -1}):
+        with pytest.raises(ValueError, match="CG needs"):
+            ohg.CG(**settings)
+    with pytest.raises(ValueError, match="NewtonCG needs"):
+        ohg.NewtonCG(rtol=float("nan"))
 
 
 def test_solving_twice_gives_the_same_bits() -> None:

@@ -258,8 +258,16 @@ def test_load_tensors_of_one_trial() -> None:
     assert first["x"].tolist() == [0.5, 0.5]
     with pytest.raises(MissingTensorError, match="Trial 2"):
         load_tensors(study.trials[2], study=study)
+    with pytest.raises(MissingTensorError, match="no tensor 'y'; it has 'x'"):
+        load_tensors(study.trials[0], "y", study=study)
     with pytest.raises(TypeError, match="study="):
         load_tensors(study.trials[0])
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_base_sampler_that_counts_branches_is_refused() -> None:
+    with pytest.raises(ValueError, match="Use GridSampler"):
+        HypergradientSampler(optuna.samplers.BruteForceSampler())
 
 
 def test_tensor_store_of_the_users_choice(tmp_path: Path) -> None:

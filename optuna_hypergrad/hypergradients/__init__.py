@@ -9,6 +9,7 @@ from ._base import (
     Pulled,
     Solved,
     hypergradient,
+    run_inner,
 )
 from .implicit import Implicit
 from .unroll import Unroll
@@ -26,4 +27,5 @@ __all__ = [
     "Solved",
     "Unroll",
     "hypergradient",
+    "run_inner",
 ]

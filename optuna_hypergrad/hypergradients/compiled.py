@@ -20,6 +20,7 @@ from .. import _tree
 from .._errors import RequirementError
 from .._typing import Batch, Objective, Params
 from ..ihvp import AbstractLinearSolver, LinearSolution
+from ..ihvp._base import scale_of
 from ..operators import DampedOperator, Flattener, HessianOperator, InnerGraph
 
 _CACHE_SIZE = 16
@@ -77,7 +78,7 @@ def compiled_solve(
     Raises:
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
     """
-    w, lam = _tree.detach(inner_params), _tree.detach(outer_params)
+    w, lam, scale = _tree.detach(inner_params), _tree.detach(outer_params), scale_of(b)
     key = (inner_objective, tuple(lam))
     alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
     if key not in _PATHS or alpha is None:
@@ -95,7 +96,7 @@ def compiled_solve(
     run = _compiled(inner_objective, solver, damping)
     try:
         with torch.no_grad():
-            parts = Flattener(w).split(b)
+            parts = Flattener(w).split(b if scale == 1.0 else b / scale)
             residual, least_curvature, cross = run(
                 w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype)
             )
@@ -112,6 +113,8 @@ def compiled_solve(
         curvature=curvature,
     )
     verdict = solver.traced_verdict(solution, float(least_curvature))
+    if scale != 1.0:
+        cross = {k: v * scale for k, v in cross.items()}
     reached = {k: v if k in _PATHS[key] else None for k, v in cross.items()}
     return replace(solution, result=verdict), reached
 

@@ -137,7 +137,13 @@ def linear_solve(
     before = operator.num_products
     solution = without_products(vector)
     if solution is None:
+        scale = scale_of(vector)
+        if scale != 1.0:
+            vector, overwrite_vector = vector / scale, True
+            x0 = None if x0 is None else x0 / scale
         solution = solver.compute(operator, vector if overwrite_vector else vector.clone(), x0)
+        if scale != 1.0:
+            solution = replace(solution, x=solution.x * scale)
     solution = checked(solver, replace(solution, num_products=operator.num_products - before))
     if throw:
         solution.result.raise_if_failed()
@@ -147,6 +153,17 @@ def linear_solve(
 def inner(a: Vector, b: Vector) -> Tensor:
     """Inner product of two lists of tensors, 0-d."""
     return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def scale_of(vector: Tensor) -> float:
+    """A power of 2 by which a finite, non-zero ``b`` is divided so that ``|b|^2`` is a number of its dtype.
+
+    1 where it is one already; division by a power of 2 rounds nothing.
+    """
+    limits, bb = torch.finfo(vector.dtype), float(torch.dot(vector, vector))
+    if limits.tiny**0.5 < bb < limits.max**0.5:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(float(vector.abs().max())))
 
 
 def without_products(vector: Tensor) -> LinearSolution | None:

@@ -41,10 +41,14 @@ class CG(AbstractLinearSolver):
     factorize_up_to: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.rtol < 0:
+        counts = self.max_steps, self.factorize_up_to
+        if any(type(n) is not int for n in counts) or counts[0] < 1 or counts[1] < 0:
             raise ValueError(
-                f"CG needs max_steps >= 1 and rtol >= 0, got {self.max_steps}, {self.rtol}."
+                "CG needs integers max_steps >= 1 and factorize_up_to >= 0, got "
+                f"{self.max_steps!r}, {self.factorize_up_to!r}."
             )
+        if not 0 <= self.rtol < 1:
+            raise ValueError(f"CG needs 0 <= rtol < 1, got {self.rtol!r}.")
 
     def compute(
         self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._results import SUCCESS, Result, Status
 from .._typing import Params
+from ..curvature import lanczos
 from ..operators import Flattener, HessianOperator, InnerGraph, cholesky
 from ._base import AbstractMinimizer, InnerObjective, InnerSolution, gradient_of, verdict
 
@@ -20,6 +22,7 @@ _NUM_PROBES = 8
 _FACTORIZED = 2048
 _ARMIJO = 1e-4
 _MAX_HALVINGS = 30
+_IDLE_STEPS = 3
 Preconditioner = Callable[[Tensor], Tensor]
 
 
@@ -41,7 +44,8 @@ class NewtonCG(AbstractMinimizer):
         max_steps: At most this many Newton steps.
         rtol: Stop when the gradient norm falls below ``rtol`` times its first value.
         atol: Stop when the gradient norm falls below ``atol``; ``None`` for 1e-8 in float64, 1e-5 in
-            float32. A step too small for the dtype to resolve also counts as converged.
+            float32. A step too small for the dtype to resolve also counts as converged, and so do three
+            steps that promise less than the value's rounding and do not halve the gradient.
         max_products: At most this many products in one linear solve.
     """
 
@@ -52,7 +56,8 @@ class NewtonCG(AbstractMinimizer):
     max_products: int = 2000
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or self.rtol < 0 or (self.atol or 0) < 0 or self.max_products < 1:
+        tolerances = (self.rtol, 0.0 if self.atol is None else self.atol)
+        if self.max_steps < 1 or self.max_products < 1 or not all(t >= 0 for t in tolerances):
             raise ValueError("NewtonCG needs max_steps, max_products >= 1 and rtol, atol >= 0.")
 
     def minimize(
@@ -61,7 +66,8 @@ class NewtonCG(AbstractMinimizer):
         layout = Flattener(inner_params)
         atol = default_atol(layout.dtype) if self.atol is None else self.atol
         budget = self.max_steps if max_steps is None else max_steps
-        w, taken, resolved = inner_params, 0, False
+        w, taken, idle, resolved = inner_params, 0, 0, False
+        eps = float(torch.finfo(layout.dtype).eps)
         precondition: Preconditioner | None = None
         value, gradient = _measure(objective, w, layout)
         norm = float(torch.linalg.vector_norm(gradient))
@@ -76,22 +82,47 @@ class NewtonCG(AbstractMinimizer):
             del graph
             moved = _line_search(objective, layout, w, step, value, gradient, norm)
             size = float(torch.linalg.vector_norm(step))
+            unseen = 0.5 * float(torch.dot(gradient, step)) <= 100 * eps * abs(value)
             if moved is None:
                 reach = float(torch.linalg.vector_norm(layout.flatten(list(w.values()))))
-                resolved = size <= float(torch.finfo(layout.dtype).eps) ** (2 / 3) * (1 + reach)
+                resolved = unseen or size <= eps ** (2 / 3) * (1 + reach)
                 break
-            w, value, gradient = moved
+            (w, value, gradient), before = moved, norm
             norm = float(torch.linalg.vector_norm(gradient))
             taken += 1
+            idle = idle + 1 if unseen and norm > 0.5 * before else 0
+            if idle == _IDLE_STEPS and max_steps is None:
+                resolved = True
+                break
         converged = norm <= target or resolved or max_steps is not None
+        result = verdict(self, w, value, norm, converged)
+        if result and not taken and max_steps is None:
+            result = _judge_start(objective, w, norm)
         return InnerSolution(
             inner_params=_tree.detach(w),
             state={},
             num_steps=taken,
             value=value,
             gradient_norm=norm,
-            result=verdict(self, w, value, norm, converged),
+            result=result,
         )
+
+
+def _judge_start(objective: InnerObjective, w: Params, norm: float) -> Result:
+    """A start with a zero gradient is a solution only where nothing curves downwards."""
+    operator = HessianOperator(InnerGraph(lambda w, _, __: objective(w), w, {}, None))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(operator.size, generator=generator, dtype=torch.float32)
+    values, _ = lanczos(operator, start.to(operator.device, operator.dtype), _NUM_PROBES)
+    least, largest = float(values[0]), float(values.abs().max())
+    if not least < -1e-4 * largest:
+        return SUCCESS
+    return Result(
+        Status.NEGATIVE_CURVATURE,
+        f"NewtonCG: the gradient at the start is zero (norm {norm:.1e}), and the inner objective curves "
+        f"downwards there ({least:.1e}): a saddle or a maximum, no solution. Start elsewhere, for a network "
+        f"from small random weights instead of zeros.",
+    )
 
 
 def default_atol(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -125,6 +125,11 @@ class HypergradientSampler(BaseSampler):
         if isinstance(base_sampler, HypergradientSampler):
             raise TypeError(
                 "base_sampler is a HypergradientSampler itself; give e.g. TPESampler()."
+            )
+        if isinstance(base_sampler, BruteForceSampler):
+            raise ValueError(
+                "BruteForceSampler reads every trial of a study as one branch of its tree, and this sampler "
+                "shows one trial per trajectory. Use GridSampler, or TPESampler()."
             )
         if start not in ("best", "base", "init"):
             raise ValueError(f'start={start!r} is not "best", "base" or "init".')

@@ -56,6 +56,12 @@ def load_tensors(
     pointers = store.pointers(trial, name, "value")
     if not pointers:
         what = "tensors" if name is None else f"tensor {name!r}"
+        known = sorted({p.name for p in store.pointers(trial, None, "value")})
+        if known:
+            raise MissingTensorError(
+                f"Trial {trial.number} of study {study.study_name!r} has no {what}; it has "
+                f"{', '.join(map(repr, known))}."
+            )
         raise MissingTensorError(
             f"Trial {trial.number} of study {study.study_name!r} has no {what}; they are stored when a "
             "trial with a finite value is finished."
