@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from optuna_hypergrad.studies import HypergradientSampler, differentiable, load_tensors
+from optuna_hypergrad.studies import HypergradientSampler, differentiable, events, load_tensors
+from optuna_hypergrad.studies.events import OWNER, this_process
 
 CRASH_AT: int | None = None
 
@@ -180,6 +182,26 @@ def test_another_process_continues_after_a_crash(kind: str, crash_at: int, tmp_p
     assert parts.trials[crash_at].state == TrialState.RUNNING
     assert parts.trials[crash_at + 1].params == parts.trials[crash_at].params
     assert_same(run(open_storage(kind, tmp_path / "a"), "tensors", crash_at + 4), parts)
+
+
+@pytest.mark.parametrize("owner", [None, "dead"])
+@pytest.mark.parametrize("orphan_at", [5, 12])
+def test_a_trial_cut_off_before_its_claim_changes_nothing(
+    orphan_at: int, owner: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(open_storage("memory", tmp_path), "numbers", 24)
+    storage = open_storage("memory", tmp_path)
+    run(storage, "numbers", orphan_at)
+    trial_id = storage.create_new_trial(storage.get_study_id_from_name("s"))
+    if owner is None:
+        monkeypatch.setattr(events, "_MOMENT", timedelta(0))
+    else:
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        name, _, birth = this_process().split("|")
+        space = birth.partition("@")[2]
+        storage.set_trial_system_attr(trial_id, OWNER, f"{name}|{gone.pid}|1@{space}")
+    assert_same(whole, run(storage, "numbers", 24 - orphan_at))
 
 
 def test_interrupted_by_the_keyboard_is_as_if_not_begun(storage: BaseStorage) -> None:

@@ -18,7 +18,6 @@ from optuna.distributions import BaseDistribution
 from optuna.pruners import HyperbandPruner, MedianPruner
 from optuna.samplers import (
     BaseSampler,
-    BruteForceSampler,
     CmaEsSampler,
     GridSampler,
     PartialFixedSampler,
@@ -307,7 +306,6 @@ BASES = {
     "QMC": lambda: QMCSampler(seed=0, warn_independent_sampling=False),
     "CMA-ES": lambda: CmaEsSampler(seed=0, warn_independent_sampling=False),
     "grid": lambda: GridSampler({"kind": ["a", "b", "c"], "size": [1, 2, 3, 4]}, seed=0),
-    "brute force": lambda: BruteForceSampler(seed=0),
 }
 
 

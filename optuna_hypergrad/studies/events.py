@@ -10,6 +10,7 @@ import base64
 import os
 import socket
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,22 @@ from .. import _optuna
 from ..stores import long_attribute, set_long_trial_attribute
 
 CLAIM, GRADIENT, OUTCOME = "hypergrad:claim", "hypergrad:gradient", "hypergrad:outcome"
+OWNER = "hypergrad:owner"
+_MOMENT = timedelta(seconds=10)
+
+
+def is_abandoned(trial: FrozenTrial) -> bool:
+    """Whether the process that began an unfinished trial is known to be gone.
+
+    A trial without a claim has its owner alone, written as soon as there is the trial; one that is without
+    either for ``_MOMENT`` was cut off in between.
+    """
+    claim = Claim.of(trial)
+    owner = trial.system_attrs.get(OWNER) if claim is None else claim.owner
+    if owner is None:
+        begun = trial.datetime_start
+        return begun is None or datetime.now() - begun > _MOMENT
+    return is_dead(str(owner))
 
 
 def write_event(study: Study, trial: FrozenTrial, key: str, payload: dict[str, Any]) -> None:

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
 from .._typing import Params
 from ..stores import TensorStore
-from .events import CLAIM, Claim, is_dead, this_process, write_event
+from .events import CLAIM, Claim, is_abandoned, is_dead, this_process, write_event
 from .points import Definition
 from .proposals import Proposer
 from .racing import Race
@@ -235,8 +235,9 @@ class Planner:
         """The trial's number among those that count: lost ones do not, so that a study which was
         cut off goes on with the choices that it would have made."""
         gone = sum(1 for n in ledger.lost if n < trial.number)
-        for number, claim in ledger.claims(trials, trial.number).items():
-            gone += number < trial.number and is_dead(claim.owner)
+        for number in ledger.unfinished:
+            running = number < trial.number and trials[number].state == TrialState.RUNNING
+            gone += running and is_abandoned(trials[number])
         return trial.number - gone
 
     def proposer_of(self, memory: Memory, study: Study, trial: FrozenTrial) -> Proposer:

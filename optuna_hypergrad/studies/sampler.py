@@ -20,10 +20,11 @@ from .. import _optuna
 from .._errors import HyperparameterError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, make_step_rule
-from ..stores import Retention, TensorStore
+from ..stores import Retention, TensorStore, set_trial_attribute
 from .events import (
     CLAIM,
     GRADIENT,
+    OWNER,
     Claim,
     continuous_names,
     encode_gradient,
@@ -179,6 +180,8 @@ class HypergradientSampler(BaseSampler):
             trials = _optuna.recent_trials(study, max(trial.number + 1, memory.ledger.seen))
             memory.ledger.sync(trials)
             if self._planner.is_differentiated(memory, trials, trial):
+                trial_id = _optuna.trial_id_of(trial)
+                set_trial_attribute(_optuna.storage_of(study), trial_id, OWNER, this_process())
                 return
         self._base.before_trial(study, trial)
 
