@@ -78,8 +78,8 @@ def _mixed(done: Results, names: list[str], samplers: list[str]) -> list[str]:
     most = max(d["trials"] for d in some)
     counts = [c for c in (25, 50, 100, 200) if c < most] + [most]
     lines = [
-        "Medians (quartiles) of the best value over seeds, at equal trials. *Ahead*: share of the seeds",
-        f"in which {samplers[0]} ends below (ties count half).",
+        "Medians (quartiles) of the best value over seeds, at equal trials. *Ahead*: share of the seeds in which",
+        f"{samplers[0]} is below after {' / '.join(map(str, counts))} trials, in percent (ties count half).",
         "",
         "| task | what is tuned | sampler | seeds | "
         + " | ".join(str(c) for c in counts)
@@ -88,7 +88,7 @@ def _mixed(done: Results, names: list[str], samplers: list[str]) -> list[str]:
     ]
     for name in names:
         task = MIXED[name]()
-        ends = {(d["sampler"], d["seed"]): d["best"][-1] for d in some if d["task"] == name}
+        curves = {(d["sampler"], d["seed"]): d["best"] for d in some if d["task"] == name}
         for s in samplers:
             bests = [d["best"] for d in some if d["task"] == name and d["sampler"] == s]
             if not bests:
@@ -98,14 +98,20 @@ def _mixed(done: Results, names: list[str], samplers: list[str]) -> list[str]:
                 at = [b[min(c, len(b)) - 1] for b in bests]
                 low, middle, high = np.percentile(at, (25, 50, 75))
                 cells.append(f"{middle:.4g} ({low:.4g} to {high:.4g})")
-            pairs = [(ends[samplers[0], k], v) for (other, k), v in ends.items() if other == s]
-            ahead = np.mean([0.5 if a == b else float(a < b) for a, b in pairs])
+            pairs = [(curves[samplers[0], k], v) for (other, k), v in curves.items() if other == s]
+            ahead = " / ".join(f"{100 * _ahead(pairs, c):.0f}" for c in counts)
             lines.append(
                 f"| {name} | {task.kind} | {s} | {len(bests)} | "
                 + " | ".join(cells)
-                + f" | {'' if s == samplers[0] else f'{ahead:.0%}'} |"
+                + f" | {'' if s == samplers[0] else ahead} |"
             )
     return lines
+
+
+def _ahead(pairs: list[tuple[list[float], list[float]]], count: int) -> float:
+    """Share of the pairs of best-so-far curves in which the first is below after ``count`` trials."""
+    ends = [(a[min(count, len(a)) - 1], b[min(count, len(b)) - 1]) for a, b in pairs]
+    return float(np.mean([0.5 if a == b else float(a < b) for a, b in ends]))
 
 
 def _planned(done: Results, sampler: str) -> int:
@@ -150,7 +156,8 @@ def figure(done: Results, ours: str, path: Path) -> None:
             )
             handles.setdefault(s, line)
         axis.set_title(f"{name}" + (" (loss, median)" if name in MIXED else ""), fontsize=9)
-        axis.set_yscale("log")
+        heights_seen = [y for line in axis.get_lines() for y in line.get_ydata()]
+        axis.set_yscale("log" if min(heights_seen) > 0 else "linear")
         axis.set_xscale("log")
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25, which="major")
