@@ -54,6 +54,19 @@ def lanczos(
     return values, beta * abs(float(vectors[-1, -1]))
 
 
+def ritz_values(
+    operator: AbstractLinearOperator, like: Tensor, num_products: int = 10, seed: int = 0
+) -> tuple[Tensor, float]:
+    """:func:`lanczos` from a standard normal start, drawn from ``seed``.
+
+    Args:
+        like: Any tensor of the dtype and device to use.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(operator.size, generator=generator, dtype=torch.float32)
+    return lanczos(operator, start.to(like), num_products)
+
+
 def largest_eigenvalue(
     operator: AbstractLinearOperator, like: Tensor, num_products: int = 10, seed: int = 0
 ) -> float:
@@ -68,7 +81,5 @@ def largest_eigenvalue(
         num_products: Products to spend.
         seed: Of the start vector.
     """
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(operator.size, generator=generator, dtype=torch.float32)
-    values, bound = lanczos(operator, start.to(like), num_products)
+    values, bound = ritz_values(operator, like, num_products, seed)
     return float(values[-1]) + bound

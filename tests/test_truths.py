@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.dense import dense
 from optuna_hypergrad.hypergradients.matrix_products import MatrixProducts
 from optuna_hypergrad.inner import newton_cg
 from optuna_hypergrad.operators import (
@@ -23,7 +24,6 @@ from optuna_hypergrad.operators import (
     HessianOperator,
     InnerGraph,
     MatrixOperator,
-    dense,
 )
 
 

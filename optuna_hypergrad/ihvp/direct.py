@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._results import Result, Status
-from ..operators import AbstractLinearOperator, cholesky, dense
+from ..dense import cholesky, dense
+from ..operators import AbstractLinearOperator
 from ._base import AbstractLinearSolver, LinearSolution
 
 

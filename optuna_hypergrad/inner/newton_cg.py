@@ -13,8 +13,9 @@ from torch import Tensor
 from .. import _tree
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
-from ..curvature import lanczos
-from ..operators import Flattener, HessianOperator, InnerGraph, cholesky
+from ..curvature import ritz_values
+from ..dense import cholesky
+from ..operators import Flattener, HessianOperator, InnerGraph
 from ._base import AbstractMinimizer, InnerObjective, InnerSolution, gradient_of, verdict
 
 _LONG_SOLVE = 100
@@ -111,9 +112,8 @@ class NewtonCG(AbstractMinimizer):
 def _judge_start(objective: InnerObjective, w: Params, norm: float) -> Result:
     """A start with a zero gradient is a solution only where nothing curves downwards."""
     operator = HessianOperator(InnerGraph(lambda w, _, __: objective(w), w, {}, None))
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(operator.size, generator=generator, dtype=torch.float32)
-    values, _ = lanczos(operator, start.to(operator.device, operator.dtype), _NUM_PROBES)
+    like = torch.empty(0, dtype=operator.dtype, device=operator.device)
+    values, _ = ritz_values(operator, like, _NUM_PROBES)
     least, largest = float(values[0]), float(values.abs().max())
     if not least < -1e-4 * largest:
         return SUCCESS
