@@ -70,15 +70,17 @@ class NewtonCG(AbstractMinimizer):
         w, taken, idle, resolved = inner_params, 0, 0, False
         eps = float(torch.finfo(layout.dtype).eps)
         precondition: Preconditioner | None = None
+        settled = False
         value, gradient = _measure(objective, w, layout)
         norm = float(torch.linalg.vector_norm(gradient))
         target = max(atol, self.rtol * norm) if max_steps is None else 0.0
         while norm > target and taken < budget and math.isfinite(norm):
             graph = InnerGraph(lambda w, _, __: objective(w), w, {}, None)
-            rtol, patience = min(0.1, norm**0.5), _patience(layout.size, self.max_products)
+            rtol = min(0.1, norm**0.5)
+            patience = self.max_products if settled else _patience(layout.size, self.max_products)
             step, products = _descent(graph, gradient, precondition, rtol, patience)
-            if products >= patience:
-                precondition = _preconditioner(graph, precondition)
+            if products >= patience and not settled:
+                precondition, settled = _preconditioner(graph)
                 step, _ = _descent(graph, gradient, precondition, rtol, self.max_products)
             del graph
             moved = _line_search(objective, layout, w, step, value, gradient, norm)
@@ -169,17 +171,15 @@ def _patience(size: int, max_products: int) -> int:
     return min(max(_LONG_SOLVE, size // 4 if size <= _FACTORIZED else 0), max_products)
 
 
-def _preconditioner(graph: InnerGraph, before: Preconditioner | None) -> Preconditioner:
-    """The factorized Hessian where there is one, else a diagonal, estimated once."""
+def _preconditioner(graph: InnerGraph) -> tuple[Preconditioner, bool]:
+    """The factorized Hessian where there is one, else a diagonal; and whether that is for good."""
     size = graph.layout.size
     found = cholesky(HessianOperator(graph), size) if size <= _FACTORIZED else None
     if found is not None:
         factor = found[1]
-        return lambda r: torch.cholesky_solve(r.to(factor)[:, None], factor)[:, 0].to(r)
-    if before is not None:
-        return before
+        return lambda r: torch.cholesky_solve(r.to(factor)[:, None], factor)[:, 0].to(r), False
     diagonal = _estimated_diagonal(graph)
-    return lambda r: r / diagonal
+    return lambda r: r / diagonal, True
 
 
 def _estimated_diagonal(graph: InnerGraph) -> Tensor:
