@@ -19,19 +19,24 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 STORAGES = ("memory", "sqlite", "journal")
 DATABASES = ("sqlite", "postgresql", "mariadb")
-_running: dict[str, Server] = {}
+PASSWORD = "pa:ss w@rd/%3F'\"#"
+_running: dict[tuple[str, bool], Server] = {}
 _opened: list[RDBStorage] = []
 
 
-def server(kind: str) -> Server:
-    """The server of one of ``SERVERS`` for all tests of this run; skips where there can be none."""
-    if kind not in _running:
+def server(kind: str, *, secured: bool = False) -> Server:
+    """The server of one of ``SERVERS`` for all tests of this run; skips where there can be none.
+
+    Args:
+        secured: one that demands ``PASSWORD``.
+    """
+    if (kind, secured) not in _running:
         try:
-            _running[kind] = SERVERS[kind]()
+            _running[kind, secured] = SERVERS[kind](PASSWORD if secured else None)
         except UnavailableError as error:
             pytest.skip(f"no {kind}: {error}")
-        atexit.register(_running[kind].close)
-    return _running[kind]
+        atexit.register(_running[kind, secured].close)
+    return _running[kind, secured]
 
 
 def open_storage(kind: str, directory: Path) -> BaseStorage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -16,10 +17,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
 import sqlalchemy as sa
+from cutting_proxy import CuttingProxy
+
+__all__ = ["SERVERS", "CuttingProxy", "MariaDB", "PostgreSQL", "Server", "UnavailableError"]
 
 _FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/sbin", "/usr/local/sbin", "/usr/local/bin")
 _PATIENCE = 60.0
@@ -30,13 +35,21 @@ class UnavailableError(Exception):
 
 
 class Server(abc.ABC):
-    """A server that was started. ``stop`` and ``start`` keep its data; ``close`` removes everything."""
+    """A server that was started. ``stop`` and ``start`` keep its data and port; ``close`` removes everything.
+
+    Args:
+        password: without which it lets nobody in; it lets everybody in if there is none.
+    """
 
     kind: ClassVar[str]
     package: ClassVar[str]
     programs: ClassVar[tuple[str, ...]]
+    driver: ClassVar[str]
+    user: ClassVar[str]
+    """Who may do everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, password: str | None = None) -> None:
+        self.password = password
         self._programs = {name: _find(name, self.package) for name in self.programs}
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.kind}-"))
         self._user = _another_user() if os.geteuid() == 0 else None
@@ -52,9 +65,13 @@ class Server(abc.ABC):
             self.close()
             raise
 
-    @abc.abstractmethod
-    def url(self, database: str) -> str:
-        """What SQLAlchemy calls a database of this server."""
+    def url(self, database: str, user: str | None = None, password: str | None = None) -> str:
+        """What SQLAlchemy calls a database of this server; as its superuser, if no other is named."""
+        if user is None:
+            user, password = self.user, self.password if password is None else password
+        url = sa.URL.create(self.driver, user, password, "127.0.0.1", self.port, database)
+        url = url.update_query_dict(self._query())
+        return url.render_as_string(hide_password=False)
 
     @abc.abstractmethod
     def _initialize(self) -> None: ...
@@ -104,6 +121,18 @@ class Server(abc.ABC):
     def _system(self) -> str:
         return self.kind
 
+    def _query(self) -> dict[str, str]:
+        return {}
+
+    def _file(self, name: str, content: str) -> Path:
+        """Made for the server alone to read."""
+        path = self.directory / name
+        path.write_text(content, encoding="utf-8")
+        path.chmod(0o600)
+        if self._user is not None:
+            os.chown(path, self._user.pw_uid, self._user.pw_gid)
+        return path
+
     def _farewell(self) -> signal.Signals:
         return signal.SIGTERM
 
@@ -142,13 +171,16 @@ class PostgreSQL(Server):
     kind = "postgresql"
     package = "postgresql"
     programs = ("initdb", "postgres")
-
-    def url(self, database: str) -> str:
-        return f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/{database}"
+    driver = "postgresql+psycopg"
+    user = "postgres"
 
     def _initialize(self) -> None:
         data = str(self.directory / "data")
-        rest = ("-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+        rest = ["-U", self.user, "--no-sync", "-E", "UTF8", "--locale=C"]
+        if self.password is None:
+            rest += ["-A", "trust"]
+        else:
+            rest += ["-A", "scram-sha-256", f"--pwfile={self._file('password', self.password)}"]
         self._run(self._programs["initdb"], "-D", data, *rest)
 
     def _command(self) -> list[str]:
@@ -172,14 +204,16 @@ class MariaDB(Server):
     kind = "mariadb"
     package = "mariadb-server"
     programs = ("mariadb-install-db", "mariadbd")
-
-    def url(self, database: str) -> str:
-        return f"mysql+pymysql://root@127.0.0.1:{self.port}/{database}?charset=utf8mb4"
+    driver = "mysql+pymysql"
+    user = "root"
 
     def _initialize(self) -> None:
         data = f"--datadir={self.directory / 'data'}"
         rest = ("--auth-root-authentication-method=normal", "--skip-test-db")
         self._run(self._programs["mariadb-install-db"], "--no-defaults", data, *rest)
+        secret = (self.password or "").replace("\\", "\\\\").replace("'", "\\'")
+        # Read at every start, before anybody may connect.
+        self._file("first", f"ALTER USER 'root'@'localhost' IDENTIFIED BY '{secret}';\n")
 
     def _command(self) -> list[str]:
         return [
@@ -190,11 +224,15 @@ class MariaDB(Server):
             f"--port={self.port}",
             f"--socket={self.directory / 'socket'}",
             f"--pid-file={self.directory / 'pid'}",
+            f"--init-file={self.directory / 'first'}",
             "--max-connections=200",
         ]
 
     def _system(self) -> str:
         return "mysql"
+
+    def _query(self) -> dict[str, str]:
+        return {"charset": "utf8mb4"}
 
 
 SERVERS: dict[str, type[Server]] = {c.kind: c for c in (PostgreSQL, MariaDB)}
@@ -217,9 +255,15 @@ def _another_user() -> pwd.struct_passwd:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Below those that the system gives to clients: free again after the server's next start, and
+    nobody who tries to reach a stopped server connects to themselves.
+    """
+    for _ in range(1000):
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise UnavailableError("there is no free port")
 
 
 def _wait(ready: Callable[[], bool], why: Callable[[], str]) -> None:
