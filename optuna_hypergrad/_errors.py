@@ -44,6 +44,14 @@ class StorageError(HypergradError, RuntimeError):
     """Tensors cannot be written to, or read from, where the study lives."""
 
 
+class ConnectionLostError(StorageError):
+    """The database went away and did not come back in time."""
+
+
+class TakenOverError(StorageError):
+    """Another worker has taken over the trial, because this one seemed to be gone."""
+
+
 class CorruptTensorError(StorageError):
     """Stored bytes are not what was written, or not what their pointer says they are."""
 

@@ -6,7 +6,7 @@ Other files ask here. Where Optuna keeps its tables is known to ``stores/_optuna
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +15,8 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
+from optuna.storages._heartbeat import BaseHeartbeat as BaseHeartbeat
+from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.study._frozen import FrozenStudy
@@ -47,6 +49,19 @@ def wrapped_by(storage: BaseStorage) -> Any:
 
 def path_of_journal(backend: JournalFileBackend) -> str:
     return backend._file_path
+
+
+def stale_trial_ids(storage: BaseHeartbeat, study_id: int) -> list[int]:
+    return storage._get_stale_trial_ids(study_id)
+
+
+def stale_trial_callback(study: Study) -> Callable[[Study, FrozenTrial], None] | None:
+    """What the user has Optuna's heartbeat do with a stale trial; ``None`` under Hyperband, whose study
+    takes no new trials."""
+    storage = study._storage
+    if not isinstance(storage, BaseHeartbeat) or not hasattr(study, "add_trial"):
+        return None
+    return storage.get_heartbeat_stale_trial_callback() if is_heartbeat_enabled(storage) else None
 
 
 def all_trials(study: Study) -> list[FrozenTrial]:

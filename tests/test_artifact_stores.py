@@ -454,7 +454,7 @@ def test_a_database_that_stays_locked_is_an_error(
         )
 
     with pytest.raises(sa.exc.OperationalError):
-        stores._attributes.retry_while_busy(locked, timeout=0.0)
+        stores.retry_while_busy(locked, timeout=0.0)
     assert len(calls) == 1
 
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from optuna_hypergrad.studies import HypergradientSampler, differentiable, events, load_tensors
-from optuna_hypergrad.studies.events import OWNER, this_process
+from optuna_hypergrad.studies import HypergradientSampler, differentiable, leases, load_tensors
+from optuna_hypergrad.studies.leases import OWNER, this_process
 
 CRASH_AT: int | None = None
 
@@ -82,7 +81,7 @@ def record(trial: FrozenTrial, ordinal: dict[int, int]) -> dict[str, Any]:
     """Everything that has to agree; numbers of trials without those that were cut off."""
     attrs = trial.system_attrs
     outcome = dict(attrs["hypergrad:outcome"])
-    claim = {k: v for k, v in attrs["hypergrad:claim"].items() if k != "owner"}
+    claim = dict(attrs["hypergrad:claim"])
     for data in (outcome, claim):
         for key in ("trajectory", "parent"):
             data[key] = ordinal.get(data[key])
@@ -100,7 +99,7 @@ def record(trial: FrozenTrial, ordinal: dict[int, int]) -> dict[str, Any]:
 
 
 def records(study: optuna.Study) -> list[dict[str, Any]]:
-    kept = [t for t in study.trials if t.state != TrialState.RUNNING]
+    kept = [t for t in study.trials if "hypergrad:outcome" in t.system_attrs]
     ordinal = {t.number: i for i, t in enumerate(kept)}
     return [record(t, ordinal) for t in kept]
 
@@ -179,7 +178,7 @@ def test_another_process_continues_after_a_crash(kind: str, crash_at: int, tmp_p
     begun = len(storage.get_all_trials(storage.get_study_id_from_name("s")))
     assert begun == crash_at + 1
     parts = run(storage, "tensors", 4)
-    assert parts.trials[crash_at].state == TrialState.RUNNING
+    assert parts.trials[crash_at].state == TrialState.FAIL
     assert parts.trials[crash_at + 1].params == parts.trials[crash_at].params
     assert_same(run(open_storage(kind, tmp_path / "a"), "tensors", crash_at + 4), parts)
 
@@ -194,13 +193,14 @@ def test_a_trial_cut_off_before_its_claim_changes_nothing(
     run(storage, "numbers", orphan_at)
     trial_id = storage.create_new_trial(storage.get_study_id_from_name("s"))
     if owner is None:
-        monkeypatch.setattr(events, "_MOMENT", timedelta(0))
+        monkeypatch.setattr(leases, "_MOMENT", 0.0)
     else:
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()
         name, _, birth = this_process().split("|")
         space = birth.partition("@")[2]
-        storage.set_trial_system_attr(trial_id, OWNER, f"{name}|{gone.pid}|1@{space}")
+        lease = {"process": f"{name}|{gone.pid}|1@{space}", "until": None}
+        storage.set_trial_system_attr(trial_id, OWNER, lease)
     assert_same(whole, run(storage, "numbers", 24 - orphan_at))
 
 

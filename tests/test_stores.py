@@ -50,9 +50,9 @@ from optuna_hypergrad.stores import (
     Pointer,
     Retention,
     TensorStore,
-    _attributes,
     _identity,
     _optuna_tables,
+    _retrying,
     _writing,
 )
 from optuna_hypergrad.stores import _encoding as encoding
@@ -1447,9 +1447,9 @@ def test_the_store_of_a_custom_protocol_is_asked_for_nothing_else(desk: Desk) ->
 
 
 def test_waiting_for_other_writers_has_an_end() -> None:
-    assert _attributes.BUSY_TIMEOUT == 60.0
+    assert _retrying.BUSY_TIMEOUT == 60.0
     with pytest.raises(ZeroDivisionError):
-        _attributes.retry_while_busy(lambda: 1 // 0)
+        _retrying.retry_while_busy(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(("code", "name"), [(1213, ""), ("", "sqlstate"), ("", "pgcode")])
@@ -1464,7 +1464,7 @@ def test_the_loser_of_a_deadlock_tries_again(code: Any, name: str) -> None:
             raise errors.pop()
         return 3
 
-    assert _attributes.retry_while_busy(action) == 3
+    assert _retrying.retry_while_busy(action) == 3
     errors = [KeyError(1213)]
     with pytest.raises(KeyError):
-        _attributes.retry_while_busy(action)
+        _retrying.retry_while_busy(action)

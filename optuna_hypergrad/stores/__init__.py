@@ -12,9 +12,12 @@ from ._attributes import (
     set_study_attribute,
     set_trial_attribute,
 )
+from ._database import is_for_threads, unwrap_rdb
 from ._housekeeping import SweepReport
-from ._pointer import Pointer
+from ._optuna_tables import claim_waiting_trial, plain_rdb
+from ._pointer import Pointer, checkpoint_attributes
 from ._retention import Retention
+from ._retrying import retry_while_busy, seconds_since_loss, set_patience
 from .artifact_store import AbstractArtifactStore, StoredArtifact, default_artifact_store
 from .file_system import AtomicFileSystemArtifactStore
 from .memory import MemoryArtifactStore
@@ -33,11 +36,19 @@ __all__ = [
     "StoredArtifact",
     "SweepReport",
     "TensorStore",
+    "checkpoint_attributes",
+    "claim_waiting_trial",
     "default_artifact_store",
+    "is_for_threads",
     "long_attribute",
+    "plain_rdb",
+    "retry_while_busy",
+    "seconds_since_loss",
     "set_long_trial_attribute",
+    "set_patience",
     "set_study_attribute",
     "set_trial_attribute",
+    "unwrap_rdb",
 ]
 
 REGISTRY = registry(AbstractArtifactStore, globals())  # type: ignore[type-abstract]

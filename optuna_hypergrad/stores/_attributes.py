@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
-import sqlite3
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from optuna.storages import BaseStorage
-from sqlalchemy.exc import DBAPIError
 
 from .._errors import StorageError
-
-T = TypeVar("T")
+from ._retrying import retry_while_busy
 
 MAX_ATTRIBUTE_BYTES = 48_000
 """MySQL keeps 65,535 bytes of an attribute and may cut the rest off without a word."""
 
 MAX_KEY_LENGTH = 512
 """Optuna's ``key`` columns are VARCHAR(512)."""
-
-BUSY_TIMEOUT = 60.0
-"""Seconds for which a write waits for other writers of an SQLite file."""
 
 
 def check_attribute(key: str, value: Any) -> None:
@@ -89,35 +81,3 @@ def set_study_attribute(storage: BaseStorage, study_id: int, key: str, value: An
     """
     check_attribute(key, value)
     retry_while_busy(lambda: storage.set_study_user_attr(study_id, key, value))
-
-
-def retry_while_busy(action: Callable[[], T], timeout: float = BUSY_TIMEOUT) -> T:
-    """Do ``action``, again and again for ``timeout`` seconds while the database is busy.
-
-    That is: while SQLite says that it is locked, or a server that it has ended a deadlock. ``action``
-    must be idempotent. Every other error passes through.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if not _is_busy(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(random.uniform(0.005, 0.1))
-
-
-def _is_busy(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            return True
-        if isinstance(error, DBAPIError) and error.orig is not None and _is_deadlock(error.orig):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _is_deadlock(error: BaseException) -> bool:
-    """Whether MySQL (by number) or PostgreSQL (by SQLSTATE) has rolled back one of two transactions."""
-    codes = [*error.args[:1], *(getattr(error, a, None) for a in ("errno", "sqlstate", "pgcode"))]
-    return any(code in (1213, "40P01") for code in codes)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.pool import NullPool, QueuePool
 
 from .. import _optuna
 
@@ -18,6 +19,12 @@ def unwrap_rdb(storage: object) -> RDBStorage | None:
             return storage
         storage = _optuna.wrapped_by(storage)
     return None
+
+
+def is_for_threads(storage: BaseStorage) -> bool:
+    """Whether any thread may use it (SQLite in memory belongs to one)."""
+    rdb = unwrap_rdb(storage)
+    return rdb is None or isinstance(rdb.engine.pool, (QueuePool, NullPool))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from ._attributes import retry_while_busy, set_study_attribute
+from ._attributes import set_study_attribute
+from ._retrying import retry_while_busy
 
 ATTRIBUTE_PREFIX = "hypergrad:study:"
 _UUID = re.compile(r"[0-9a-f]{32}")

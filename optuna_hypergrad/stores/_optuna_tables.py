@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from .. import _optuna
+from ._database import transaction
 
 try:
     from optuna.storages._cached_storage import _CachedStorage
@@ -34,7 +37,9 @@ def plain_rdb(storage: BaseStorage) -> RDBStorage | None:
     """The ``RDBStorage`` that ``storage`` is or caches, if nothing stands between it and its tables."""
     if not _TABLES_KNOWN:
         return None
-    found = _optuna.wrapped_by(storage) if type(storage) is _CachedStorage else storage
+    while getattr(storage, "passes_calls_through", False) or type(storage) is _CachedStorage:
+        storage = _optuna.wrapped_by(storage)
+    found = storage
     return found if type(found) is RDBStorage else None
 
 
@@ -61,6 +66,17 @@ def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
     )
     with rdb.engine.connect() as connection:
         return [(int(study_id), str(key)) for study_id, key in connection.execute(query)]
+
+
+def claim_waiting_trial(rdb: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> bool:
+    """Have a waiting trial run and set system attributes of it; ``False`` if somebody else has it."""
+    waiting = (_trials.c.trial_id == trial_id) & (_trials.c.state == TrialState.WAITING)
+    running = {"state": TrialState.RUNNING, "datetime_start": datetime.now()}
+    with transaction(rdb.engine) as connection:
+        if connection.execute(_trials.update().where(waiting), running).rowcount != 1:
+            return False
+        write_attributes(connection, trial_id, attributes)
+    return True
 
 
 def write_attributes(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:

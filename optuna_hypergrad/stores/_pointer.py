@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from .._errors import CorruptTensorError
 from ._encoding import TensorSpec, parse_specs
 
 ATTRIBUTE_PREFIX = "hypergrad:tensor:"
+CHECKPOINT = "checkpoint"
 FORMAT = 1
 
 _MAX_SPEC_BYTES = 16_000
@@ -146,6 +149,12 @@ def attribute_key(name: str, role: str) -> str:
     """Short and plain whatever the name: databases cut keys and refuse NUL in them."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
     return f"{ATTRIBUTE_PREFIX}{role}:{digest[:32]}"
+
+
+def checkpoint_attributes(trial: FrozenTrial) -> dict[str, Any]:
+    """System attributes of a trial that point to checkpoints, unread."""
+    prefix = f"{ATTRIBUTE_PREFIX}{CHECKPOINT}"
+    return {k: v for k, v in trial.system_attrs.items() if k.startswith(prefix)}
 
 
 def new_blob(study: str) -> str:

@@ -15,12 +15,13 @@ from optuna.storages import BaseStorage
 
 from .._errors import CorruptTensorError, HyperparameterError, StorageError
 from .._typing import Params
-from ._attributes import check_attribute, retry_while_busy, set_trial_attribute
+from ._attributes import check_attribute, set_trial_attribute
 from ._database import unwrap_rdb
 from ._encoding import TensorSpec, check_text, encode
 from ._identity import study_uuid
 from ._optuna_tables import plain_rdb, read_running_trial
 from ._pointer import ROLE, Pointer, attribute_key, claimable, new_blob
+from ._retrying import retry_while_busy
 from .artifact_store import AbstractArtifactStore
 from .rdb import RDBArtifactStore
 

@@ -22,9 +22,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from .._errors import CorruptTensorError, StorageError
-from ._attributes import BUSY_TIMEOUT, retry_while_busy
 from ._database import transaction, unwrap_rdb
 from ._optuna_tables import write_attributes
+from ._retrying import BUSY_TIMEOUT, retry_while_busy
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1

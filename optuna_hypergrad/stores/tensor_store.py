@@ -13,17 +13,16 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
-from sqlalchemy.pool import NullPool, QueuePool
 
 from .. import _optuna
 from .._errors import CorruptTensorError, MissingTensorError, StorageError
 from .._typing import Params
-from ._attributes import retry_while_busy
-from ._database import unwrap_rdb
+from ._database import is_for_threads
 from ._encoding import DecodeError, decode, specs_of
 from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
 from ._pointer import ATTRIBUTE_PREFIX, Pointer, attribute_key
 from ._retention import Retention, Trajectory
+from ._retrying import retry_while_busy
 from ._writing import Encoded, Writer, encode_all
 from .artifact_store import AbstractArtifactStore, default_artifact_store
 from .file_system import AtomicFileSystemArtifactStore
@@ -281,7 +280,7 @@ class TensorStore:
         return pointers
 
     def _soon(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        if not _is_for_threads(self._storage):
+        if not is_for_threads(self._storage):
             done: Future[T] = Future()
             try:
                 done.set_result(function(*arguments))
@@ -343,8 +342,3 @@ class TensorStore:
 
 
 _REMEDY = "Use an earlier trial, or a backup of the storage."
-
-
-def _is_for_threads(storage: BaseStorage) -> bool:
-    rdb = unwrap_rdb(storage)
-    return rdb is None or isinstance(rdb.engine.pool, (QueuePool, NullPool))

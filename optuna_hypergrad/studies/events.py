@@ -7,43 +7,36 @@ their trial numbers, and nothing else is kept anywhere (except tensors, in the t
 from __future__ import annotations
 
 import base64
-import os
-import socket
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from .. import _optuna
+from .._errors import TakenOverError
 from ..stores import long_attribute, set_long_trial_attribute
 
 CLAIM, GRADIENT, OUTCOME = "hypergrad:claim", "hypergrad:gradient", "hypergrad:outcome"
-OWNER = "hypergrad:owner"
-_MOMENT = timedelta(seconds=10)
-
-
-def is_abandoned(trial: FrozenTrial) -> bool:
-    """Whether the process that began an unfinished trial is known to be gone.
-
-    A trial without a claim has its owner alone, written as soon as there is the trial; one that is without
-    either for ``_MOMENT`` was cut off in between.
-    """
-    claim = Claim.of(trial)
-    owner = trial.system_attrs.get(OWNER) if claim is None else claim.owner
-    if owner is None:
-        begun = trial.datetime_start
-        return begun is None or datetime.now() - begun > _MOMENT
-    return is_dead(str(owner))
 
 
 def write_event(study: Study, trial: FrozenTrial, key: str, payload: dict[str, Any]) -> None:
-    """One of the three, for a running trial."""
+    """One of the three, for a running trial.
+
+    Raises:
+        TakenOverError: if it is not running any more.
+    """
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
-    set_long_trial_attribute(storage, trial_id, key, payload)
+    try:
+        set_long_trial_attribute(storage, trial_id, key, payload)
+    except UpdateFinishedTrialError as error:
+        raise TakenOverError(
+            f"Trial {trial.number} is finished already, so nothing more is stored for it. Another worker has "
+            "taken it over because this process had not renewed its lease (was it paused? see lease=), "
+            "or it was told twice."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -54,13 +47,11 @@ class Claim:
         trajectory: Number of the trial that opened the trajectory; its own for a new one.
         parent: Number of the trial whose step this one follows; ``None`` for a start.
         source: Where a start came from: ``"init"``, ``"enqueued"``, ``"base"``, or a trial's number.
-        owner: The process that works on it (:func:`this_process`).
     """
 
     trajectory: int
     parent: int | None
     source: str = "init"
-    owner: str = ""
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Claim | None:
@@ -132,30 +123,3 @@ def gradient_of(trial: FrozenTrial) -> tuple[list[str], np.ndarray] | None:
 def continuous_names(trial: FrozenTrial) -> list[str]:
     """Names of a trial's floats without a step, sorted."""
     return sorted(n for n, d in trial.distributions.items() if _optuna.is_continuous(d))
-
-
-def this_process() -> str:
-    """Names this process among all that ever ran on this machine, where the system can tell."""
-    return f"{socket.gethostname()}|{os.getpid()}|{_birth(os.getpid())}"
-
-
-def is_dead(owner: str) -> bool:
-    """Whether the process that wrote a claim is known to be gone. When in doubt, it lives."""
-    parts = owner.split("|")
-    if len(parts) != 3 or not parts[1].isdigit():
-        return False
-    machine, pid, (birth, _, space) = parts[0], int(parts[1]), parts[2].partition("@")
-    here = _birth(os.getpid()).partition("@")[2]
-    if machine != socket.gethostname() or not birth or space != here:
-        return False
-    return _birth(pid) != parts[2]
-
-
-def _birth(pid: int) -> str:
-    """Start time and namespace of a process; empty where there is none, or no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        space = os.readlink(f"/proc/{pid}/ns/pid")
-        return f"{stat.rsplit(')', 1)[1].split()[19]}@{space}"
-    except (OSError, IndexError):
-        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from optuna.trial import FrozenTrial, TrialState
 from .. import _optuna
 from .._typing import Params
 from ..stores import TensorStore
-from .events import CLAIM, Claim, is_abandoned, is_dead, this_process, write_event
+from .events import CLAIM, Claim, write_event
+from .leases import is_abandoned
 from .points import Definition
 from .proposals import Proposer
 from .racing import Race
-from .trajectory import Cursor, Ledger, Trajectory
+from .trajectory import MAX_CUT_OFF, Cursor, Ledger, Trajectory
 
 StartFrom = Literal["best", "base", "init"]
 
@@ -96,7 +98,7 @@ class Planner:
     ) -> bool:
         """Whether gradients decide: some trial had one, or one that runs now is to have one."""
         claims = memory.ledger.claims(trials, trial.number)
-        return memory.ledger.started or bool(live(claims))
+        return memory.ledger.started or bool(claims)
 
     def plan(self, memory: Memory, study: Study, trial: FrozenTrial) -> Plan | None:
         """Claim a step for ``trial``; ``None`` while the study is the base sampler's alone."""
@@ -107,7 +109,7 @@ class Planner:
             return None
         enqueued = _optuna.fixed_params(trial)
         while True:
-            claims = live(ledger.claims(trials, trial.number))
+            claims = ledger.claims(trials, trial.number)
             taken = {c.trajectory for c in claims.values()} | excluded
             chosen, setting, proposer = self._choose(
                 ledger, study, trials, trial, taken, bool(enqueued)
@@ -116,7 +118,7 @@ class Planner:
                 plan = self._open(ledger, study, trials, trial, claims, setting, proposer, enqueued)
                 self._write(study, trial, plan.claim)
                 return plan
-            claim = Claim(chosen.id, chosen.last, "step", this_process())
+            claim = Claim(chosen.id, chosen.last, "step")
             self._write(study, trial, claim)
             trials = _optuna.all_trials(study)
             if self._won(ledger, study, trials, trial, claim):
@@ -188,7 +190,10 @@ class Planner:
         floats = ledger.float_distributions()
         known = {t.key for t in ledger.trajectories.values()}
         fresh = bool(setting) and repr(sorted(setting.items())) not in known
-        if enqueued:
+        inherited = Claim.of(trial)
+        if inherited is not None and inherited.parent is None:
+            source = inherited.source
+        elif enqueued:
             source = "enqueued"
         elif (not ledger.started and not claims) or (fresh and self.start == "init"):
             source = "init"
@@ -199,7 +204,7 @@ class Planner:
         if proposer is None:
             names = set(ledger.other_distributions()) or set(floats)
             proposer = self._proposer(ledger, study, trials, trial, names, 0)
-            if source == "enqueued":
+            if enqueued:
                 values = proposer.propose(
                     {n: d for n, d in ledger.other_distributions().items() if n not in enqueued}
                 )
@@ -212,7 +217,7 @@ class Planner:
                 starter = self._proposer(ledger, study, trials, trial, set(floats), _PROPOSALS)
             values |= starter.propose(dict(floats))
         return Plan(
-            claim=Claim(trial.number, None, source, this_process()),
+            claim=Claim(trial.number, None, source),
             values={n: v for n, v in values.items() if n not in enqueued},
             distributions={n: ledger.distributions[n] for n in values if n not in enqueued},
             tensors_from=tensors_from,
@@ -233,12 +238,13 @@ class Planner:
 
     def ordinal(self, ledger: Ledger, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
         """The trial's number among those that count: lost ones do not, so that a study which was
-        cut off goes on with the choices that it would have made."""
+        cut off goes on with the choices that it would have made; unless they kill every process."""
         gone = sum(1 for n in ledger.lost if n < trial.number)
         for number in ledger.unfinished:
             running = number < trial.number and trials[number].state == TrialState.RUNNING
             gone += running and is_abandoned(trials[number])
-        return trial.number - gone
+        in_a_row = next(i for i in itertools.count() if trial.number - i - 1 not in ledger.lost)
+        return trial.number - gone + in_a_row // MAX_CUT_OFF
 
     def proposer_of(self, memory: Memory, study: Study, trial: FrozenTrial) -> Proposer:
         """For a parameter that nobody foresaw."""
@@ -272,7 +278,7 @@ class Planner:
                 return False
             rivals = [
                 n
-                for n, c in live(ledger.claims(trials, trial.number)).items()
+                for n, c in ledger.claims(trials, trial.number).items()
                 if (c.trajectory, c.parent) == (claim.trajectory, claim.parent)
             ]
             if not rivals:
@@ -281,11 +287,6 @@ class Planner:
                 return False
             time.sleep(0.02)
             trials = _optuna.all_trials(study)
-
-
-def live(claims: dict[int, Claim]) -> dict[int, Claim]:
-    """Without those of processes that are known to be gone."""
-    return {n: c for n, c in claims.items() if not is_dead(c.owner)}
 
 
 def agrees(setting: dict[str, Any], other: dict[str, Any]) -> bool:

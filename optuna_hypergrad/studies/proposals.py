@@ -11,7 +11,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
-from .events import is_dead
+from .leases import is_abandoned
 from .racing import Race
 from .trajectory import Ledger
 
@@ -47,7 +47,7 @@ def representatives(
     for number in ledger.foreign:
         shown.append(cut(trials[number], names))
     for number, claim in ledger.claims(trials, but=-1).items():
-        if claim.parent is None and not is_dead(claim.owner):
+        if claim.parent is None and not is_abandoned(trials[number]):
             shown.append(cut(trials[number], names))
     return sorted(shown, key=lambda t: t.number)
 

@@ -19,7 +19,7 @@ from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
 from ..stores import TensorStore
 from .events import OUTCOME, Claim, Outcome, gradient_of, write_event
-from .plan import Memory, Plan, live
+from .plan import Memory, Plan
 from .points import Definition, PointSpace, domain_of, nested, place
 from .racing import Race
 from .trajectory import Cursor, Trajectory, advance
@@ -117,7 +117,7 @@ class Recorder:
         done = sum(
             _point(t.source) == point and t.setting == setting for t in ledger.trajectories.values()
         )
-        claims = live(ledger.claims(_optuna.all_trials(study), trial.number))
+        claims = ledger.claims(_optuna.all_trials(study), trial.number)
         now = [n for n, c in claims.items() if c.parent is None and _point(c.source) == point]
         return (done, sum(n < trial.number for n in now)) if done or now else None
 

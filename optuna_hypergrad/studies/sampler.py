@@ -20,21 +20,21 @@ from .. import _optuna
 from .._errors import HyperparameterError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, make_step_rule
-from ..stores import Retention, TensorStore, set_trial_attribute
+from ..stores import Retention, TensorStore
 from .events import (
     CLAIM,
     GRADIENT,
-    OWNER,
     Claim,
     continuous_names,
     encode_gradient,
-    this_process,
     write_event,
 )
+from .leases import LeaseKeeper
 from .plan import Memory, Plan, Planner, StartFrom
 from .points import Definition, domain_of
 from .racing import Race
 from .recording import LostTrajectoryError, Recorder
+from .succession import keep_given_params, succeed
 from .trajectory import Ledger
 
 if TYPE_CHECKING:
@@ -98,6 +98,10 @@ class HypergradientSampler(BaseSampler):
         max_steps: Steps after which a trajectory is over; ``None`` for no limit.
         patience: Steps without a better value after which it is over; ``None`` leaves that to the
             optimizer.
+        lease: Seconds after which a worker that has not been heard of counts as gone (at once, where
+            its process is known to have ended on the same machine). Its trial is then marked as failed,
+            its step is done again, and nothing that it still does is stored. Renewed by a thread while
+            a trial runs. ``None``: only processes that are known to have ended.
 
     Raises:
         ValueError: for settings out of range.
@@ -118,6 +122,7 @@ class HypergradientSampler(BaseSampler):
         reduction: int = 3,
         max_steps: int | None = None,
         patience: int | None = None,
+        lease: float | None = 120.0,
     ) -> None:
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(
@@ -142,6 +147,8 @@ class HypergradientSampler(BaseSampler):
         ):
             if number is not None and (type(number) is not int or number < least):
                 raise ValueError(f"{name}={number!r} must be an integer of at least {least}.")
+        if lease is not None and not lease > 0:
+            raise ValueError(f"lease={lease!r} must be a positive number of seconds or None.")
         if seed is not None and (type(seed) is not int or seed < 0):
             raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
         if base_sampler is None:
@@ -153,6 +160,7 @@ class HypergradientSampler(BaseSampler):
         pristine = _optuna.seeded_copy(self._base, [0])
         drawn = secrets.randbits(31) if drawn is None else drawn
         self._planner = Planner(pristine, drawn, race, start)
+        self._leases = LeaseKeeper(lease)
         self._tensor_store = tensor_store
         self._retention = retention
         self._recorder = Recorder(rule, race, drawn)
@@ -177,11 +185,15 @@ class HypergradientSampler(BaseSampler):
             return
         memory = self._memory(study)
         with memory.lock:
-            trials = _optuna.recent_trials(study, max(trial.number + 1, memory.ledger.seen))
-            memory.ledger.sync(trials)
+            self._leases.begin(study, trial)
+            ledger = memory.ledger
+            trials = _optuna.recent_trials(study, max(trial.number + 1, ledger.seen))
+            ledger.sync(trials)
+            if succeed(study, trial, trials, ledger.unfinished):
+                trials = _optuna.all_trials(study)
+                ledger.sync(trials)
+            keep_given_params(study, trial)
             if self._planner.is_differentiated(memory, trials, trial):
-                trial_id = _optuna.trial_id_of(trial)
-                set_trial_attribute(_optuna.storage_of(study), trial_id, OWNER, this_process())
                 return
         self._base.before_trial(study, trial)
 
@@ -237,6 +249,7 @@ class HypergradientSampler(BaseSampler):
         if _optuna.is_multi_objective(study):
             return
         memory = self._memory(study)
+        self._leases.end(study, trial)
         with memory.lock:
             plan = memory.plans.pop(_optuna.trial_id_of(trial), None) or Plan()
             claim = Claim.of(trial)
@@ -368,7 +381,7 @@ class HypergradientSampler(BaseSampler):
         first = not self._planner.is_differentiated(memory, trials, trial)
         enqueued = bool(_optuna.fixed_params(trials[trial.number]))
         source = "enqueued" if enqueued else "init" if first else "base"
-        plan.claim = Claim(trial.number, None, source, this_process())
+        plan.claim = Claim(trial.number, None, source)
         write_event(study, trial, CLAIM, plan.claim.to_json())
 
     def _check_definition(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,11 @@ from .. import _optuna
 from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
 from .events import Claim, Outcome, gradient_of
+from .leases import CUT_OFF, is_abandoned
 from .points import Definition, PointSpace, domain_of
+
+MAX_CUT_OFF = 5
+"""So many processes may die at one step before its trajectory is given up."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Ledger:
     early: list[int] = field(default_factory=list)
     seen: int = 0
     member: dict[int, int] = field(default_factory=dict)
+    cut_off: Counter[tuple[int, int | None]] = field(default_factory=Counter)
 
     def sync(self, trials: Sequence[FrozenTrial]) -> None:
         """Take in every trial that has finished since the last call, in order of number.
@@ -130,9 +136,15 @@ class Ledger:
     def _take(self, trial: FrozenTrial) -> bool:
         """Whether the trial had its place: ``False`` for a step after one that is still to come."""
         claim, outcome = Claim.of(trial), Outcome.of(trial)
+        if outcome is not None and outcome.kind == "good" and trial.state != TrialState.COMPLETE:
+            outcome = None  # cut off just before its end
         if outcome is None or outcome.kind == "void":
-            if claim is not None:
+            if claim is not None or (
+                trial.state == TrialState.FAIL and CUT_OFF in trial.system_attrs
+            ):
                 self.lost.add(trial.number)
+            if claim is not None and outcome is None:
+                self._count_cut_off(claim)
             elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
                 self.foreign.append(trial.number)
                 self.distributions.update(trial.distributions)
@@ -152,6 +164,16 @@ class Ledger:
         trajectory.add(step, outcome.stop)
         self.member[trial.number] = trajectory.id
         return True
+
+    def _count_cut_off(self, claim: Claim) -> None:
+        self.cut_off[claim.trajectory, claim.parent] += 1
+        trajectory = self.trajectories.get(claim.trajectory)
+        if trajectory is not None and self.cut_off[claim.trajectory, claim.parent] >= MAX_CUT_OFF:
+            trajectory.stop = (
+                f"Its step after trial {claim.parent} was cut off {MAX_CUT_OFF} times. Look for what kills "
+                "its process (memory?)."
+            )
+            _optuna.logger.warning(f"Trajectory {trajectory.id} cannot go on. {trajectory.stop}")
 
     def has_placed(self, number: int) -> bool:
         """Whether a trial has been taken in, as a step or as none."""
@@ -184,10 +206,12 @@ class Ledger:
         return bool(self.trajectories)
 
     def claims(self, trials: Sequence[FrozenTrial], but: int) -> dict[int, Claim]:
-        """Claims of the trials that are being worked on, by number, without trial ``but``."""
+        """Claims of the trials that somebody works on, by number, without trial ``but``."""
         found = {}
         for number in self.unfinished:
             if number == but or trials[number].state != TrialState.RUNNING:
+                continue
+            if is_abandoned(trials[number]):
                 continue
             claim = Claim.of(trials[number])
             if claim is not None:

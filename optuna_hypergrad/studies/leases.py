@@ -1,0 +1,256 @@
+"""Who works on a trial, and until when.
+
+A trial has a lease from its first moment: a system attribute that names the process and a time. A thread
+renews the leases of trials that outlast a quarter of theirs. When a process is gone (known at once on its
+own machine) or a lease has run out (a machine that died, a process that is paused), the next worker to
+begin a trial marks the old one as failed. Every storage refuses to change a finished trial, so whoever
+wakes up late can no longer write anything: his place is taken.
+
+Leases are compared by wall clocks. A clock that is wrong by more than a lease costs work that is done
+twice, never a result.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import _optuna
+from ..stores import is_for_threads, seconds_since_loss, set_trial_attribute
+from .events import CLAIM
+
+OWNER, CUT_OFF = "hypergrad:owner", "hypergrad:cut_off"
+
+_RENEWALS = 4
+"""A lease is renewed so many times before it would run out."""
+
+_MOMENT = 10.0
+"""Seconds between the creation of a trial and its lease, at most, for a process that lives."""
+
+_AFTER_LOSS = 30.0
+"""Seconds that others get to renew their leases, once the database is back."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Args:
+    process: :func:`this_process` of whoever works on the trial.
+    until: Seconds since the epoch; ``None`` for a lease that never runs out.
+    """
+
+    process: str
+    until: float | None
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Lease | None:
+        """That of a trial; ``None`` where there is none that can be read."""
+        data = trial.system_attrs.get(OWNER)
+        if not isinstance(data, dict) or not isinstance(data.get("process"), str):
+            return None
+        until = data.get("until")
+        return cls(data["process"], float(until) if isinstance(until, (int, float)) else None)
+
+    @classmethod
+    def new(cls, seconds: float | None) -> Lease:
+        return cls(this_process(), None if seconds is None else time.time() + seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"process": self.process, "until": self.until}
+
+    @property
+    def who(self) -> str:
+        machine, _, rest = self.process.partition("|")
+        return f"{rest.partition('|')[0]} on {machine}"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its owner is known to be gone, or has not renewed it in time."""
+        if is_dead(self.process):
+            return True
+        if self.until is None or self.process == this_process():
+            return False
+        # After a lost connection everybody is late.
+        return time.time() > self.until and seconds_since_loss() > _AFTER_LOSS
+
+
+def is_abandoned(trial: FrozenTrial) -> bool:
+    """Whether nobody works on an unfinished trial any more.
+
+    A trial that has had neither lease nor claim for ``_MOMENT`` seconds was cut off before it could have
+    one, or belongs to another sampler. (A study in memory has no leases: it goes with its process.)
+    """
+    lease = Lease.of(trial)
+    if lease is not None:
+        return lease.is_over
+    return CLAIM not in trial.system_attrs and _age(trial) > _MOMENT
+
+
+def cut_off(trials: Sequence[FrozenTrial], unfinished: Iterable[int]) -> list[FrozenTrial]:
+    """Those of the ``unfinished`` that are running and whose owner is gone.
+
+    A trial without a lease is left alone, because another sampler may work on it, unless it is as its
+    creation left it and every finished trial of the study had a lease.
+    """
+    running = (trials[n] for n in sorted(unfinished) if trials[n].state == TrialState.RUNNING)
+    gone = (trial for trial in running if is_abandoned(trial))
+    return [trial for trial in gone if Lease.of(trial) is not None or _was_ours(trial, trials)]
+
+
+def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
+    """Whether this call has done it, and nobody else before. From then on the owner can write nothing."""
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    try:
+        set_trial_attribute(storage, trial_id, CUT_OFF, True)
+        if not storage.set_trial_state_values(trial_id, TrialState.FAIL):
+            return False
+    except UpdateFinishedTrialError:
+        return False
+    lease = Lease.of(trial)
+    _optuna.logger.warning(
+        f"Trial {trial.number} is marked as failed: its "
+        + (
+            "process was gone before it had begun."
+            if lease is None
+            else f"process ({lease.who}) is gone, or has not renewed its lease."
+        )
+    )
+    return True
+
+
+def _was_ours(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+    if trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values:
+        return False
+    finished = [t for t in trials if t.state.is_finished()]
+    return bool(finished) and all(OWNER in t.system_attrs for t in finished)
+
+
+def _age(trial: FrozenTrial) -> float:
+    begun = trial.datetime_start
+    return float("inf") if begun is None else (datetime.now() - begun).total_seconds()
+
+
+class LeaseKeeper:
+    """Gives leases to the trials of this process and renews them.
+
+    Args:
+        seconds: Of a lease; ``None`` for leases that never run out.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[tuple[int, int], BaseStorage] = {}
+        self._thread: tuple[int, threading.Thread] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def begin(self, study: Study, trial: FrozenTrial) -> None:
+        """Write the lease of a trial that begins, and renew it until :meth:`end`."""
+        storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+        seconds = self.seconds
+        if isinstance(storage, InMemoryStorage):
+            return
+        lease = Lease.new(seconds)
+        if Lease.of(trial) != lease:
+            set_trial_attribute(storage, trial_id, OWNER, lease.to_json())
+        if seconds is None or not is_for_threads(storage):
+            return
+        with self._lock:
+            self._held[id(storage), trial_id] = storage
+            if self._thread is None or self._thread[0] != os.getpid():
+                thread = threading.Thread(
+                    target=_renew,
+                    args=(weakref.ref(self), seconds / _RENEWALS),
+                    name="hypergrad-leases",
+                    daemon=True,
+                )
+                self._thread = os.getpid(), thread
+                thread.start()
+
+    def end(self, study: Study, trial: FrozenTrial) -> None:
+        """The trial is finished, or about to be."""
+        with self._lock:
+            self._held.pop((id(_optuna.storage_of(study)), _optuna.trial_id_of(trial)), None)
+
+    def renew(self) -> bool:
+        """Renew every lease; whether there are any left."""
+        with self._lock:
+            held = list(self._held.items())
+            if not held:
+                self._thread = None
+                return False
+        for key, storage in held:
+            try:
+                set_trial_attribute(storage, key[1], OWNER, Lease.new(self.seconds).to_json())
+            except UpdateFinishedTrialError:
+                with self._lock:
+                    told = self._held.pop(key, None) is None
+                if not told:
+                    _optuna.logger.warning(
+                        f"The trial with id {key[1]} was taken over, because this process had not renewed "
+                        f"its lease of {self.seconds:g} s (was it paused?). What it still computes "
+                        "for that trial is refused."
+                    )
+            except Exception as error:
+                _optuna.logger.warning(
+                    f"A lease could not be renewed and is tried again: {type(error).__name__}."
+                )
+            finally:
+                storage.remove_session()
+        return True
+
+
+def _renew(reference: weakref.ref[LeaseKeeper], interval: float) -> None:
+    while True:
+        time.sleep(interval)
+        keeper = reference()
+        if keeper is None or not keeper.renew():
+            return
+        del keeper
+
+
+def this_process() -> str:
+    """Names this process among all that ever ran on this machine, where the system can tell."""
+    return f"{socket.gethostname()}|{os.getpid()}|{_birth(os.getpid())}"
+
+
+def is_dead(process: str) -> bool:
+    """Whether the process that wrote a lease is known to be gone. When in doubt, it lives."""
+    parts = process.split("|")
+    if len(parts) != 3 or not parts[1].isdigit():
+        return False
+    machine, pid, (birth, _, space) = parts[0], parts[1], parts[2].partition("@")
+    here = _birth(os.getpid()).partition("@")[2]
+    if machine != socket.gethostname() or not birth or space != here:
+        return False
+    return _birth(pid) != parts[2]
+
+
+def _birth(pid: int | str) -> str:
+    """Start time and namespace of a process; empty where there is none, or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        space = os.readlink(f"/proc/{pid}/ns/pid")
+        return f"{stat.rsplit(')', 1)[1].split()[19]}@{space}"
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,138 @@
+"""A trial that was cut off is gone on with by the next one that begins.
+
+What passes on is what Optuna's ``RetryHeartbeatStaleTrialCallback`` passes on (parameters, user attributes,
+``failed_trial`` and ``retry_history``), the checkpoints of ``minimize_bilevel``, and the claim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from .. import _optuna
+from ..stores import checkpoint_attributes, set_trial_attribute
+from .events import CLAIM
+from .leases import cut_off, mark_as_failed
+
+HEIR_OF = "hypergrad:heir_of"
+_RESUMED_AT = "hypergrad:resumed_at"
+_FIXED = "fixed_params"
+
+MAX_FUTILE = 3
+"""So many times in a row a checkpoint is continued that gets no further: it kills its process."""
+
+
+def succeed(
+    study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial], unfinished: Iterable[int]
+) -> bool:
+    """Mark trials that were cut off as failed, and let ``trial`` go on with one that has a checkpoint.
+
+    Further ones with a checkpoint are enqueued. Where the storage has a callback for stale trials, that
+    is called instead.
+
+    Args:
+        trial: A trial that begins; its attributes are changed along with the stored ones.
+        trials: All of the study.
+        unfinished: Numbers of the trials to look at.
+
+    Returns:
+        Whether any trial was marked.
+    """
+    ended = [t for t in cut_off(trials, unfinished) if t.number != trial.number]
+    callback = _optuna.stale_trial_callback(study)
+    sources = [s for t in ended for s in _sources(t, trials)] if callback is None else []
+    if sources:  # before the marks: whoever takes over from this trial has to know
+        _set(study, trial, HEIR_OF, [s.number for s in sources])
+    marked = [t for t in ended if mark_as_failed(study, t)]
+    if callback is not None:
+        for one in marked:
+            callback(study, copy.deepcopy(one))
+        return bool(marked)
+    for one in marked:
+        for source in _sources(one, trials):
+            attributes = _legacy(source)
+            if attributes is None:
+                continue
+            if trial.params or _optuna.fixed_params(trial):
+                _enqueue(study, source, attributes)
+            else:
+                _adopt(study, trial, source, attributes)
+    return bool(marked)
+
+
+def keep_given_params(study: Study, trial: FrozenTrial) -> None:
+    """Have the parameters of a trial that Optuna retries, which come with it, count as enqueued ones."""
+    if trial.params and not _optuna.fixed_params(trial):
+        _set(study, trial, _FIXED, dict(trial.params))
+
+
+def _sources(ended: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials with a checkpoint that nobody goes on with once ``ended`` is over: it, and those that it
+    was about to pass on."""
+    found = [ended] if checkpoint_attributes(ended) else []
+    before = ended.system_attrs.get(HEIR_OF)
+    numbers = before if isinstance(before, list) else []
+    passed_on = {n for t in trials if t is not ended or found for n in _history(t)}
+    for number in numbers:
+        if type(number) is int and 0 <= number < len(trials) and number not in passed_on:
+            source = trials[number]
+            if source.state == TrialState.FAIL and checkpoint_attributes(source):
+                found.append(source)
+    return found
+
+
+def _history(trial: FrozenTrial) -> list[int]:
+    numbers = trial.system_attrs.get("retry_history")
+    return [n for n in numbers if type(n) is int] if isinstance(numbers, list) else []
+
+
+def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
+    """System attributes for the successor; ``None`` for a checkpoint that leads nowhere."""
+    attributes = source.system_attrs
+    checkpoints = checkpoint_attributes(source)
+    steps = [p.get("step") for p in checkpoints.values() if isinstance(p, dict)]
+    step = max((s for s in steps if type(s) is int), default=-1)
+    before = attributes.get(_RESUMED_AT)
+    resumed = [*(before if isinstance(before, list) else []), step]
+    if len(resumed) > MAX_FUTILE and resumed[-MAX_FUTILE - 1 :] == [step] * (MAX_FUTILE + 1):
+        _optuna.logger.warning(
+            f"Trial {source.number} was cut off for the {MAX_FUTILE + 1}th time after step {step} of its "
+            "checkpoint; it is not continued again. Look for what kills its process (memory?)."
+        )
+        return None
+    return {
+        _FIXED: _optuna.fixed_params(source) | dict(source.params),
+        "failed_trial": attributes.get("failed_trial", source.number),
+        "retry_history": [*_history(source), source.number],
+        _RESUMED_AT: resumed,
+        **{k: v for k, v in attributes.items() if k.startswith(CLAIM)},
+        **checkpoints,
+    }
+
+
+def _adopt(
+    study: Study, trial: FrozenTrial, failed: FrozenTrial, attributes: dict[str, Any]
+) -> None:
+    for key, value in attributes.items():
+        _set(study, trial, key, value)
+    storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    for key, value in failed.user_attrs.items():
+        storage.set_trial_user_attr(trial_id, key, value)
+        trial.user_attrs[key] = value
+    _optuna.logger.warning(f"Trial {trial.number} goes on where trial {failed.number} was cut off.")
+
+
+def _enqueue(study: Study, failed: FrozenTrial, attributes: dict[str, Any]) -> None:
+    waiting = create_trial(
+        state=TrialState.WAITING, user_attrs=failed.user_attrs, system_attrs=attributes
+    )
+    _optuna.storage_of(study).create_new_trial(_optuna.study_id_of(study), waiting)
+
+
+def _set(study: Study, trial: FrozenTrial, key: str, value: Any) -> None:
+    set_trial_attribute(_optuna.storage_of(study), _optuna.trial_id_of(trial), key, value)
+    trial.system_attrs[key] = value
