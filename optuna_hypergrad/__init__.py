@@ -1,6 +1,7 @@
 """Gradients for Optuna: tune continuous hyperparameters by their hypergradients, one or millions."""
 
 from ._errors import (
+    ConnectionLostError,
     CorruptTensorError,
     HypergradError,
     HyperparameterError,
@@ -10,6 +11,7 @@ from ._errors import (
     RequirementError,
     SolverError,
     StorageError,
+    TakenOverError,
     ZeroHypergradientError,
 )
 from ._results import Result, Status
@@ -26,6 +28,7 @@ from .stores import Retention, TensorStore
 from .studies import (
     DifferentiableTrial,
     HypergradientSampler,
+    RetryingStorage,
     differentiable,
     load_tensors,
     report_hypergradient,
@@ -40,6 +43,7 @@ __all__ = [
     "Batch",
     "BilevelProblem",
     "BilevelResult",
+    "ConnectionLostError",
     "CorruptTensorError",
     "DifferentiableTrial",
     "Direct",
@@ -64,9 +68,11 @@ __all__ = [
     "RequirementError",
     "Result",
     "Retention",
+    "RetryingStorage",
     "SolverError",
     "Status",
     "StorageError",
+    "TakenOverError",
     "TensorStore",
     "Unroll",
     "ZeroHypergradientError",
