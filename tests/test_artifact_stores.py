@@ -434,7 +434,7 @@ def test_a_locked_database_is_waited_for(
         if len(slept) == 3:
             blocker.exec_driver_sql("ROLLBACK")
 
-    monkeypatch.setattr(stores._attributes.time, "sleep", release)
+    monkeypatch.setattr(stores._retrying.time, "sleep", release)
     RDBArtifactStore(impatient).write("b", io.BytesIO(b"y"))
     blocker.close()
     assert len(slept) == 3

@@ -14,7 +14,7 @@ from ._attributes import (
 )
 from ._database import is_for_threads, unwrap_rdb
 from ._housekeeping import SweepReport
-from ._optuna_tables import claim_waiting_trial, plain_rdb
+from ._optuna_tables import claim_waiting_trial, find_trial, plain_rdb
 from ._pointer import Pointer, checkpoint_attributes
 from ._retention import Retention
 from ._retrying import retry_while_busy, seconds_since_loss, set_patience
@@ -39,6 +39,7 @@ __all__ = [
     "checkpoint_attributes",
     "claim_waiting_trial",
     "default_artifact_store",
+    "find_trial",
     "is_for_threads",
     "long_attribute",
     "plain_rdb",

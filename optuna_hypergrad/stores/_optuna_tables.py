@@ -68,6 +68,14 @@ def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
         return [(int(study_id), str(key)) for study_id, key in connection.execute(query)]
 
 
+def find_trial(rdb: RDBStorage, key: str, value: Any) -> int | None:
+    """Which trial has this system attribute with this value."""
+    table = _attributes.c
+    query = sa.select(table.trial_id).where(table.key == key, table.value_json == json.dumps(value))
+    with rdb.engine.connect() as connection:
+        return connection.execute(query).scalar()
+
+
 def claim_waiting_trial(rdb: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> bool:
     """Have a waiting trial run and set system attributes of it; ``False`` if somebody else has it."""
     waiting = (_trials.c.trial_id == trial_id) & (_trials.c.state == TrialState.WAITING)

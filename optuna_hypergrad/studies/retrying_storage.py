@@ -2,7 +2,7 @@
 
 Plain Optuna gives up at the first lost connection. Here each call is tried again, and what was done
 although its answer was lost is recognized: a trial is created, and a waiting one claimed, together with
-a key by which it is found again; a new study, a final state and a removal are compared with what is
+a key by which it is found again (a system attribute that readers are not shown); a new study, a final state and a removal are compared with what is
 there. Everything else writes the same value again.
 """
 
@@ -21,8 +21,14 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from .. import _optuna
-from ..stores import claim_waiting_trial, plain_rdb, retry_while_busy, set_patience, unwrap_rdb
-from .leases import OWNER, Lease
+from ..stores import (
+    claim_waiting_trial,
+    find_trial,
+    plain_rdb,
+    retry_while_busy,
+    set_patience,
+    unwrap_rdb,
+)
 
 T = TypeVar("T")
 
@@ -89,14 +95,13 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         else:
             template = copy.copy(template_trial)
         template.system_attrs = {**template.system_attrs, KEY: key}
-        if template.state == TrialState.RUNNING:
-            template.system_attrs[OWNER] = Lease.new(None).to_json()
+        rdb = plain_rdb(self)
 
         def created() -> int | None:
+            if rdb is not None:
+                return find_trial(rdb, KEY, key)
             trials = self._backend.get_all_trials(study_id, deepcopy=False)
-            return next(
-                (_optuna.trial_id_of(t) for t in reversed(trials) if _key_of(t) == key), None
-            )
+            return next((_optuna.trial_id_of(t) for t in trials if _key_of(t) == key), None)
 
         return self._call(lambda: self._backend.create_new_trial(study_id, template), created)
 
@@ -105,13 +110,13 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
     ) -> bool:
         rdb = plain_rdb(self)
         if state == TrialState.RUNNING and rdb is not None:
-            attributes = {KEY: uuid.uuid4().hex, OWNER: Lease.new(None).to_json()}
+            key = uuid.uuid4().hex
 
             def claimed() -> bool | None:
-                trial = self._backend.get_trial(trial_id)
-                return True if _key_of(trial) == attributes[KEY] else None
+                return True if find_trial(rdb, KEY, key) == trial_id else None
 
-            return self._call(lambda: claim_waiting_trial(rdb, trial_id, attributes), claimed)
+            if self._call(lambda: claim_waiting_trial(rdb, trial_id, {KEY: key}), claimed):
+                return True
 
         def finished() -> bool | None:
             trial = self._backend.get_trial(trial_id)
@@ -218,7 +223,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: self._backend.get_trial_param(trial_id, param_name))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._call(lambda: self._backend.get_trial(trial_id))
+        return _without_key(self._call(lambda: self._backend.get_trial(trial_id)))
 
     def get_all_trials(
         self,
@@ -226,10 +231,15 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         deepcopy: bool = True,
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
-        return self._call(lambda: self._backend.get_all_trials(study_id, deepcopy, states))
+        found = self._call(lambda: self._backend.get_all_trials(study_id, deepcopy, states))
+        return [_without_key(trial) for trial in found]
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
-        return self._call(lambda: self._backend.get_best_trial(study_id))
+        return _without_key(self._call(lambda: self._backend.get_best_trial(study_id)))
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        found = self._call(lambda: self._backend.get_trial_system_attrs(trial_id))
+        return {key: value for key, value in found.items() if key != KEY}
 
     def remove_session(self) -> None:
         self._backend.remove_session()
@@ -254,6 +264,11 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         if (heart := self._heart) is None:
             return []
         return self._call(lambda: _optuna.stale_trial_ids(heart, study_id))
+
+
+def _without_key(trial: FrozenTrial) -> FrozenTrial:
+    trial.system_attrs.pop(KEY, None)
+    return trial
 
 
 def _key_of(trial: FrozenTrial) -> Any:

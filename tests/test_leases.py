@@ -1,0 +1,408 @@
+"""Who works on a trial, what becomes of it when nobody does, and who goes on with it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import pickle
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from conftest import open_storage
+from optuna.samplers import TPESampler
+from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+import optuna_hypergrad as ohg
+from optuna_hypergrad.stores import _retrying
+from optuna_hypergrad.studies import leases, succession
+from optuna_hypergrad.studies.events import CLAIM
+from optuna_hypergrad.studies.leases import CUT_OFF, OWNER, Lease, LeaseKeeper
+
+KINDS = ("sqlite", "journal")
+_count = itertools.count()
+
+
+def another_process() -> str:
+    return f"another-machine|{next(_count)}|1@pid:[1]"
+
+
+class Cut(BaseException):
+    """The process ends here; what it was running is as it was."""
+
+
+@pytest.fixture(autouse=True)
+def no_connection_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_retrying, "_last_loss", -1e9)
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    logger = logging.getLogger("optuna.hypergradients")
+    monkeypatch.setattr(logger, "warning", lambda text, *a, **k: said.append(str(text)))
+    return said
+
+
+@ohg.differentiable
+def objective(trial: Any) -> Tensor:
+    x = trial.suggest_float("x", -3.0, 3.0)
+    return (x - 1.0) ** 4 + x**2
+
+
+def study_in(storage: BaseStorage, **settings: Any) -> optuna.Study:
+    sampler = ohg.HypergradientSampler(seed=1, **settings)
+    return optuna.create_study(
+        study_name="s", storage=storage, sampler=sampler, load_if_exists=True
+    )
+
+
+def begin_elsewhere(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch, lease: float | None
+) -> optuna.Trial:
+    """A trial that a worker on another machine has asked for and claimed, and whose lease it does not
+    renew."""
+    elsewhere = study_in(study._storage, lease=lease)
+    name = another_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "this_process", lambda: name)
+        trial = elsewhere.ask()
+        _ = ohg.DifferentiableTrial.of(trial).suggest_float("x", -3.0, 3.0)
+        elsewhere.sampler._leases._forget()  # type: ignore[attr-defined]
+    return trial
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lease_is_there_from_the_first_moment(kind: str, tmp_path: Path) -> None:
+    study = study_in(open_storage(kind, tmp_path), lease=50.0)
+    study.ask()
+    (trial,) = study.trials
+    lease = Lease.of(trial)
+    assert lease is not None
+    assert lease.process == leases.this_process()
+    assert lease.until is not None
+    assert 40 < lease.until - time.time() <= 50
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_whose_owner_is_late_is_done_by_the_next(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    study = study_in(open_storage(kind, tmp_path), lease=0.2)
+    study.optimize(objective, n_trials=3)
+    late = begin_elsewhere(study, monkeypatch, 0.2)
+    study.optimize(objective, n_trials=1)  # the lease still holds: a new trajectory, not the step
+    assert study.trials[4].system_attrs[CLAIM]["parent"] is None
+    time.sleep(0.25)
+    other = study_in(open_storage(kind, tmp_path), lease=0.2)
+    other.optimize(objective, n_trials=5)
+    assert other.trials[3].state == TrialState.FAIL
+    assert other.trials[3].system_attrs[CUT_OFF] is True
+    claims = [t.system_attrs[CLAIM] for t in other.trials if t.state == TrialState.COMPLETE]
+    assert claims.count(other.trials[3].system_attrs[CLAIM]) == 1
+    assert any("Trial 3 is marked as failed" in text for text in warned)
+    assert late.number == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_wakes_up_late_can_write_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage(kind, tmp_path), lease=0.1)
+    study.optimize(objective, n_trials=2)
+    late = begin_elsewhere(study, monkeypatch, 0.2)
+    time.sleep(0.25)
+    other = study_in(open_storage(kind, tmp_path), lease=60.0)
+    other.optimize(objective, n_trials=3)
+    before = [(t.params, t.values, t.state, t.system_attrs) for t in other.trials]
+    own = ohg.DifferentiableTrial.of(late)
+    x = own.suggest_float("x", -3.0, 3.0)
+    with pytest.raises(ohg.TakenOverError, match=r"Trial 2 .* taken it over .*lease="):
+        own.backward((x - 1.0) ** 4 + x**2)
+    with pytest.raises(ValueError, match="Cannot tell a FAIL trial"):
+        study.tell(late, 0.0)
+    with pytest.raises(ohg.StorageError):
+        ohg.TensorStore.of_study(study).save(
+            study._study_id, late._trial_id, "t", "value", 0, {"": torch.zeros(2)}
+        )
+    after = study_in(open_storage(kind, tmp_path))
+    assert [(t.params, t.values, t.state, t.system_attrs) for t in after.trials] == before
+    steps = [t.system_attrs[CLAIM]["parent"] for t in after.trials if t.state.name == "COMPLETE"]
+    assert steps == [None, 0, 1, 3, 4]
+
+
+def test_a_lease_is_renewed_while_the_trial_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=0.4)
+    trial = study.ask()
+    first = Lease.of(study.trials[0])
+    time.sleep(1.0)
+    second = Lease.of(study.trials[0])
+    assert first is not None
+    assert second is not None
+    assert second.until > first.until  # type: ignore[operator]
+    with monkeypatch.context() as patch:  # seen from elsewhere
+        patch.setattr(leases, "this_process", another_process)
+        assert leases.cut_off(study.trials, [0]) == []
+    study.tell(trial, 1.0)
+    assert not study.sampler._leases._held
+
+
+def test_a_late_renewal_says_that_the_trial_is_lost(tmp_path: Path, warned: list[str]) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=30.0)
+    trial = study.ask()
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    keeper = study.sampler._leases
+    assert keeper.renew()
+    assert "was taken over" in warned[-1]
+    assert not keeper.renew()
+
+
+def test_a_study_in_memory_has_no_leases() -> None:
+    study = optuna.create_study(sampler=ohg.HypergradientSampler())
+    study.optimize(objective, n_trials=2)
+    assert not any(OWNER in t.system_attrs for t in study.trials)
+
+
+def test_a_live_process_keeps_its_trials(tmp_path: Path) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=0.01)
+    study.optimize(objective, n_trials=1)
+    study.ask()
+    time.sleep(0.05)  # as when the machine was suspended
+    study.optimize(objective, n_trials=1)
+    assert study.trials[1].state == TrialState.RUNNING
+
+
+def test_trials_of_other_samplers_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage("sqlite", tmp_path)
+    monkeypatch.setattr(leases, "_MOMENT", 0.0)
+    ours = study_in(storage)
+    ours.optimize(objective, n_trials=1)
+    other = optuna.create_study(
+        study_name="s", storage=storage, sampler=TPESampler(seed=0), load_if_exists=True
+    )
+    theirs = other.ask()
+    theirs.suggest_int("n", 0, 5)
+    ours.optimize(objective, n_trials=1)
+    other.tell(theirs, 1.0)
+    other.ask()  # finished trials without a lease: an untouched one may be theirs as well
+    ours.optimize(objective, n_trials=1)
+    assert [t.state.name for t in ours.trials] == [
+        "COMPLETE",
+        "COMPLETE",
+        "COMPLETE",
+        "RUNNING",
+        "COMPLETE",
+    ]
+
+
+def test_after_a_lost_connection_everybody_gets_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=0.01)
+    begin_elsewhere(study, monkeypatch, 0.01)
+    time.sleep(0.02)
+    monkeypatch.setattr(leases, "seconds_since_loss", lambda: 5.0)
+    assert leases.cut_off(study.trials, [0]) == []
+    monkeypatch.setattr(leases, "seconds_since_loss", lambda: 50.0)
+    assert [t.number for t in leases.cut_off(study.trials, [0])] == [0]
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, math.nan])
+def test_a_lease_that_makes_no_sense_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="lease="):
+        ohg.HypergradientSampler(lease=bad)
+
+
+def test_a_keeper_can_be_pickled(tmp_path: Path) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.ask()
+    copied = pickle.loads(pickle.dumps(study.sampler))
+    assert copied._leases.seconds == 120.0
+    assert not copied._leases._held
+    assert isinstance(copied._leases, LeaseKeeper)
+
+
+def test_leases_may_never_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=None)
+    begin_elsewhere(study, monkeypatch, None)
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].state == TrialState.RUNNING
+
+
+# Long runs: the next trial goes on.
+
+
+def quadratic() -> ohg.BilevelProblem:
+    target = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+
+    def inner(w: Any, lam: Any, batch: Any) -> Tensor:
+        return ((w["w"] - 1.0) ** 2).sum() + (lam["decay"] * w["w"] ** 2).sum()
+
+    def outer(w: Any, lam: Any, batch: Any) -> Tensor:
+        return ((w["w"] - target) ** 2).sum()
+
+    return ohg.BilevelProblem(inner, outer)
+
+
+def long_run(trial: Any, cut_at: int | None, seen: list[int] | None = None) -> float:
+    width = trial.suggest_int("width", 1, 50)
+    start = {"w": torch.zeros(5, dtype=torch.float64)}
+    outer = {"decay": torch.full((5,), 0.1 + width / 100, dtype=torch.float64)}
+
+    class Counted(ohg.Implicit):
+        def estimate(
+            self, problem: Any, solver: Any, w: Any, lam: Any, step: int, state: Any
+        ) -> Any:  # type: ignore[override]
+            if seen is not None:
+                seen.append(step)
+            if step == cut_at:
+                raise Cut
+            return super().estimate(problem, solver, w, lam, step, state)
+
+    result = ohg.minimize_bilevel(
+        quadratic(),
+        start,
+        outer,
+        inner_solver=ohg.GradientDescent(step_size=0.1, max_steps=5),
+        estimator=Counted(),
+        bounds={"decay": ohg.Domain(1e-3, 1e2, log=True)},
+        num_steps=8,
+        trial=trial,
+        checkpoint_every=2,
+    )
+    return result.outer_value
+
+
+def cut_off(study: optuna.Study, monkeypatch: pytest.MonkeyPatch, cut_at: int) -> FrozenTrial:
+    """A trial of a process that is gone, in the middle of its run."""
+    name = another_process()
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a heartbeat is not meant for ask()
+        patch.setattr(leases, "this_process", lambda: name)
+        trial = study.ask()
+        with pytest.raises(Cut):
+            long_run(trial, cut_at)
+    run_out(study, trial._trial_id)
+    return study.trials[trial.number]
+
+
+def run_out(study: optuna.Study, trial_id: int, until: float | None = 1.0) -> None:
+    lease = {"process": another_process(), "until": until}
+    study._storage.set_trial_system_attr(trial_id, OWNER, lease)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_cut_off_goes_on_in_the_next_trial(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    study = study_in(open_storage(kind, tmp_path))
+    gone = cut_off(study, monkeypatch, 5)
+    fresh = study_in(open_storage(kind, tmp_path))
+    seen: list[int] = []
+    fresh.optimize(lambda trial: long_run(trial, None, seen), n_trials=1)
+    assert seen == [4, 5, 6, 7]  # the checkpoint is from after step 3
+    heir = fresh.trials[1]
+    assert heir.params == gone.params
+    assert heir.system_attrs["failed_trial"] == 0
+    assert heir.system_attrs["retry_history"] == [0]
+    assert "Trial 1 goes on where trial 0 was cut off." in warned
+    whole = optuna.create_study(sampler=ohg.HypergradientSampler(seed=1))
+    whole.enqueue_trial(gone.params)
+    whole.optimize(lambda trial: long_run(trial, None), n_trials=1)
+    assert heir.value == whole.best_value
+    assert torch.equal(
+        ohg.load_tensors(heir, "bilevel", study=fresh)["bilevel"]["decay"],
+        ohg.load_tensors(whole.trials[0], "bilevel", study=whole)["bilevel"]["decay"],
+    )
+    fresh.optimize(lambda trial: long_run(trial, None), n_trials=1)
+    assert "retry_history" not in fresh.trials[2].system_attrs
+
+
+def test_a_second_one_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    first = cut_off(study, monkeypatch, 3)
+    run_out(study, first._trial_id, until=None)
+    second = cut_off(study, monkeypatch, 7)
+    run_out(study, first._trial_id)
+    seen: list[int] = []
+    study.optimize(lambda trial: long_run(trial, None, seen), n_trials=2)
+    assert [t.state.name for t in study.trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    heirs = {t.system_attrs["failed_trial"]: t for t in study.trials if t.state.name == "COMPLETE"}
+    assert heirs[0].params == first.params
+    assert heirs[1].params == second.params
+    assert sorted(seen) == sorted([2, 3, 4, 5, 6, 7, 6, 7])
+
+
+def test_an_heir_that_dies_before_it_has_inherited_passes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    gone = cut_off(study, monkeypatch, 5)
+    with monkeypatch.context() as patch:
+
+        def die(*args: Any) -> None:
+            raise Cut
+
+        patch.setattr(succession, "_adopt", die)
+        with pytest.raises(Cut):
+            study.ask()
+    run_out(study, study.trials[1]._trial_id)
+    seen: list[int] = []
+    study.optimize(lambda trial: long_run(trial, None, seen), n_trials=1)
+    assert seen == [4, 5, 6, 7]
+    assert study.trials[2].params == gone.params
+    assert [t.state.name for t in study.trials] == ["FAIL", "FAIL", "COMPLETE"]
+
+
+def test_what_kills_every_process_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    for _ in range(succession.MAX_FUTILE + 1):
+        cut_off(study, monkeypatch, 5)
+    seen: list[int] = []
+    study.optimize(lambda trial: long_run(trial, None, seen), n_trials=1)
+    assert seen[0] == 0
+    assert any("is not continued again" in text for text in warned)
+
+
+def test_a_step_that_kills_every_process_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=0.01)
+    study.optimize(objective, n_trials=2)
+    for _ in range(5):
+        begin_elsewhere(study, monkeypatch, 0.01)
+        time.sleep(0.02)
+    study.optimize(objective, n_trials=1)
+    assert study.trials[-2].system_attrs[CLAIM]["parent"] == 1
+    assert study.trials[-1].system_attrs[CLAIM]["parent"] is None
+    assert any("was cut off 5 times" in text for text in warned)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_callback_of_the_users_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{tmp_path}/study.db",
+        heartbeat_interval=60,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+    )
+    study = study_in(storage)
+    gone = cut_off(study, monkeypatch, 5)
+    seen: list[int] = []
+    study.optimize(lambda trial: long_run(trial, None, seen), n_trials=2)
+    retried = next(t for t in study.trials if t.system_attrs.get("retry_history") == [0])
+    assert retried.params == gone.params
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
+    storage.engine.dispose()
