@@ -11,27 +11,38 @@ import optuna
 import torch
 
 from . import _optuna
+from ._errors import CorruptTensorError, HyperparameterError, StorageError
 from ._typing import Params
 from .stores import Pointer, Retention, TensorStore
+from .stores._encoding import check_text
 
 _NUMBERS = "numbers.json"
+_MAX_NAME_LENGTH = 2_500
+_SECOND = " (second slot)"
 _OLD_CHECKPOINTS_GO = Retention(every=1, transient=frozenset({"checkpoint"}))
 
 
 class Checkpoints:
-    """Saves replace each other, and only when the new one is whole.
+    """The last two saves of a run. Each replaces the one before the last, and only when it is whole.
 
-    Writing overlaps with the steps that follow; as a context manager it ends only when the last
-    checkpoint is whole, or raises why it is not.
+    Two, so that a run whose newest checkpoint was damaged goes on from the one before. Writing overlaps
+    with the steps that follow; as a context manager it ends only when the last checkpoint is whole, or
+    raises why it is not.
 
     Args:
         trial: A running trial.
         store: Where its tensors go.
         name: Of the run within the trial.
+
+    Raises:
+        HyperparameterError: for a name that cannot be stored.
     """
 
     def __init__(self, trial: optuna.Trial, store: TensorStore, name: str) -> None:
+        _check_name(name)
         self.trial, self.store, self.name = trial, store, name
+        self._slots = (name, name + _SECOND)
+        self._next = 0
         self._pending: Future[list[Pointer]] | None = None
 
     @classmethod
@@ -59,8 +70,9 @@ class Checkpoints:
             _optuna.study_id_of(self.trial.study),
             _optuna.trial_id_of(self.trial),
             step,
-            {(self.name, "checkpoint"): {**tensors, _NUMBERS: encoded}},
+            {(self._slots[self._next], "checkpoint"): {**tensors, _NUMBERS: encoded}},
         )
+        self._next = 1 - self._next
 
     def save_values(self, step: int, values: Params) -> None:
         """Store the hyperparameters that the run ended with, where ``load_tensors`` finds them."""
@@ -82,11 +94,58 @@ class Checkpoints:
             pending.result()
 
     def load(self) -> tuple[Params, dict[str, Any]] | None:
-        """The newest state, or ``None`` where there is none."""
+        """The newest state that can be read, or ``None`` where none was ever stored.
+
+        Raises:
+            CorruptTensorError: naming the rows, if there is one and none can be read.
+        """
         frozen = _optuna.current(self.trial)
-        pointers = self.store.pointers(frozen, name=self.name, role="checkpoint")
-        if not pointers:
-            return None
-        tensors = self.store.load(max(pointers, key=lambda p: p.step))
-        numbers = json.loads(bytes(tensors.pop(_NUMBERS).numpy()))
+        found: list[tuple[Pointer, int]] = []
+        damage: list[str] = []
+        for slot, name in enumerate(self._slots):
+            try:
+                pointers = self.store.pointers(frozen, name=name, role="checkpoint")
+                found += [(pointer, slot) for pointer in pointers]
+            except StorageError as error:
+                damage.append(str(error))
+        for pointer, slot in sorted(found, key=lambda entry: -entry[0].step):
+            try:
+                state = self._read(pointer)
+            except StorageError as error:
+                damage.append(str(error))
+                continue
+            if damage:
+                _optuna.logger.warning(
+                    f"{damage[0]} {self.name!r} in trial {frozen.number} goes on from its other "
+                    f"checkpoint, of step {pointer.step}."
+                )
+            self._next = 1 - slot
+            return state
+        if damage:
+            raise CorruptTensorError(
+                f"No checkpoint of {self.name!r} in trial {frozen.number} can be read, so it cannot be "
+                f"continued. {' '.join(damage)} Restore a backup, or run it in a new trial."
+            )
+        return None
+
+    def _read(self, pointer: Pointer) -> tuple[Params, dict[str, Any]]:
+        tensors = self.store.load(pointer)
+        try:
+            numbers = json.loads(bytes(tensors.pop(_NUMBERS).numpy()))
+            if numbers["step"] != pointer.step:
+                raise ValueError(f"it says that it is of step {numbers['step']!r}")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise CorruptTensorError(
+                f"What is stored as {pointer} is no checkpoint ({error!r}). Use an earlier trial, or a "
+                "backup of the storage."
+            ) from error
         return tensors, numbers
+
+
+def _check_name(name: str) -> None:
+    check_text(name, "name= of the run")
+    if len(name) > _MAX_NAME_LENGTH or name.endswith(_SECOND):
+        raise HyperparameterError(
+            f"name={name[:60]!r} cannot name a run: it must have at most {_MAX_NAME_LENGTH} characters "
+            f"and not end with {_SECOND!r}. Rename it."
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import _optuna, _tree
-from ._errors import HyperparameterError, SolverError
+from ._errors import CorruptTensorError, HyperparameterError, SolverError
 from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints
@@ -294,28 +294,66 @@ class _Run:
         return tensors, numbers
 
     def restore(self, tensors: Params, numbers: dict[str, Any]) -> None:
-        self.step, self.history = numbers["step"], numbers["history"]
-        self.inner_params = {k: tensors[f"inner/{k}"].to(v) for k, v in self.inner_params.items()}
-        with torch.no_grad():
-            for k, u in self._internal.items():
-                u.copy_(tensors[f"internal/{k}"])
-                self.outer_params[k] = self._domains[k].to_external(u.detach().clone())
-        some = next(iter(self.inner_params.values()))
+        """Go on from what :meth:`snapshot` gave.
+
+        Raises:
+            CorruptTensorError: if it is no state of this run, because something else has changed it, or
+                because the run was another one then.
+        """
+        try:
+            self._restore(tensors, numbers)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise CorruptTensorError(
+                f"The checkpoint of this trial, of outer step {str(numbers.get('step'))[:20]}, is none of "
+                f"this run ({error}). A run is continued with the problem, inner solver and optimizer that "
+                "it was begun with: use these, or run it in a new trial."
+            ) from error
+
+    def _restore(self, tensors: Params, numbers: dict[str, Any]) -> None:
+        step, history, index = numbers["step"], numbers["history"], numbers["inner_index"]
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in (step, index)):
+            raise ValueError("its steps are no numbers of steps")
+        if len(history) != step or not all(map(_is_record, history)):
+            raise ValueError("its history is no list of what each step gave")
+        inner = {k: _fitting(tensors, f"inner/{k}", v) for k, v in self.inner_params.items()}
+        internal = {k: _fitting(tensors, f"internal/{k}", u) for k, u in self._internal.items()}
+        some = next(iter(inner.values()))
         solver_state = {
-            role: {k: tensors[f"solver/{role}/{k}"].to(some.device) for k in names}
+            str(role): {str(k): tensors[f"solver/{role}/{k}"].to(some.device) for k in names}
             for role, names in numbers["solver_roles"].items()
         }
-        self.state = EstimatorState(
-            numbers["inner_index"], solver_state if numbers["has_solver_state"] else None
-        )
         state_dict = self._optimizer.state_dict()
         state_dict["state"] = {int(i): dict(plain) for i, plain in numbers["optimizer"].items()}
         for key, v in tensors.items():
             if key.startswith("optimizer/"):
                 _, i, field_name = key.split("/", 2)
                 state_dict["state"][int(i)][field_name] = v
+        if not state_dict["state"].keys() <= set(range(len(self._internal))):
+            raise ValueError("its optimizer has other hyperparameters")
         self._optimizer.load_state_dict(state_dict)
         torch.set_rng_state(tensors["rng"])
+        with torch.no_grad():
+            for k, u in self._internal.items():
+                u.copy_(internal[k])
+                self.outer_params[k] = self._domains[k].to_external(u.detach().clone())
+        self.inner_params, self.step, self.history = inner, step, history
+        self.state = EstimatorState(index, solver_state if numbers["has_solver_state"] else None)
+
+
+def _fitting(tensors: Params, name: str, like: Tensor) -> Tensor:
+    found = tensors[name]
+    if found.shape != like.shape or found.dtype != like.dtype:
+        raise ValueError(
+            f"{name!r} has shape {tuple(found.shape)} and {found.dtype}, not {tuple(like.shape)} and "
+            f"{like.dtype}"
+        )
+    return found.to(like.device)
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or "outer_value" not in record:
+        return False
+    return all(isinstance(v, float) or abs(v) < 2**63 for v in record.values())
 
 
 def _finish(

@@ -64,14 +64,34 @@ def set_long_trial_attribute(
 
 
 def long_attribute(attributes: Mapping[str, Any], key: str) -> dict[str, Any] | None:
-    """What :func:`set_long_trial_attribute` wrote, or ``None``."""
-    payload = attributes.get(key)
-    if not isinstance(payload, dict):
+    """What :func:`set_long_trial_attribute` wrote, or ``None`` where there is no such attribute.
+
+    Raises:
+        ValueError: saying what is wrong with it, for anything else. No more is read than there is.
+    """
+    if key not in attributes:
         return None
-    if "pieces" in payload:
-        text = "".join(str(attributes[f"{key}:{i}"]) for i in range(int(payload["pieces"])))
-        payload = json.loads(text)
+    payload = attributes[key]
+    if isinstance(payload, dict) and "pieces" in payload:
+        payload = _joined(attributes, key, payload["pieces"])
+    if not isinstance(payload, dict):
+        raise ValueError("it is not a JSON object")
     return payload
+
+
+def _joined(attributes: Mapping[str, Any], key: str, count: Any) -> Any:
+    if type(count) is not int or count < 1:
+        raise ValueError("its number of pieces is not a positive integer")
+    pieces: list[str] = []
+    while len(pieces) < count:
+        piece = attributes.get(f"{key}:{len(pieces)}")
+        if not isinstance(piece, str):
+            raise ValueError(f"its piece {len(pieces)} is missing or not text")
+        pieces.append(piece)
+    try:
+        return json.loads("".join(pieces))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {len(pieces)} pieces are not JSON together ({error})") from error
 
 
 def set_study_attribute(storage: BaseStorage, study_id: int, key: str, value: Any) -> None:

@@ -40,6 +40,7 @@ _DTYPES = {
     }.items()
     if hasattr(torch, name)
 }
+_INT64 = 2**63
 _deserialize: Any = safetensors.deserialize  # has no annotations
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -121,7 +122,13 @@ def decode(data: bytes, device: str | torch.device = "cpu") -> Params:
         return {name: _to_tensor(entries[name]).to(device) for name in order}
     except DecodeError:
         raise
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,  # of torch, for a shape that it cannot make, and of Python's recursion
+    ) as error:
         raise DecodeError(f"it is not a safetensors file ({error})") from error
 
 
@@ -136,8 +143,13 @@ def parse_specs(value: Any) -> tuple[TensorSpec, ...]:
     for name, dtype, shape in value:
         if not isinstance(name, str) or dtype not in _DTYPES or not isinstance(shape, list):
             raise ValueError("a tensor needs a name, a known dtype and a shape")
-        if not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError("a shape must be a list of non-negative integers")
+        entries = 1
+        for n in shape:
+            if type(n) is not int or n < 0:
+                raise ValueError("a shape must be a list of non-negative integers")
+            entries *= max(n, 1)
+            if entries >= _INT64:  # stop here: a long list of such numbers takes hours to multiply
+                raise ValueError("a shape has more entries than 64 bits can count")
         specs.append(TensorSpec(name, dtype, tuple(shape)))
     return tuple(specs)
 

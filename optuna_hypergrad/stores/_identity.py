@@ -8,6 +8,7 @@ one of its own, so that two studies never own the same blob.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import uuid
@@ -21,6 +22,7 @@ from ._retrying import retry_while_busy
 
 ATTRIBUTE_PREFIX = "hypergrad:study:"
 _UUID = re.compile(r"[0-9a-f]{32}")
+_MAX_NAME_LENGTH = 1000
 _minting = threading.Lock()
 
 
@@ -32,13 +34,21 @@ def uuids_in(user_attrs: Mapping[str, Any]) -> frozenset[str]:
 
 def study_uuid(storage: BaseStorage, study_id: int) -> str:
     """The study's own UUID, minted on first use."""
-    own = {"study_id": study_id, "study_name": storage.get_study_name_from_id(study_id)}
+    own = {"study_id": study_id, "study_name": _short(storage.get_study_name_from_id(study_id))}
     if found := _own(storage, study_id, own):
         return found
     with _minting:
         if not _own(storage, study_id, own):
             set_study_attribute(storage, study_id, ATTRIBUTE_PREFIX + uuid.uuid4().hex, own)
     return _own(storage, study_id, own)
+
+
+def _short(name: str) -> str:
+    """A study's name, or what stands for one that is too long for an attribute."""
+    if len(name) <= _MAX_NAME_LENGTH:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{name[:60]}... {digest}"
 
 
 def _own(storage: BaseStorage, study_id: int, own: dict[str, Any]) -> str:

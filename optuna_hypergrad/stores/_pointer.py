@@ -124,8 +124,8 @@ class Pointer:
         if value.get("format") != FORMAT:
             raise ValueError("unknown format")
         for field in ("trial", "step", "size"):
-            if type(value[field]) is not int:
-                raise ValueError(f"{field} is not an integer")
+            if type(value[field]) is not int or not -(2**63) <= value[field] < 2**63:
+                raise ValueError(f"{field} is not an integer of 64 bits")
         for field, pattern in (
             ("study", _HEX32),
             ("role", ROLE),

@@ -2,13 +2,18 @@
 
 The three together are one event; a study's trajectories are the fold of its events in the order of
 their trial numbers, and nothing else is kept anywhere (except tensors, in the tensor store).
+
+Attributes can be changed by anybody who can write to the database: each is read as what it must be, or
+refused with a :class:`StorageError` that names it.
 """
 
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
@@ -16,10 +21,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from .. import _optuna
-from .._errors import TakenOverError
+from .._errors import StorageError, TakenOverError
 from ..stores import long_attribute, set_long_trial_attribute
 
 CLAIM, GRADIENT, OUTCOME = "hypergrad:claim", "hypergrad:gradient", "hypergrad:outcome"
+T = TypeVar("T")
 
 
 def write_event(study: Study, trial: FrozenTrial, key: str, payload: dict[str, Any]) -> None:
@@ -55,8 +61,20 @@ class Claim:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Claim | None:
-        data = long_attribute(trial.system_attrs, CLAIM)
-        return None if data is None else cls(**{k: data[k] for k in cls.__dataclass_fields__})
+        """That of a trial; ``None`` for a damaged one too, of which the :class:`Ledger` tells."""
+        try:
+            return cls.read(trial)
+        except StorageError:
+            return None
+
+    @classmethod
+    def read(cls, trial: FrozenTrial) -> Claim | None:
+        """That of a trial, if it has one.
+
+        Raises:
+            StorageError: naming trial and attribute, if it is damaged.
+        """
+        return _read(trial, CLAIM, lambda data: cls(**_checked(data, _CLAIM_FIELDS)))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,11 +107,98 @@ class Outcome:
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Outcome | None:
-        data = long_attribute(trial.system_attrs, OUTCOME)
-        return None if data is None else cls(**{k: data[k] for k in cls.__dataclass_fields__})
+        """That of a trial, if it has one.
+
+        Raises:
+            StorageError: naming trial and attribute, if it is damaged.
+        """
+        return _read(trial, OUTCOME, cls._parse)
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any]) -> Outcome:
+        found = cls(**_checked(data, _OUTCOME_FIELDS))
+        if (found.kind == "good") != (found.value is not None):
+            raise ValueError(f"its kind is {found.kind!r} and its value {found.value}")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def damaged(trial: FrozenTrial, key: str, cause: object) -> StorageError:
+    """What to say of an attribute that is not what it must be."""
+    return StorageError(
+        f"The attribute {key!r} of trial {trial.number} is damaged: {cause}. Something else than "
+        "optuna_hypergrad has changed the row; restore it from a backup."
+    )
+
+
+def _read(trial: FrozenTrial, key: str, parse: Callable[[dict[str, Any]], T]) -> T | None:
+    try:
+        data = long_attribute(trial.system_attrs, key)
+        return None if data is None else parse(data)
+    except ValueError as error:
+        raise damaged(trial, key, error) from error
+
+
+def _checked(
+    data: Mapping[str, Any], fields: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> dict[str, Any]:
+    for name, (fits, what) in fields.items():
+        if name not in data:
+            raise ValueError(f"it has no {name!r}")
+        if not fits(data[name]):
+            raise ValueError(f"its {name!r} is not {what}")
+    return {name: data[name] for name in fields}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 2**31
+
+
+def _is_finite(value: Any) -> bool:
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, bool)) or _is_finite(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_object(value: Any, entry: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(entry, value.values()))
+
+
+_CLAIM_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "trajectory": (_is_number, "the number of a trial"),
+    "parent": (lambda v: v is None or _is_number(v), "the number of a trial or null"),
+    "source": (_is_text, "text"),
+}
+_OUTCOME_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kind": (lambda v: _is_text(v) and v in ("good", "bad", "void"), "'good', 'bad' or 'void'"),
+    "trajectory": (_is_number, "the number of a trial"),
+    "parent": (lambda v: v is None or _is_number(v), "the number of a trial or null"),
+    "value": (lambda v: v is None or _is_finite(v), "a finite number or null"),
+    "stop": (lambda v: v is None or _is_text(v), "text or null"),
+    "numbers": (
+        lambda v: v is None or _is_object(v, _is_plain),
+        "an object of finite numbers, booleans and text",
+    ),
+    "definitions": (
+        lambda v: _is_object(v, lambda d: isinstance(d, dict)),
+        "an object of objects",
+    ),
+    "held": (_is_texts, "a list of text"),
+}
 
 
 def encode_gradient(gradient: dict[str, float], names: list[str]) -> dict[str, Any]:
@@ -107,17 +212,30 @@ def encode_gradient(gradient: dict[str, float], names: list[str]) -> dict[str, A
 
 
 def gradient_of(trial: FrozenTrial) -> tuple[list[str], np.ndarray] | None:
-    """Names (sorted) and d(objective)/d(value) of a trial's numbers, or ``None``."""
-    data = long_attribute(trial.system_attrs, GRADIENT)
-    if data is None:
-        return None
-    names = data["names"] if data["names"] is not None else continuous_names(trial)
-    array = np.frombuffer(base64.b64decode(data["float64"]), dtype="<f8").astype(np.float64)
-    if len(names) != len(array):
-        raise ValueError(
-            f"Trial {trial.number}: its stored gradient has {len(array)} numbers for {len(names)} names."
-        )
-    return list(names), array
+    """Names (sorted) and d(objective)/d(value) of a trial's numbers, or ``None``.
+
+    Raises:
+        StorageError: naming trial and attribute, if it is damaged.
+    """
+
+    def parse(data: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+        found = _checked(data, _GRADIENT_FIELDS)
+        known = continuous_names(trial)
+        names = known if found["names"] is None else found["names"]
+        packed = base64.b64decode(found["float64"], validate=True)
+        if len(packed) != 8 * len(names):
+            raise ValueError(f"it has {len(packed)} bytes for {len(names)} names")
+        if names != sorted(set(names)) or not set(names) <= set(known):
+            raise ValueError("its names are not, in order, parameters of the trial with a gradient")
+        return list(names), np.frombuffer(packed, dtype="<f8").astype(np.float64)
+
+    return _read(trial, GRADIENT, parse)
+
+
+_GRADIENT_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "names": (lambda v: v is None or _is_texts(v), "a list of text or null"),
+    "float64": (_is_text, "text"),
+}
 
 
 def continuous_names(trial: FrozenTrial) -> list[str]:

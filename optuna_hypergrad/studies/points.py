@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from .._typing import Params
 from ..search_space import Domain
 
 Bounds = dict[str, float]
+
+_DTYPES = {n: d for n, d in vars(torch).items() if isinstance(d, torch.dtype)}
+_MAX_NAME_BYTES = 31_000
+"""A name is in the attribute that points to its tensors, which has room for so much."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Definition:
     domains: dict[str, Domain]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+
+    def __post_init__(self) -> None:
+        for key in self.domains:
+            _check_name(self.name, key, self.kind)
 
     @classmethod
     def of_float(cls, name: str, domain: Domain) -> Definition:
@@ -78,14 +87,69 @@ class Definition:
 
     @classmethod
     def from_json(cls, name: str, data: dict[str, Any]) -> Definition:
-        entries = data["entries"]
-        return cls(
-            name,
-            data["kind"],
-            {k: Domain.from_json(e[0]) for k, e in entries.items()},
-            {k: tuple(int(n) for n in e[1]) for k, e in entries.items()},
-            {k: str(e[2]) for k, e in entries.items()},
+        """What :meth:`to_json` gave.
+
+        Raises:
+            ValueError: in words, for anything else.
+        """
+        kind, entries = data.get("kind"), data.get("entries")
+        if kind not in ("tensor", "tree") or not isinstance(entries, dict) or not entries:
+            raise ValueError(f"{name!r} is defined as neither a tensor nor a dict of tensors")
+        if (kind == "tensor" and entries.keys() != {""}) or not name or name.startswith("#"):
+            raise ValueError(f"{name!r} is defined as something that cannot be")
+        domains, shapes, dtypes = {}, {}, {}
+        for key, entry in entries.items():
+            try:
+                domain, shapes[key], dtypes[key] = entry
+                domains[key] = _checked_domain(name, domain)
+                _check_tensor(shapes[key], dtypes[key])
+            except (TypeError, KeyError, ArithmeticError, ValueError) as error:
+                raise ValueError(f"entry {key!r} of {name!r} is not defined: {error}") from error
+        return cls(name, kind, domains, {k: tuple(s) for k, s in shapes.items()}, dtypes)
+
+
+def _check_name(name: str, key: str, kind: str) -> None:
+    """Refuse a name, or the key of an entry, under which nothing could be stored."""
+    whole = name if not key else f"{name}/{key}"
+    try:
+        whole.encode()
+    except UnicodeEncodeError as error:
+        raise HyperparameterError(
+            f"Hyperparameter {whole[:60]!r} has a name without UTF-8 encoding ({error.reason}: a half of "
+            "a surrogate pair, say). Rename it."
+        ) from None
+    if kind == "float":
+        return
+    if key == "__metadata__":
+        raise HyperparameterError(
+            f"Hyperparameter {name!r}: an entry cannot be named '__metadata__', which is reserved by "
+            "safetensors. Rename it."
         )
+    for text in (name, key):
+        if len(text) > _MAX_NAME_BYTES // 12 and len(json.dumps(text)) > _MAX_NAME_BYTES:
+            raise HyperparameterError(
+                f"Hyperparameter {text[:60]!r}... has a name of {len(text)} characters, which take "
+                f"{len(json.dumps(text))} bytes as JSON; the limit is {_MAX_NAME_BYTES}. Use a shorter "
+                "one."
+            )
+
+
+def _checked_domain(name: str, data: dict[str, Any]) -> Domain:
+    for field_name in ("low", "high", "unit"):
+        if type(data[field_name]) not in (int, float, type(None)):
+            raise ValueError(f"{field_name!r} is no number")
+    if type(data["log"]) is not bool:
+        raise ValueError("'log' is neither true nor false")
+    domain = Domain.from_json(data)
+    domain.check(name)
+    return domain
+
+
+def _check_tensor(shape: Any, dtype: Any) -> None:
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise ValueError("its shape is not a list of non-negative integers of 64 bits")
+    if not dtype_named(dtype).is_floating_point:
+        raise ValueError(f"{dtype} is no floating-point dtype")
 
 
 _KINDS = {"float": "number", "tensor": "tensor", "tree": "dict of tensors"}
@@ -132,6 +196,22 @@ class PointSpace:
                 self.domains[definition.flat(key)] = domain
         for name, domain in self.domains.items():
             self.lower[name], self.upper[name] = domain.internal_bounds()
+
+    def why_not(self, point: Params) -> str | None:
+        """In words, why ``point`` is no point of this space; ``None`` where it is one."""
+        if point.keys() != self.domains.keys():
+            odd = sorted(point.keys() ^ self.domains.keys())[:3]
+            return f"its entries {odd} are not those of the trajectory"
+        like: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            k: ((len(i),), torch.float64) for k, i in self._index.items()
+        }
+        for d in self.tensors.values():
+            like |= {d.flat(k): (d.shapes[k], dtype_named(d.dtypes[k])) for k in d.domains}
+        for name, (shape, dtype) in like.items():
+            if tuple(point[name].shape) != shape or point[name].dtype != dtype:
+                found = f"{tuple(point[name].shape)} {point[name].dtype}"
+                return f"its entry {name!r} is {found} and not {shape} {dtype}"
+        return None
 
     def pack(self, array: np.ndarray) -> Params:
         """Numbers in the order of ``names`` -> vectors, one for each domain."""
@@ -190,10 +270,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if name not in _DTYPES:
         raise HyperparameterError(f"{name!r} is not a torch dtype.")
-    return dtype
+    return _DTYPES[name]
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

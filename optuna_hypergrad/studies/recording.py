@@ -14,14 +14,15 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
-from .._errors import CorruptTensorError, MissingTensorError
+from .._errors import CorruptTensorError, MissingTensorError, StorageError
 from .._typing import Params
-from ..step_rules import AbstractStepRule, StepState
+from ..step_rules import AbstractStepRule
 from ..stores import TensorStore
 from .events import OUTCOME, Claim, Outcome, gradient_of, write_event
 from .plan import Memory, Plan
-from .points import Definition, PointSpace, domain_of, nested, place
+from .points import Definition, PointSpace, domain_of, nested
 from .racing import Race
+from .stored_state import cursor_after
 from .trajectory import Cursor, Trajectory, advance
 
 StoreOf = Callable[[Study], TensorStore]
@@ -306,17 +307,26 @@ class Recorder:
                 del memory.cursors[number]
 
     def _load(self, trajectory: Trajectory, study: Study, store: TensorStore) -> Cursor:
-        trial = _optuna.all_trials(study)[trajectory.last]
-        outcome = Outcome.of(trial)
-        try:
-            (pointer,) = store.pointers(trial, STATE, "step_state")
-            blob = store.load(pointer)
-        except (ValueError, MissingTensorError, CorruptTensorError) as error:
-            raise LostTrajectoryError(str(error)) from error
-        point = {k.removeprefix("point/"): v for k, v in blob.items() if k.startswith("point/")}
-        state = {k.removeprefix("state/"): v for k, v in blob.items() if k.startswith("state/")}
-        numbers = {} if outcome is None or outcome.numbers is None else outcome.numbers
-        return Cursor(trajectory.last, point, StepState(place(state, point), numbers))
+        """The state after the last step; after an earlier one where nothing later can be read.
+
+        The step after that one is then evaluated again, at the same point, and followed by the same points as
+        it was: the state does not know that it was taken before. The repetition is a trial, and a step of
+        the trajectory, like any other, so that numbers, claims and the race stay as every worker sees them.
+        """
+        trials, errors = _optuna.all_trials(study), list[str]()
+        for step in reversed(trajectory.steps):
+            try:
+                cursor = cursor_after(trajectory, trials[step.number], self.rule, store, STATE)
+            except StorageError as error:
+                errors.append(str(error))
+                continue
+            if errors:
+                _optuna.logger.warning(
+                    f"{errors[0]} Trajectory {trajectory.id} goes on from its state after trial "
+                    f"{step.number}: what was evaluated next is evaluated again."
+                )
+            return cursor
+        raise LostTrajectoryError(errors[0])
 
     def _replay(
         self, memory: Memory, trajectory: Trajectory, study: Study, cursor: Cursor | None

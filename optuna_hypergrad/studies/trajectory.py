@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
+from .._errors import StorageError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
-from .events import Claim, Outcome, gradient_of
+from .events import CLAIM, OUTCOME, Claim, Outcome, damaged, gradient_of
 from .leases import CUT_OFF, is_abandoned
 from .points import Definition, PointSpace, domain_of
 
@@ -112,15 +113,18 @@ class Ledger:
     lost: set[int] = field(default_factory=set)
     unfinished: set[int] = field(default_factory=set)
     early: list[int] = field(default_factory=list)
+    left_out: set[int] = field(default_factory=set)
     seen: int = 0
     member: dict[int, int] = field(default_factory=dict)
     cut_off: Counter[tuple[int, int | None]] = field(default_factory=Counter)
+    _said: set[int] = field(default_factory=set)
 
     def sync(self, trials: Sequence[FrozenTrial]) -> None:
         """Take in every trial that has finished since the last call, in order of number.
 
         With several workers a step can have a lower number than the step it follows: it is taken in
-        after that one.
+        after that one. Trials whose events are damaged are left out, with a warning, and so are the
+        steps that follow them.
         """
         due = sorted(self.unfinished) + list(range(self.seen, len(trials)))
         self.seen = max(self.seen, len(trials))
@@ -131,20 +135,52 @@ class Ledger:
         while placed:
             left = [n for n in waiting if not self._take(trials[n])]
             waiting, placed = left, len(left) < len(waiting)
-        self.early = waiting
+        self.early = self._without_stray(waiting, trials)
+
+    def _without_stray(self, waiting: list[int], trials: Sequence[FrozenTrial]) -> list[int]:
+        """Steps that wait for one that can still come. Where there is none, its place is taken."""
+        if not waiting:
+            return waiting
+        outcomes = {n: Outcome.of(trials[n]) for n in waiting}
+        parents = {n: o.parent for n, o in outcomes.items() if o is not None}
+        hopeful, before = set(self.unfinished), -1
+        while len(hopeful) > before:
+            before = len(hopeful)
+            hopeful.update(n for n, parent in parents.items() if parent in hopeful)
+        for n in waiting:
+            if n not in hopeful:
+                self.left_out.add(n)
+                if parents.get(n) not in waiting:
+                    self._say(
+                        n,
+                        f"Trial {n} says that it is the step after trial {parents.get(n)}, which has "
+                        "another next step, or none. It is left out of the trajectories.",
+                    )
+        return [n for n in waiting if n in hopeful]
 
     def _take(self, trial: FrozenTrial) -> bool:
         """Whether the trial had its place: ``False`` for a step after one that is still to come."""
-        claim, outcome = Claim.of(trial), Outcome.of(trial)
+        try:
+            return self._place(trial)
+        except StorageError as error:
+            self.left_out.add(trial.number)
+            self._say(
+                trial.number,
+                f"{error} Meanwhile trial {trial.number} and the steps that follow it are left out of the "
+                "trajectories.",
+            )
+            return True
+
+    def _place(self, trial: FrozenTrial) -> bool:
+        claim, outcome = self._claim_of(trial), Outcome.of(trial)
         if outcome is not None and outcome.kind == "good" and trial.state != TrialState.COMPLETE:
             outcome = None  # cut off just before its end
+        if outcome is None and claim is not None:
+            self._count_cut_off(claim)
         if outcome is None or outcome.kind == "void":
-            if claim is not None or (
-                trial.state == TrialState.FAIL and CUT_OFF in trial.system_attrs
-            ):
+            cut_off = trial.state == TrialState.FAIL and CUT_OFF in trial.system_attrs
+            if CLAIM in trial.system_attrs or cut_off:
                 self.lost.add(trial.number)
-            if claim is not None and outcome is None:
-                self._count_cut_off(claim)
             elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
                 self.foreign.append(trial.number)
                 self.distributions.update(trial.distributions)
@@ -153,6 +189,9 @@ class Ledger:
         value = math.inf if outcome.value is None else self.sign * outcome.value
         good = outcome.kind == "good"
         step = Step(trial.number, value if good else math.inf, good)
+        if outcome.parent in self.left_out:
+            self.left_out.add(trial.number)
+            return True
         if outcome.parent is None:
             self.trajectories[trial.number] = self._open(trial, outcome, claim)
             self.trajectories[trial.number].add(step, outcome.stop)
@@ -161,6 +200,8 @@ class Ledger:
         trajectory = self.trajectories.get(outcome.trajectory)
         if trajectory is None or trajectory.last != outcome.parent:
             return False
+        gradient_of(trial)  # damaged, it is no part of what a trajectory is rebuilt from
+        _check_numbers(trial, trajectory.space.floats)
         trajectory.add(step, outcome.stop)
         self.member[trial.number] = trajectory.id
         return True
@@ -184,12 +225,19 @@ class Ledger:
         return self.trajectories.get(self.member.get(number, -1))
 
     def _open(self, trial: FrozenTrial, outcome: Outcome, claim: Claim | None) -> Trajectory:
-        definitions = {k: Definition.from_json(k, d) for k, d in outcome.definitions.items()}
         gradient = gradient_of(trial)
         names = gradient[0] if gradient is not None else sorted(self.owned & trial.params.keys())
+        try:
+            definitions = {k: Definition.from_json(k, d) for k, d in outcome.definitions.items()}
+            floats = {n: domain_of(n, trial.distributions[n]) for n in names}
+            flat = [d.flat(k) for d in definitions.values() for k in d.domains]
+            if len(set(flat)) < len(flat):
+                raise ValueError("two of its definitions have the same name")
+        except ValueError as error:
+            raise damaged(trial, OUTCOME, error) from error
+        _check_numbers(trial, floats)
         self.owned.update(names)
         self.definitions.update(definitions)
-        floats = {n: domain_of(n, trial.distributions[n]) for n in names}
         return Trajectory(
             id=trial.number,
             trial_id=_optuna.trial_id_of(trial),
@@ -213,10 +261,22 @@ class Ledger:
                 continue
             if is_abandoned(trials[number]):
                 continue
-            claim = Claim.of(trials[number])
+            claim = self._claim_of(trials[number])
             if claim is not None:
                 found[number] = claim
         return found
+
+    def _claim_of(self, trial: FrozenTrial) -> Claim | None:
+        try:
+            return Claim.read(trial)
+        except StorageError as error:
+            self._say(trial.number, f"{error} Nobody knows which step it claims.")
+            return None
+
+    def _say(self, number: int, text: str) -> None:
+        if number not in self._said:
+            self._said.add(number)
+            _optuna.logger.warning(text)
 
     def best(self) -> Trajectory | None:
         """The trajectory with the lowest value."""
@@ -235,6 +295,17 @@ class Ledger:
             if isinstance(distribution, FloatDistribution):
                 found[name] = distribution
         return found
+
+
+def _check_numbers(trial: FrozenTrial, names: Iterable[str]) -> None:
+    for name in names:
+        value = trial.params.get(name, 0.0)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise StorageError(
+                f"The parameter {name!r} of trial {trial.number} is {str(value)[:60]!r}, which is no finite "
+                "number. Something else than optuna_hypergrad has changed the row; restore it from a "
+                "backup."
+            )
 
 
 def advance(
