@@ -18,6 +18,8 @@ from ._optuna_tables import claim_waiting_trial, find_trial, plain_rdb
 from ._pointer import Pointer, checkpoint_attributes
 from ._retention import Retention
 from ._retrying import retry_while_busy, seconds_since_loss, set_patience
+from ._secrets import without_password
+from ._verifying import VerifyReport
 from .artifact_store import AbstractArtifactStore, StoredArtifact, default_artifact_store
 from .file_system import AtomicFileSystemArtifactStore
 from .memory import MemoryArtifactStore
@@ -36,6 +38,7 @@ __all__ = [
     "StoredArtifact",
     "SweepReport",
     "TensorStore",
+    "VerifyReport",
     "checkpoint_attributes",
     "claim_waiting_trial",
     "default_artifact_store",
@@ -50,6 +53,7 @@ __all__ = [
     "set_study_attribute",
     "set_trial_attribute",
     "unwrap_rdb",
+    "without_password",
 ]
 
 REGISTRY = registry(AbstractArtifactStore, globals())  # type: ignore[type-abstract]

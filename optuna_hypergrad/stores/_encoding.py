@@ -18,7 +18,7 @@ from torch import Tensor
 from .._errors import HyperparameterError
 from .._typing import Params
 
-_DTYPES = {
+_DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name)
     for code, name in {
         "F64": "float64",
@@ -55,7 +55,11 @@ class TensorSpec(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * int(_DTYPES[self.dtype].itemsize)
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
 
 
 class DecodeError(ValueError):

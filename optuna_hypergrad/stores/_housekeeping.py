@@ -57,7 +57,7 @@ def find_expired(
     by_role: dict[str, list[tuple[FrozenTrial, Pointer]]] = {}
     needed: set[str] = set()
     for trial in storage.get_all_trials(study_id, deepcopy=False):
-        for key, value in _pointer_attributes(trial):
+        for key, value in pointer_attributes(trial):
             if _blob_of(value) in gone:
                 continue
             try:
@@ -86,7 +86,7 @@ def find_gone(storage: BaseStorage, study_id: int, store: AbstractArtifactStore)
         blob
         for trial in storage.get_all_trials(study_id, deepcopy=False)
         if trial.state.is_finished()
-        for _, value in _pointer_attributes(trial)
+        for _, value in pointer_attributes(trial)
         if (blob := _blob_of(value)) is not None
     }
     if not referred:
@@ -110,7 +110,7 @@ def find_orphans(
     untouchable: set[str] = set()
     for study in storage.get_all_studies():
         for trial in storage.get_all_trials(_optuna.study_id_of(study), deepcopy=False):
-            for key, value in _pointer_attributes(trial):
+            for key, value in pointer_attributes(trial):
                 try:
                     used.add(Pointer.from_json(value, key, trial.number).blob)
                 except CorruptTensorError as error:
@@ -127,7 +127,8 @@ def find_orphans(
     return SweepReport(orphans, removed=False, unreadable=tuple(unreadable))
 
 
-def _pointer_attributes(trial: FrozenTrial) -> Iterator[tuple[str, Any]]:
+def pointer_attributes(trial: FrozenTrial) -> Iterator[tuple[str, Any]]:
+    """Key and value of each attribute that should be a pointer."""
     for key, value in trial.system_attrs.items():
         if key.startswith(ATTRIBUTE_PREFIX):
             yield key, value

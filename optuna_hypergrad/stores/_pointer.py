@@ -58,7 +58,7 @@ class Pointer:
 
     def __str__(self) -> str:
         return (
-            f"the tensors {_shorten(self.name)} (role {self.role!r}, step {self.step}) of trial "
+            f"the tensors {shorten(self.name)} (role {self.role!r}, step {self.step}) of trial "
             f"{self.trial}, blob {self.blob}, attribute {self.key!r}"
         )
 
@@ -172,5 +172,5 @@ def claimable(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...] | None:
     return specs if len(json.dumps(specs)) <= _MAX_SPEC_BYTES else None
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
     return repr(name) if len(name) <= 80 else f"{name[:60]!r}... ({len(name)} characters)"

@@ -23,6 +23,7 @@ from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
 from ._pointer import ATTRIBUTE_PREFIX, Pointer, attribute_key
 from ._retention import Retention, Trajectory
 from ._retrying import retry_while_busy
+from ._verifying import VerifyReport, verify
 from ._writing import Encoded, Writer, encode_all
 from .artifact_store import AbstractArtifactStore, default_artifact_store
 from .file_system import AtomicFileSystemArtifactStore
@@ -257,6 +258,23 @@ class TensorStore:
             return report
         self._writer.remove([orphan.artifact_id for orphan in report.orphans])
         return replace(report, removed=True)
+
+    def verify(
+        self, study_ids: Iterable[int] | None = None, *, progress: bool = False
+    ) -> VerifyReport:
+        """Read everything to which a trial points, and compare it with its checksum.
+
+        Args:
+            study_ids: of these studies; by default, of all studies in the storage.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            What is sound, what retention has removed, and, in words, what is damaged: bytes or
+            pointers that have changed, and blobs that are lost although no retention policy removes
+            them (the newest value, and all of a trial that is not finished).
+        """
+        transient = self.retention.transient
+        return verify(self._storage, study_ids, transient, self.load, progress)
 
     @property
     def _writer(self) -> Writer:

@@ -28,6 +28,7 @@ from ..stores import (
     retry_while_busy,
     set_patience,
     unwrap_rdb,
+    without_password,
 )
 
 T = TypeVar("T")
@@ -74,7 +75,9 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
 
     def __repr__(self) -> str:
         rdb = unwrap_rdb(self)
-        where = repr(rdb.engine.url) if rdb is not None else type(self._backend).__name__
+        where = (
+            without_password(rdb.engine.url) if rdb is not None else type(self._backend).__name__
+        )
         return f"{type(self).__name__}({where}, patience={self.patience:g})"
 
     def _attach(self) -> None:

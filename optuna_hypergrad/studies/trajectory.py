@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,9 +102,11 @@ class Ledger:
 
     Args:
         sign: +1 where the study minimizes, -1 where it maximizes.
+        say: Is told once of each trial that is left out, and why; the logger by default.
     """
 
     sign: float
+    say: Callable[[str], None] | None = None
     trajectories: dict[int, Trajectory] = field(default_factory=dict)
     owned: set[str] = field(default_factory=set)
     definitions: dict[str, Definition] = field(default_factory=dict)
@@ -214,7 +216,7 @@ class Ledger:
                 f"Its step after trial {claim.parent} was cut off {MAX_CUT_OFF} times. Look for what kills "
                 "its process (memory?)."
             )
-            _optuna.logger.warning(f"Trajectory {trajectory.id} cannot go on. {trajectory.stop}")
+            self._tell(f"Trajectory {trajectory.id} cannot go on. {trajectory.stop}")
 
     def has_placed(self, number: int) -> bool:
         """Whether a trial has been taken in, as a step or as none."""
@@ -276,7 +278,10 @@ class Ledger:
     def _say(self, number: int, text: str) -> None:
         if number not in self._said:
             self._said.add(number)
-            _optuna.logger.warning(text)
+            self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        (self.say or _optuna.logger.warning)(text)
 
     def best(self) -> Trajectory | None:
         """The trajectory with the lowest value."""

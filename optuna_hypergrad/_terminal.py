@@ -1,0 +1,86 @@
+"""Text for a terminal: nothing in it acts on the terminal, and a table fits into its width."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH = 100
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_GAP = "  "
+
+
+def plain(text: str) -> str:
+    """``text`` with escapes such as ``\\x1b`` for everything that is no visible character."""
+    return "".join(
+        c if unicodedata.category(c) not in _UNPRINTABLE else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def fit(text: str, width: int, right: bool = False) -> str:
+    """``text`` in exactly ``width`` columns, cut with an ellipsis if it is longer."""
+    if columns(text) > width:
+        kept, used = [], 0
+        for c in text:
+            used += columns(c)
+            if used > width - 1:
+                break
+            kept.append(c)
+        text = "".join(kept) + "…"
+    space = " " * (width - columns(text))
+    return space + text if right else text + space
+
+
+def columns(text: str) -> int:
+    """Columns that a terminal takes for ``text``."""
+    if text.isascii():
+        return len(text)
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of a table.
+
+    Args:
+        right: Whether its cells are aligned to the right, as numbers are.
+        least: Columns to which it may be cut; ``None`` for never.
+    """
+
+    title: str
+    right: bool = False
+    least: int | None = None
+
+
+def table(layout: Sequence[Column], rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+    """Lines of at most :data:`WIDTH` columns, the titles first. Cells are made :func:`plain`."""
+    cells = [[c.title for c in layout], *([plain(cell) for cell in row] for row in rows)]
+    widths = [max(columns(row[i]) for row in cells) for i in range(len(layout))]
+    room = WIDTH - len(indent) - len(_GAP) * (len(layout) - 1)
+    while sum(widths) > room:
+        spare = [0 if c.least is None else w - c.least for c, w in zip(layout, widths, strict=True)]
+        widest = max(range(len(layout)), key=lambda i: (spare[i] > 0, widths[i]))
+        if spare[widest] <= 0:
+            break
+        others = sorted((w for w, s in zip(widths, spare, strict=True) if s > 0), reverse=True)[1:]
+        step = min(sum(widths) - room, spare[widest])
+        if others:
+            step = min(step, max(1, widths[widest] - others[0]))
+        widths[widest] -= step
+    return [
+        (
+            indent
+            + _GAP.join(
+                fit(cell, w, c.right) for cell, w, c in zip(row, widths, layout, strict=True)
+            )
+        ).rstrip()
+        for row in cells
+    ]

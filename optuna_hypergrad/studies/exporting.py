@@ -1,0 +1,153 @@
+"""The tensors of a trial as a .safetensors file that any program can read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from .. import _optuna
+from .._errors import HyperparameterError, MissingTensorError, StorageError
+from .._typing import Params
+from ..stores import TensorStore
+from ..stores._encoding import encode
+from .tensors import load_tensors
+
+
+def best_with_tensors(study: Study, store: TensorStore, stored: Collection[str]) -> FrozenTrial:
+    """The best completed trial whose values are all in the store; feasible ones come first.
+
+    Args:
+        stored: identifiers of everything that is in ``store``.
+
+    Raises:
+        MissingTensorError: if there is none.
+    """
+    if _optuna.is_multi_objective(study):
+        raise MissingTensorError(
+            f"Study {study.study_name!r} has several objectives and no best trial: say which one."
+        )
+    sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
+    complete = [t for t in _optuna.all_trials(study) if t.state is TrialState.COMPLETE]
+
+    def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
+        infeasible = any(c > 0.0 for c in trial.constraints.values())
+        assert trial.value is not None
+        return infeasible, sign * trial.value, trial.number
+
+    for trial in sorted(complete, key=rank):
+        pointers = store.pointers(trial, role="value")
+        if pointers and all(p.blob in stored for p in pointers):
+            return trial
+    raise MissingTensorError(
+        f"No completed trial of study {study.study_name!r} has tensors in this store. They are stored "
+        "when a trial that suggests tensors is finished; if they are elsewhere, say where (--tensor-store)."
+    )
+
+
+def export_tensors(
+    study: Study,
+    trial: FrozenTrial,
+    path: Path,
+    store: TensorStore,
+    names: Collection[str] = (),
+    overwrite: bool = False,
+) -> Params:
+    """Write the tensors of a trial to a file, whole or not at all.
+
+    A tensor is named as ``load_tensors`` names it; an entry of a dict of tensors, ``name.entry``. The
+    file's metadata says the study, the trial and the value.
+
+    Args:
+        names: Only these hyperparameters.
+        overwrite: Replace a file that is there.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        MissingTensorError: if the trial has no such tensors, or retention has removed them.
+        CorruptTensorError: if stored bytes are not what was written.
+        HyperparameterError: if two tensors would have the same name in the file.
+        StorageError: if the file exists, or cannot be written.
+    """
+    if not overwrite and (path.exists() or path.is_symlink()):
+        raise _exists(path)
+    found: dict[str, Any] = {}
+    wanted: list[str | None] = [*names] or [None]
+    for name in wanted:
+        found |= load_tensors(trial, name, study=study, tensor_store=store)
+    tensors: Params = {}
+    for name, value in found.items():
+        entries = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else None
+        for flat, tensor in (entries or {name: value}).items():
+            if flat in tensors:
+                raise HyperparameterError(
+                    f"Two tensors of trial {trial.number} would both be named {flat!r} in the file. "
+                    "Export them to two files (--name)."
+                )
+            tensors[flat] = tensor
+    metadata = {"study": study.study_name, "trial": str(trial.number)}
+    if trial.values is not None:
+        metadata["value"] = ", ".join(map(repr, trial.values))
+    data, _ = encode(tensors)
+    _write(path, _with_metadata(data, metadata), overwrite)
+    return tensors
+
+
+def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with ``__metadata__`` in its header; offsets count from the header's end."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": dict(metadata), **json.loads(data[8:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def _write(path: Path, data: bytes, overwrite: bool) -> None:
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            with open(unfinished, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if overwrite:
+                os.replace(unfinished, path)
+            else:
+                _move(unfinished, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                unfinished.unlink()
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError as error:
+        raise StorageError(
+            f"Cannot write {str(path)!r}: {error.strerror or error}. Nothing was left there; choose "
+            "another place, or make room."
+        ) from error
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename, but never over a file that another process has made meanwhile."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise FileExistsError(target) from None
+        os.replace(source, target)
+
+
+def _exists(path: Path) -> StorageError:
+    return StorageError(
+        f"There is a file {str(path)!r} already. Choose another name, or overwrite it (--force)."
+    )
