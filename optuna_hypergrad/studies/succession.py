@@ -109,7 +109,7 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
         "failed_trial": attributes.get("failed_trial", source.number),
         "retry_history": [*_history(source), source.number],
         _RESUMED_AT: resumed,
-        **{k: v for k, v in attributes.items() if k.startswith(CLAIM)},
+        **{k: v for k, v in attributes.items() if str(k).startswith(CLAIM)},
         **checkpoints,
     }
 
