@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat as BaseHeartbeat
@@ -105,6 +105,14 @@ def find_sampler(sampler: Any, kind: type[Any]) -> Any:
     while sampler is not None and not isinstance(sampler, kind) and seen < 8:
         sampler, seen = getattr(sampler, "_base_sampler", None), seen + 1
     return sampler if isinstance(sampler, kind) else None
+
+
+def unpickling(sampler: Any, depth: int = 0) -> str | None:
+    """Class of the sampler, in it or itself, that unpickles what the storage holds, if there is one."""
+    if isinstance(sampler, CmaEsSampler):
+        return type(sampler).__name__
+    inside = (v for v in vars(sampler).values() if isinstance(v, BaseSampler) and depth < 4)
+    return next(filter(None, (unpickling(v, depth + 1) for v in inside)), None)
 
 
 def held_by_wrappers(sampler: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
@@ -185,6 +185,7 @@ class HypergradientSampler(BaseSampler):
             return
         memory = self._memory(study)
         with memory.lock:
+            self._warn_of_pickles(memory, study)
             self._leases.begin(study, trial)
             ledger = memory.ledger
             trials = _optuna.recent_trials(study, max(trial.number + 1, ledger.seen))
@@ -366,6 +367,16 @@ class HypergradientSampler(BaseSampler):
                 memory.say_once("lost", f"Trajectory {plan.trajectory.id} cannot go on. {error}")
             else:
                 return plan
+
+    def _warn_of_pickles(self, memory: Memory, study: Study) -> None:
+        name = _optuna.unpickling(self._base)
+        if name is not None and not isinstance(_optuna.storage_of(study), InMemoryStorage):
+            memory.say_once(
+                "pickle",
+                f"{name} keeps its state in the study's storage as a pickle. Whoever can write to that storage "
+                "can run code in this process: use it only where you trust them all, or take "
+                "TPESampler() or GPSampler(), which read numbers only.",
+            )
 
     def _memory(self, study: Study) -> Memory:
         studies = self._memories.setdefault(_optuna.storage_of(study), {})
