@@ -21,7 +21,7 @@ from ._encoding import TensorSpec, check_text, encode
 from ._identity import study_uuid
 from ._optuna_tables import plain_rdb, read_running_trial
 from ._pointer import ROLE, Pointer, attribute_key, claimable, new_blob
-from ._retrying import retry_while_busy
+from ._retrying import patience_of, retry_while_busy
 from .artifact_store import AbstractArtifactStore
 from .rdb import RDBArtifactStore
 
@@ -134,13 +134,15 @@ class Writer:
     def _trial(self, trial_id: int, keys: list[str]) -> tuple[int, Mapping[str, Any]]:
         """The trial's number, and of its system attributes at least those of ``keys`` it has."""
         if (rdb := plain_rdb(self.storage)) is not None:
-            found = retry_while_busy(lambda: read_running_trial(rdb, trial_id, keys))
+            found = read_running_trial(rdb, trial_id, keys)
             if found is not None:
                 return found
         number = self.storage.get_trial_number_from_id(trial_id)
         # Through _CachedStorage this would read the whole trial, parameter by parameter.
         storage = unwrap_rdb(self.storage) or self.storage
-        return number, retry_while_busy(lambda: storage.get_trial_system_attrs(trial_id))
+        return number, retry_while_busy(
+            lambda: storage.get_trial_system_attrs(trial_id), patience=patience_of(storage)
+        )
 
     def _common_database(self) -> RDBArtifactStore | None:
         rdb, store = plain_rdb(self.storage), self.store
