@@ -70,12 +70,12 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._wait()
+        self.wait()
 
     def save(self, step: int, tensors: Params, numbers: dict[str, Any]) -> None:
         """Store a state: tensors bit for bit, and JSON numbers (``repr`` floats, so bit for bit too)."""
         encoded = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)
-        self._wait()
+        self.wait()
         self._pending = self.store.save_all_soon(
             _optuna.study_id_of(self.trial.study),
             _optuna.trial_id_of(self.trial),
@@ -86,7 +86,7 @@ class Checkpoints:
 
     def save_values(self, step: int, values: Params) -> None:
         """Store the hyperparameters that the run ended with, where ``load_tensors`` finds them."""
-        self._wait()
+        self.wait()
         store = TensorStore(
             self.store.artifact_store, _optuna.storage_of(self.trial.study), _OLD_CHECKPOINTS_GO
         )
@@ -98,7 +98,8 @@ class Checkpoints:
             retain=True,
         )
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the last checkpoint is whole; raises why it is not."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

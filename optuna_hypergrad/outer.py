@@ -157,6 +157,8 @@ def minimize_bilevel(
                     message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
                 )
                 break
+            if checkpoints is not None:
+                checkpoints.wait()  # no more than one step that was taken can be lost
             run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
             record = {"outer_value": float(estimate.outer_value), **run.last_norm, **estimate.stats}
             run.history.append(record)

@@ -184,9 +184,11 @@ class HypergradientSampler(BaseSampler):
         if _optuna.is_multi_objective(study):
             return
         memory = self._memory(study)
+        self._leases.begin(
+            study, trial
+        )  # without the lock: others wait for it while they have that
         with memory.lock:
             self._warn_of_pickles(memory, study)
-            self._leases.begin(study, trial)
             ledger = memory.ledger
             trials = _optuna.recent_trials(study, max(trial.number + 1, ledger.seen))
             ledger.sync(trials)
