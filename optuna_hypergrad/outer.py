@@ -140,8 +140,7 @@ def minimize_bilevel(
         run.burn_in(problem, inner_solver, burn_in)
 
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
-    if trial is not None and run.history:
-        _report_again(trial, run.history, report_every)
+    reported = _report_again(trial, run.history, report_every) if trial is not None else set()
     bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
     result = SUCCESS
     with bar, checkpoints or contextlib.nullcontext():
@@ -167,7 +166,8 @@ def minimize_bilevel(
                 refresh=False,
             )
             bar.update()
-            if trial is not None and (run.step - 1) % report_every == 0:
+            is_new = run.step - 1 not in reported
+            if trial is not None and is_new and (run.step - 1) % report_every == 0:
                 trial.report(record["outer_value"], run.step - 1)
             due = checkpoint_every and (run.step % checkpoint_every == 0 or run.step == num_steps)
             if checkpoints is not None and due:
@@ -193,12 +193,19 @@ def minimize_bilevel(
     )
 
 
-def _report_again(trial: optuna.Trial, history: list[dict[str, float]], report_every: int) -> None:
-    """Give a trial that continues another one's checkpoint the curve up to there."""
-    known = _optuna.current(trial).intermediate_values
+def _report_again(
+    trial: optuna.Trial, history: list[dict[str, float]], report_every: int
+) -> set[int]:
+    """Give a trial that continues another one's checkpoint the curve up to there.
+
+    Returns:
+        Steps that the trial has reported, also after the checkpoint: they are done again.
+    """
+    known = set(_optuna.current(trial).intermediate_values)
     for step in range(0, len(history), report_every):
         if step not in known:
             trial.report(history[step]["outer_value"], step)
+    return known
 
 
 class _Run:
