@@ -27,6 +27,7 @@ from .search_space import Domain
 from .solve import solve
 from .stores import Retention, TensorStore
 from .studies import (
+    AtomicJournalFileBackend,
     DifferentiableTrial,
     HypergradientSampler,
     RetryingStorage,
@@ -41,6 +42,7 @@ __all__ = [
     "CG",
     "LBFGS",
     "Adam",
+    "AtomicJournalFileBackend",
     "Batch",
     "BilevelProblem",
     "BilevelResult",
