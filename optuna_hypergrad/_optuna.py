@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat as BaseHeartbeat
 from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.study import Study, StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
@@ -49,6 +51,10 @@ def wrapped_by(storage: BaseStorage) -> Any:
 
 def path_of_journal(backend: JournalFileBackend) -> str:
     return backend._file_path
+
+
+def lock_of_journal(backend: JournalFileBackend) -> AbstractContextManager[None]:
+    return get_lock_file(backend._lock)
 
 
 def stale_trial_ids(storage: BaseHeartbeat, study_id: int) -> list[int]:

@@ -13,6 +13,7 @@ from ._attributes import (
     set_trial_attribute,
 )
 from ._database import is_for_threads, unwrap_rdb
+from ._full import is_of_storage, saying_what_has_no_room
 from ._housekeeping import SweepReport
 from ._optuna_tables import claim_waiting_trial, find_created_trial, plain_rdb
 from ._pointer import Pointer, checkpoint_attributes
@@ -45,9 +46,11 @@ __all__ = [
     "find_created_trial",
     "is_for_threads",
     "is_lost",
+    "is_of_storage",
     "long_attribute",
     "plain_rdb",
     "retry_while_busy",
+    "saying_what_has_no_room",
     "seconds_since_loss",
     "set_long_trial_attribute",
     "set_patience",

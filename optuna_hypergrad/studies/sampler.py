@@ -183,6 +183,16 @@ class HypergradientSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         if _optuna.is_multi_objective(study):
             return
+        try:
+            if self._begin(study, trial):
+                return
+            self._base.before_trial(study, trial)
+        except BaseException:
+            self._leases.end(study, trial)
+            raise
+
+    def _begin(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether gradients are to decide about ``trial``."""
         memory = self._memory(study)
         self._leases.begin(
             study, trial
@@ -196,9 +206,7 @@ class HypergradientSampler(BaseSampler):
                 trials = _optuna.all_trials(study)
                 ledger.sync(trials)
             keep_given_params(study, trial)
-            if self._planner.is_differentiated(memory, trials, trial):
-                return
-        self._base.before_trial(study, trial)
+            return self._planner.is_differentiated(memory, trials, trial)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
