@@ -194,9 +194,8 @@ class HypergradientSampler(BaseSampler):
     def _begin(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether gradients are to decide about ``trial``."""
         memory = self._memory(study)
-        self._leases.begin(
-            study, trial
-        )  # without the lock: others wait for it while they have that
+        # Not under memory.lock: this waits for the database, whose holder may wait for that lock.
+        self._leases.begin(study, trial)
         with memory.lock:
             self._warn_of_pickles(memory, study)
             ledger = memory.ledger
