@@ -21,10 +21,12 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+from .. import _optuna
 from .._errors import CorruptTensorError, StorageError
 from ._database import transaction, unwrap_rdb
 from ._optuna_tables import write_attributes
 from ._retrying import BUSY_TIMEOUT, retry_while_busy
+from ._secrets import without_password
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1
@@ -311,16 +313,19 @@ class RDBArtifactStore(AbstractArtifactStore):
             with self._engine.begin() as connection:
                 connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
         except IntegrityError:
-            pass  # another worker's row
+            return  # another worker's row
+        _optuna.logger.info(
+            f"Made the tables {', '.join(_tables.tables)} in {without_password(self._engine.url)}."
+        )
 
     def _check_version(self) -> None:
         with self._engine.connect() as connection:
             found = connection.execute(sa.select(_version.c.schema_version)).scalar()
         if found is not None and found > SCHEMA_VERSION:
             raise StorageError(
-                f"The tensor tables in this database have schema version {found} and this version "
-                f"of optuna_hypergrad knows {SCHEMA_VERSION}. Install a newer optuna_hypergrad; "
-                "nothing was changed."
+                f"The tensor tables in {without_password(self._engine.url)} have schema version "
+                f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
+                "newer optuna_hypergrad; nothing was changed."
             )
 
 
