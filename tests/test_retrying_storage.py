@@ -13,7 +13,6 @@ import pytest
 import sqlalchemy as sa
 from conftest import open_storage, server
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState, create_trial
 from torch import Tensor
 
@@ -22,14 +21,6 @@ from optuna_hypergrad.stores import _retrying, plain_rdb
 from optuna_hypergrad.studies.retrying_storage import KEY, RetryingStorage
 
 KINDS = ("sqlite", "postgresql", "mariadb")
-
-
-class TestConformance(StorageTestCase):
-    @pytest.fixture
-    def storage(self, tmp_path: Path) -> Iterator[BaseStorage]:
-        opened = RetryingStorage(f"sqlite:///{tmp_path}/study.db")
-        yield opened
-        close(opened)
 
 
 class LosesAnswers:

@@ -24,10 +24,12 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+from .. import _optuna
 from .._errors import CorruptTensorError, StorageError
 from ._database import read, transaction, unwrap_rdb, write
 from ._optuna_tables import write_attributes
 from ._retrying import patience_of, retry_while_busy
+from ._secrets import without_password
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1
@@ -309,16 +311,19 @@ class RDBArtifactStore(AbstractArtifactStore):
             with transaction(self._engine) as connection:
                 connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
         except IntegrityError:
-            pass  # another worker's row
+            return  # another worker's row
+        _optuna.logger.info(
+            f"Made the tables {', '.join(_tables.tables)} in {without_password(self._engine.url)}."
+        )
 
     def _check_version(self) -> None:
         query = sa.select(_version.c.schema_version)
         found = read(self._storage, lambda connection: connection.execute(query).scalar())
         if found is not None and found > SCHEMA_VERSION:
             raise StorageError(
-                f"The tensor tables in this database have schema version {found} and this version "
-                f"of optuna_hypergrad knows {SCHEMA_VERSION}. Install a newer optuna_hypergrad; "
-                "nothing was changed."
+                f"The tensor tables in {without_password(self._engine.url)} have schema version "
+                f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
+                "newer optuna_hypergrad; nothing was changed."
             )
 
 
