@@ -18,6 +18,7 @@ import optuna
 import pytest
 import torch
 from conftest import open_storage
+from crowds import wrong_of
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
@@ -139,6 +140,21 @@ def test_whoever_wakes_up_late_can_write_nothing(
     assert [(t.params, t.values, t.state, t.system_attrs) for t in after.trials] == before
     steps = [t.system_attrs[CLAIM]["parent"] for t in after.trials if t.state.name == "COMPLETE"]
     assert steps == [None, 0, 1, 3, 4]
+
+
+def test_a_step_is_not_taken_from_an_owner_who_can_still_finish_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.optimize(objective, n_trials=3)
+    late = begin_elsewhere(study, monkeypatch, 0.3)
+    other = study_in(open_storage("sqlite", tmp_path))
+    successor = other.ask()  # the lease still holds
+    time.sleep(0.35)
+    for trial in (successor, late):
+        trial.study.tell(trial, float(objective(trial)))
+    assert wrong_of(study.get_trials(deepcopy=False)) == []
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 5
 
 
 def test_a_lease_is_renewed_while_the_trial_runs(
