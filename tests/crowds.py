@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from conftest import open_storage
-from lives import Life, Log
+from lives import Life, Log, Striker, barrier
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
@@ -22,6 +25,7 @@ from optuna_hypergrad.studies.events import Claim, Outcome
 from optuna_hypergrad.studies.trajectory import Ledger
 
 _SLOT = "slot"
+_PATIENCE = 120.0
 _UNCLEAR = 10.0
 """Seconds after which a trial that has no lease yet counts as cut off."""
 
@@ -162,3 +166,133 @@ def step_of(trial: FrozenTrial) -> tuple[int, int | None]:
     event = Outcome.of(trial) or Claim.of(trial)
     assert event is not None, f"trial {trial.number} has no claim"
     return event.trajectory, event.parent
+
+
+# Races: the next step of one trajectory, wanted by many at once.
+
+
+def race(kind: str, directory: Path, racer: int, races: int, start: Any, end: Any) -> None:
+    """One racer's life: whoever gets the step takes it, whoever does not gives its trial back."""
+    study = study_of(open_storage(kind, directory), directory, optimizer=_slow)
+    log, rng = Log(directory / "log"), random.Random(racer)
+    for number in range(races):
+        start.wait(_PATIENCE)
+        time.sleep(rng.choice([0.0, rng.uniform(0.0, 0.01)]))
+        trial, loss = _begun(study)
+        log.write(number, trial.number)
+        end.wait(_PATIENCE)
+        step = Claim.of(study.trials[trial.number])
+        if step is None or step.parent is None:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, trial.backward(loss))
+
+
+def _begun(study: optuna.Study) -> tuple[ohg.DifferentiableTrial, Tensor]:
+    trial = ohg.DifferentiableTrial.of(study.ask())
+    x, t = trial.suggest_float("x", -3.0, 3.0), trial.suggest_tensor("t", 2, 0.0, 1.0)
+    return trial, (x - 1.0) ** 2 + (t - 0.3).pow(2).sum()
+
+
+def _slow(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1e-3)
+
+
+def races_with_no_single_winner(
+    kind: str, directory: Path, racers: int, races: int
+) -> tuple[int, list[str]]:
+    """Hold so many races for one trajectory; in how many not exactly one got the step, and what is wrong."""
+    directory.mkdir(parents=True)
+    study = study_of(open_storage(kind, directory), directory, optimizer=_slow)
+    trial, loss = _begun(study)
+    study.tell(trial, trial.backward(loss))
+    start, end = barrier(racers), barrier(racers)
+    with ExitStack() as stack:
+        lives = [
+            stack.enter_context(Life(race, kind, directory, i, races, start, end))
+            for i in range(racers)
+        ]
+        wrong = [f"a racer fails with status {s}" for s in [life.end() for life in lives] if s]
+    trials = study.get_trials(deepcopy=False)
+    entered: dict[int, list[FrozenTrial]] = {n: [] for n in range(races)}
+    for number, own in Log(directory / "log").lines():
+        entered[int(number)].append(trials[int(own)])
+    bad, last = 0, 0
+    for number, own in entered.items():
+        winners = [t for t in own if step_of(t) == (0, last)]
+        losers = [t for t in own if step_of(t) == (t.number, None)]
+        if (len(winners), len(losers)) != (1, racers - 1):
+            bad += 1
+            wrong.append(f"race {number}: the step after trial {last}: {[step_of(t) for t in own]}")
+        last = winners[0].number if winners else last
+    return bad, wrong + wrong_of(trials)
+
+
+# Paused owners: their lease runs out, a successor does their step, and they wake up.
+
+_LEASE = 0.5
+
+
+def pause(kind: str, directory: Path, moment: int | None) -> None:
+    """One trial, paused at some moment between two transactions."""
+    storage = open_storage(kind, directory)
+    study = study_of(storage, directory, lease=_LEASE, optimizer=_slow)
+    striker = Striker(storage, moment, signal.SIGSTOP, between=True)
+    log = Log(directory / "log")
+    try:
+        trial, loss = _begun(study)
+        study.tell(trial, trial.backward(loss))
+    except (ohg.TakenOverError, UpdateFinishedTrialError, ohg.StorageError, ValueError) as error:
+        log.write("refused", type(error).__name__)
+    else:
+        log.write("finished", striker.moments)
+
+
+class PausedOwners:
+    """A study whose trials are paused, one after another, for longer than their lease."""
+
+    def __init__(self, kind: str, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        self.kind, self.directory, self.log = kind, directory, Log(directory / "log")
+        self.storage = open_storage(kind, directory)
+        self._succeed()
+        with Life(pause, kind, directory, None) as life:
+            assert life.end() == 0
+        self.moments = int(self.log.lines()[-1][1])
+
+    def _succeed(self) -> optuna.Study:
+        study = study_of(self.storage, self.directory, lease=_LEASE, optimizer=_slow)
+        trial, loss = _begun(study)
+        study.tell(trial, trial.backward(loss))
+        return study
+
+    def pause(self, rng: random.Random) -> tuple[bool, list[str]]:
+        """Whether one was paused in the middle of its trial, and what is wrong then."""
+        with Life(pause, self.kind, self.directory, rng.randint(1, self.moments)) as life:
+            if not life.is_paused():
+                return False, []
+            time.sleep(1.2 * _LEASE)
+            study = self._succeed()
+            before = study.trials[-2]
+            life.signal(signal.SIGCONT)
+            status, said = life.end(), self.log.lines()[-1]
+        if before.state != TrialState.FAIL:  # finished, or not begun, when it was paused
+            return False, wrong_of(study.trials)
+        wrong = wrong_of(study.trials) + ([f"status {status}"] if status else [])
+        if said[0] != "refused":
+            wrong.append(
+                f"trial {before.number} was taken over, and its owner was let to finish it"
+            )
+        after = study.trials[before.number]
+        if (after.params, after.values, after.state, after.system_attrs) != (
+            before.params,
+            before.values,
+            before.state,
+            before.system_attrs,
+        ):
+            wrong.append(f"trial {before.number} was overwritten: {after}, not {before}")
+        claim = Claim.of(before)
+        done = [step_of(t) for t in study.trials if t.state == TrialState.COMPLETE]
+        if claim is not None and claim.parent is not None and (0, claim.parent) not in done:
+            wrong.append(f"the step of trial {before.number} was not done by its successor")
+        return True, wrong
