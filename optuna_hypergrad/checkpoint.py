@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import optuna
 import torch
+from optuna.study import Study
 
 from . import _optuna
 from ._errors import CorruptTensorError, HyperparameterError, StorageError
@@ -20,6 +21,13 @@ _NUMBERS = "numbers.json"
 _MAX_NAME_LENGTH = 2_500
 _SECOND = " (second slot)"
 _OLD_CHECKPOINTS_GO = Retention(every=1, transient=frozenset({"checkpoint"}))
+
+
+@runtime_checkable
+class _HasStore(Protocol):
+    """A sampler that says where the tensors of its studies go."""
+
+    def store_of(self, study: Study) -> TensorStore: ...
 
 
 class Checkpoints:
@@ -47,9 +55,11 @@ class Checkpoints:
 
     @classmethod
     def of_trial(cls, trial: optuna.Trial, name: str) -> Checkpoints:
-        """The checkpoints of a trial, in its own tensor store or its study's default one."""
-        store = getattr(trial, "tensor_store", None)
-        return cls(trial, TensorStore.of_study(trial.study) if store is None else store, name)
+        """The checkpoints of a trial, in the tensor store of its sampler or its study's default one."""
+        sampler = _optuna.find_sampler(trial.study.sampler, _HasStore)
+        if sampler is None:
+            return cls(trial, TensorStore.of_study(trial.study), name)
+        return cls(trial, sampler.store_of(trial.study), name)
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -24,6 +24,7 @@ from .hypergradients._base import outer_value_at, run_inner
 from .inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
 from .problem import BilevelProblem, check_problem
 from .search_space import Domain
+from .stores import saying_what_has_no_room
 
 if TYPE_CHECKING:
     import optuna
@@ -117,6 +118,8 @@ def minimize_bilevel(
     Raises:
         HyperparameterError: bounds that cannot be used, or a start outside of them.
         SolverError: if a solve failed and ``throw`` is set.
+        StorageError: if a checkpoint cannot be stored (:class:`NoSpaceError`: for want of room); the one
+            before it is still there.
         optuna.TrialPruned: if the trial's pruner says so.
     """
     estimator = Implicit() if estimator is None else estimator
@@ -140,8 +143,7 @@ def minimize_bilevel(
         run.burn_in(problem, inner_solver, burn_in)
 
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
-    if trial is not None and run.history:
-        _report_again(trial, run.history, report_every)
+    reported = _report_again(trial, run.history, report_every) if trial is not None else set()
     bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
     result = SUCCESS
     with bar, checkpoints or contextlib.nullcontext():
@@ -167,8 +169,9 @@ def minimize_bilevel(
                 refresh=False,
             )
             bar.update()
-            if trial is not None and (run.step - 1) % report_every == 0:
-                trial.report(record["outer_value"], run.step - 1)
+            is_new = run.step - 1 not in reported
+            if trial is not None and is_new and (run.step - 1) % report_every == 0:
+                _report(trial, record["outer_value"], run.step - 1)
             due = checkpoint_every and (run.step % checkpoint_every == 0 or run.step == num_steps)
             if checkpoints is not None and due:
                 checkpoints.save(run.step, *run.snapshot())
@@ -193,12 +196,24 @@ def minimize_bilevel(
     )
 
 
-def _report_again(trial: optuna.Trial, history: list[dict[str, float]], report_every: int) -> None:
-    """Give a trial that continues another one's checkpoint the curve up to there."""
-    known = _optuna.current(trial).intermediate_values
+def _report_again(
+    trial: optuna.Trial, history: list[dict[str, float]], report_every: int
+) -> set[int]:
+    """Give a trial that continues another one's checkpoint the curve up to there.
+
+    Returns:
+        Steps that the trial has reported, also after the checkpoint: they are done again.
+    """
+    known = set(_optuna.current(trial).intermediate_values)
     for step in range(0, len(history), report_every):
         if step not in known:
-            trial.report(history[step]["outer_value"], step)
+            _report(trial, history[step]["outer_value"], step)
+    return known
+
+
+def _report(trial: optuna.Trial, value: float, step: int) -> None:
+    with saying_what_has_no_room(f"The value of trial {trial.number} at outer step {step}"):
+        trial.report(value, step)
 
 
 class _Run:
@@ -391,10 +406,11 @@ def _finish(
     if checkpoints is not None:
         checkpoints.save_values(run.step, run.outer_params)
     if trial is not None:
-        trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
-        trial.set_user_attr(f"{kind}_value", value)
-        if retrained is not None:
-            trial.set_user_attr("retrained_value", retrained)
+        with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
+            trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
+            trial.set_user_attr(f"{kind}_value", value)
+            if retrained is not None:
+                trial.set_user_attr("retrained_value", retrained)
     return BilevelResult(
         outer_params=run.outer_params,
         inner_params=last.inner_params,

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +47,10 @@ _SETTLED = 2.0
 
 _AFTER_LOSS = 30.0
 """Seconds that others get to renew their leases, once the database is back."""
+
+_MOST_ENDED = 1000
+_ended: dict[tuple[int, int, datetime | None], threading.Thread] = {}
+"""The trials that this process has done with last, and in which thread."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ def is_abandoned(trial: FrozenTrial) -> bool:
     could have one, or belongs to another sampler. (A study in memory has no leases: it goes with its
     process.)
     """
+    if _was_given_up(trial):
+        return True
     lease = Lease.of(trial)
     if lease is not None:
         return lease.is_over
@@ -129,7 +136,21 @@ def cut_off(trials: Sequence[FrozenTrial], unfinished: Iterable[int]) -> list[Fr
     """
     running = (trials[n] for n in sorted(unfinished) if trials[n].state == TrialState.RUNNING)
     gone = (trial for trial in running if is_abandoned(trial))
-    return [trial for trial in gone if Lease.of(trial) is not None or _was_ours(trial, trials)]
+    return [
+        trial
+        for trial in gone
+        if Lease.of(trial) is not None or _was_given_up(trial) or _was_ours(trial, trials)
+    ]
+
+
+def _was_given_up(trial: FrozenTrial) -> bool:
+    """Whether this process has done with a trial, although its end could not be stored."""
+    thread = _ended.get(_identity(trial))
+    return thread is not None and (thread is threading.current_thread() or not thread.is_alive())
+
+
+def _identity(trial: FrozenTrial) -> tuple[int, int, datetime | None]:
+    return _optuna.trial_id_of(trial), trial.number, trial.datetime_start
 
 
 def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
@@ -145,7 +166,9 @@ def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
     _optuna.logger.warning(
         f"Trial {trial.number} is marked as failed: its "
         + (
-            "process was gone before it had begun."
+            "end could not be stored."
+            if _was_given_up(trial)
+            else "process was gone before it had begun."
             if lease is None
             else f"process ({lease.who}) is gone, or has not renewed its lease."
         )
@@ -218,9 +241,16 @@ class LeaseKeeper:
                 thread.start()
 
     def end(self, study: Study, trial: FrozenTrial) -> None:
-        """The trial is finished, or about to be."""
+        """The trial is finished, or about to be, or could not begin.
+
+        If it still runs when this thread goes on, or is over, then its end could not be stored.
+        """
         with self._lock:
             self._held.pop((id(_optuna.storage_of(study)), _optuna.trial_id_of(trial)), None)
+        _ended[_identity(trial)] = threading.current_thread()
+        while len(_ended) > _MOST_ENDED:
+            with suppress(KeyError, RuntimeError):  # another thread does the same
+                del _ended[next(iter(_ended))]
 
     def renew(self) -> bool:
         """Renew every lease; whether there are any left."""

@@ -23,7 +23,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from .. import _optuna
 from ..stores import (
     claim_waiting_trial,
-    find_trial,
+    find_created_trial,
+    is_lost,
     plain_rdb,
     retry_while_busy,
     set_patience,
@@ -66,6 +67,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         if not patience >= 0:
             raise ValueError(f"patience={patience!r} must be a number of seconds of at least 0.")
         self.patience = patience
+        self._created: dict[str, int | None] = {}  # by the keys of creations that are under way
         self._backend = self._call(lambda: optuna.storages.get_storage(storage))
         self._attach()
 
@@ -102,23 +104,24 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
 
         def created() -> int | None:
             if rdb is not None:
-                return find_trial(rdb, KEY, key)
-            trials = self._backend.get_all_trials(study_id, deepcopy=False)
-            return next((_optuna.trial_id_of(t) for t in trials if _key_of(t) == key), None)
+                return find_created_trial(rdb, study_id, KEY, key)
+            for trial in self._backend.get_all_trials(study_id, deepcopy=False):
+                self._shown(trial)
+            return self._created[key]
 
-        return self._call(lambda: self._backend.create_new_trial(study_id, template), created)
+        self._created[key] = None
+        try:
+            return self._call(lambda: self._backend.create_new_trial(study_id, template), created)
+        finally:
+            del self._created[key]
 
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
         rdb = plain_rdb(self)
         if state == TrialState.RUNNING and rdb is not None:
-            key = uuid.uuid4().hex
-
-            def claimed() -> bool | None:
-                return True if find_trial(rdb, KEY, key) == trial_id else None
-
-            if self._call(lambda: claim_waiting_trial(rdb, trial_id, {KEY: key}), claimed):
+            key = {KEY: uuid.uuid4().hex}
+            if self._call(lambda: claim_waiting_trial(rdb, trial_id, key)):
                 return True
 
         def finished() -> bool | None:
@@ -226,7 +229,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: self._backend.get_trial_param(trial_id, param_name))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        return _without_key(self._call(lambda: self._backend.get_trial(trial_id)))
+        return self._shown(self._call(lambda: self._backend.get_trial(trial_id)))
 
     def get_all_trials(
         self,
@@ -235,10 +238,10 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         found = self._call(lambda: self._backend.get_all_trials(study_id, deepcopy, states))
-        return [_without_key(trial) for trial in found]
+        return [self._shown(trial) for trial in found]
 
     def get_best_trial(self, study_id: int) -> FrozenTrial:
-        return _without_key(self._call(lambda: self._backend.get_best_trial(study_id)))
+        return self._shown(self._call(lambda: self._backend.get_best_trial(study_id)))
 
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
         found = self._call(lambda: self._backend.get_trial_system_attrs(trial_id))
@@ -268,17 +271,19 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
             return []
         return self._call(lambda: _optuna.stale_trial_ids(heart, study_id))
 
-
-def _without_key(trial: FrozenTrial) -> FrozenTrial:
-    trial.system_attrs.pop(KEY, None)
-    return trial
-
-
-def _key_of(trial: FrozenTrial) -> Any:
-    return trial.system_attrs.get(KEY)
+    def _shown(self, trial: FrozenTrial) -> FrozenTrial:
+        key = trial.system_attrs.get(KEY)
+        if isinstance(key, str) and key in self._created:
+            self._created[key] = _optuna.trial_id_of(trial)
+        trial.system_attrs.pop(KEY, None)  # also in the cache of a gRPC proxy
+        return trial
 
 
 def _tell_lost_answers(context: sa.engine.ExceptionContext) -> _AnswerLostError | None:
-    if not context.is_disconnect:
+    if getattr(context, "is_pre_ping", False):
+        return None  # nothing is lost: the pool makes another one
+    error = context.sqlalchemy_exception or context.original_exception
+    if not context.is_disconnect and not is_lost(error):
         return None
+    context.is_disconnect = True  # also where a server says that it is about to go
     return _AnswerLostError(f"{type(context.original_exception).__name__}: the connection broke")
