@@ -1,6 +1,6 @@
 """Let many processes want the next step of one trajectory at once, and let owners of a step be late.
 
-Races: four processes, released by a barrier, each ask for a trial of a study that has one trajectory to go on
+Races: three processes, released by a barrier, each ask for a trial of a study that has one trajectory to go on
 with. Exactly one may get its next step; it takes it, the others give their trials back, and the next race is
 for the step after that one.
 
@@ -8,7 +8,7 @@ Paused owners: a process is stopped (SIGSTOP) at a random moment of its trial at
 open, for longer than its lease. A successor does the step, and the owner is woken up (SIGCONT): it must be
 refused, and nothing that is stored may have changed.
 
-    python benchmarks/reliability/races.py [--races 1000] [--paused 50] [--racers 4] [--seed 0]
+    python benchmarks/reliability/races.py [--races 1000] [--paused 50] [--racers 3] [--seed 0]
 
 takes about ten minutes on two cores and fails if any step had two owners, or none.
 """
@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--races", type=int, default=1000, help="over all databases")
     parser.add_argument("--paused", type=int, default=50, help="owners, over all databases")
-    parser.add_argument("--racers", type=int, default=4, help="processes in a race")
+    parser.add_argument("--racers", type=int, default=3, help="processes in a race")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     rng, rows = random.Random(given.seed), []
