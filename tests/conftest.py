@@ -85,6 +85,7 @@ def _proxy_port(kind: str, directory: Path) -> int:
     if not address.exists():
         try:
             _proxies.append(GrpcServer(url_of(PROXIES[kind], directory)))
+            atexit.register(_proxies[-1].close)
         except UnavailableError as error:
             pytest.skip(f"no gRPC: {error}")
         address.write_text(str(_proxies[-1].port))

@@ -83,6 +83,17 @@ class Life:
         with suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, number)
 
+    def is_paused(self) -> bool:
+        """Whether it has stopped; waits until it has, or has ended."""
+        deadline = time.monotonic() + _LONG
+        while time.monotonic() < deadline and self.process.exitcode is None:
+            with suppress(OSError):
+                stat = Path(f"/proc/{self.process.pid}/stat").read_text(errors="replace")
+                if stat.rsplit(")", 1)[1].split()[0] == "T":
+                    return True
+            time.sleep(0.005)
+        return False
+
     def kill(self) -> bool:
         """Whether it was alive, and was killed by this."""
         if self.process.exitcode is None:
@@ -94,6 +105,11 @@ class Life:
         self.process.join(_LONG)
         assert self.process.exitcode is not None, "a worker hangs"
         return self.process.exitcode
+
+
+def barrier(parties: int) -> Any:
+    """Behind which so many lives wait for each other."""
+    return _context.Barrier(parties)
 
 
 @contextmanager
@@ -116,23 +132,31 @@ def _live(begun: Connection, work: Callable[..., None], *args: Any) -> None:
     work(*args)
 
 
-class Killer:
-    """Kills its own process at the n-th moment at which it talks to a database: before a statement, after
-    one, before a commit, or after one. Without ``at`` it only counts them.
+class Striker:
+    """Sends its own process a signal at the n-th moment at which it talks to a database: before a statement,
+    after one, before a commit, or when a connection is given back. Without ``at`` it only counts them.
+
+    Args:
+        between: Only at the last of these, when it has no transaction open.
     """
 
-    def __init__(self, storage: RDBStorage, at: int | None) -> None:
-        self.moments, self.at = 0, at
-        for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
+    def __init__(
+        self,
+        storage: RDBStorage,
+        at: int | None,
+        number: signal.Signals = signal.SIGKILL,
+        *,
+        between: bool = False,
+    ) -> None:
+        self.moments, self.at, self.number = 0, at, number
+        for name in () if between else ("before_cursor_execute", "after_cursor_execute", "commit"):
             sa.event.listen(storage.engine, name, self._moment)
-        sa.event.listen(
-            storage.engine.pool, "reset", self._moment
-        )  # what was committed is committed
+        sa.event.listen(storage.engine.pool, "checkin", self._moment)
 
     def _moment(self, *args: Any) -> None:
         self.moments += 1
         if self.moments == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 # What workers do. Each has to end with the same study, however often it is killed.
@@ -221,12 +245,12 @@ def live_once(kind: str, directory: Path, name: str, moment: int | None = None) 
     """Work until the study is complete."""
     storage = open_storage(kind, directory)
     assert isinstance(storage, RDBStorage)
-    killer = Killer(storage, moment)
+    striker = Striker(storage, moment)
     log, (work, trials) = Log(directory / "log"), WORKS[name]
     study = study_of(storage)
     while len(kept(study.get_trials(deepcopy=False))) < trials:
         work(study, log)
-    log.write("moments", killer.moments)
+    log.write("moments", striker.moments)
 
 
 def kept(trials: list[FrozenTrial]) -> list[FrozenTrial]:
