@@ -9,6 +9,8 @@ there. Everything else writes the same value again.
 from __future__ import annotations
 
 import copy
+import sys
+import time
 import uuid
 from collections.abc import Callable, Container, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -21,6 +23,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from .. import _optuna
+from .._errors import ConnectionLostError
 from ..stores import (
     claim_waiting_trial,
     find_created_trial,
@@ -49,7 +52,8 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         storage = RetryingStorage("postgresql+psycopg://user@host/db", patience=3600)
         study = optuna.create_study(storage=storage, sampler=HypergradientSampler())
 
-    A warning says when the connection is lost, and when it is back.
+    A warning says when the connection is lost, and when it is back. Once the patience is spent, calls fail at
+    once until the database answers again.
 
     Args:
         storage: A URL as Optuna takes it, an ``RDBStorage``, or a ``GrpcStorageProxy``.
@@ -67,12 +71,14 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         if not patience >= 0:
             raise ValueError(f"patience={patience!r} must be a number of seconds of at least 0.")
         self.patience = patience
+        self._away_since: float | None = None  # once patience was spent, until there is an answer
         self._created: dict[str, int | None] = {}  # by the keys of creations that are under way
         self._backend = self._call(lambda: optuna.storages.get_storage(storage))
         self._attach()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._away_since = None  # another machine's clock
         self._attach()
 
     def __repr__(self) -> str:
@@ -89,7 +95,15 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
             sa.event.listen(rdb.engine, "handle_error", _tell_lost_answers)
 
     def _call(self, action: Callable[[], T], settle: Callable[[], T | None] | None = None) -> T:
-        return retry_while_busy(action, patience=self.patience, settle=settle)
+        try:
+            found = retry_while_busy(
+                action, patience=self.patience, settle=settle, away_since=self._away_since
+            )
+        except ConnectionLostError:
+            self._away_since = time.monotonic() - self.patience
+            raise
+        self._away_since = None
+        return found
 
     # Calls that must not be carried out twice.
 
@@ -229,7 +243,15 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: self._backend.get_trial_param(trial_id, param_name))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._shown(self._call(lambda: self._backend.get_trial(trial_id)))
+        giving_up = isinstance(sys.exc_info()[1], ConnectionLostError)
+        try:
+            return self._shown(self._call(lambda: self._backend.get_trial(trial_id)))
+        except ConnectionLostError:
+            if not giving_up:
+                raise
+            # Study.optimize asks for the trial in the middle of its own end. Without any answer, or with a
+            # trial in another state, its end is an UnboundLocalError or an AssertionError.
+            return create_trial(state=TrialState.PRUNED)
 
     def get_all_trials(
         self,
