@@ -135,6 +135,38 @@ class Disturber:
         self.num_asked += 1
 
 
+def undisturbed(num_trials: int) -> optuna.Study:
+    study = open_study(optuna.storages.InMemoryStorage())
+    study.optimize(objective(), n_trials=num_trials)
+    return study
+
+
+def compare_with_undisturbed(study: optuna.Study) -> int:
+    """In how many trials, or tensors, the study differs from one in which nothing happened."""
+    whole = undisturbed(len(study.trials))
+    differences = sum(a != b for a, b in zip(facts(study), facts(whole), strict=True))
+    return differences + (tensors_of(study) != tensors_of(whole))
+
+
+def lose_each_answer(
+    server: Server, request: bytes, at_most: int = 1000
+) -> tuple[optuna.Study, int]:
+    """Run a study in whose k-th trial the answer to the k-th such request is lost, until a trial has no k-th
+    one. The study, on a storage of its own, and the number of cuts."""
+    url = server.new_database()
+    study = open_study(url)
+    with CuttingProxy(server.port) as proxy:
+        storage = ohg.RetryingStorage(proxy.url(url))
+        study = open_study(storage)
+        for k in range(1, at_most):
+            proxy.lose_answer_to(*[request] * k)
+            study.optimize(objective(), n_trials=1)
+            if proxy.is_waiting:
+                break
+        proxy.let_through()
+    return open_study(ohg.RetryingStorage(url)), k - 1
+
+
 def restart(server: Server, *, crash: bool) -> None:
     server.stop(crash=crash)
     server.start()
@@ -153,6 +185,7 @@ class Damage:
     doubled: int = 0
     """Steps that were worked on twice, and trials that no worker knows of."""
     errors: list[str] = field(default_factory=list)
+    """What dead workers have said."""
 
     @property
     def failures(self) -> int:
@@ -207,7 +240,7 @@ def campaign(
             _, error = process.communicate(timeout=300)
             if process.returncode:
                 damage.dead_workers += 1
-                damage.errors.append(error.strip().splitlines()[-1] if error.strip() else "")
+                damage.errors.append(error)
     _assess(url, directory, damage)
     return damage
 

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -260,6 +261,25 @@ def test_a_tensor_is_read_across_cuts(through: Through, monkeypatch: pytest.Monk
     assert [a.artifact_id for a in store.stored()] == ["a"]
     through.proxy.cut()
     store.remove("a")
+
+
+def test_workers_may_make_the_tables_at_the_same_time(through: Through) -> None:
+    store = RDBArtifactStore(through.directly())
+    errors: list[Exception] = []
+    together = threading.Barrier(6)
+
+    def make() -> None:
+        with store._engine.connect():  # one for each, in the pool
+            together.wait()
+        try:
+            store._create_tables()
+        except Exception as error:
+            errors.append(error)
+
+    for thread in [losses.in_background(make) for _ in range(together.parties)]:
+        thread.join()
+    assert not errors
+    store.write("a", io.BytesIO(b""))
 
 
 class Unseekable(io.RawIOBase):
