@@ -216,22 +216,17 @@ def campaign(
         arguments = [proxy.url(url), str(directory), *(["plain"] if plain else [])]
         processes = [_start_worker(seed + i, arguments) for i in range(workers)]
         _wait_for(directory, processes, workers)
-        disturber, damage = Disturber(proxy, seed), Damage(num_restarts=restarts)
+        disturber, damage = Disturber(proxy, seed), Damage()
         disturbances = ["cut"] * cuts + ["restart"] * restarts
         chance.shuffle(disturbances)
-        for i, kind in enumerate(disturbances):
+        for kind in disturbances:
             if all(p.poll() is not None for p in processes):
                 break
             if kind == "restart":
-                restart(server, crash=i % 2 == 0)
+                restart(server, crash=damage.num_restarts % 2 == 0)
+                damage.num_restarts += 1
             else:
-                before = proxy.num_cut + proxy.num_refused
-                disturber.next()
-                _until(lambda before=before: proxy.num_cut + proxy.num_refused > before)  # type: ignore[misc]
-                proxy_waits = proxy.is_waiting
-                if proxy_waits:
-                    proxy.let_through()
-                damage.num_cuts += not proxy_waits
+                damage.num_cuts += _cut(disturber, processes)
             tick()
             time.sleep(0.2 * chance.random())
         proxy.let_through()
@@ -243,6 +238,19 @@ def campaign(
                 damage.errors.append(error)
     _assess(url, directory, damage)
     return damage
+
+
+def _cut(disturber: Disturber, processes: list[subprocess.Popen[str]]) -> bool:
+    """Ask for cuts until there is one; whether there was, before everybody was dead."""
+    proxy, before = disturber.proxy, disturber.proxy.num_cut
+
+    def happened() -> bool:
+        return proxy.num_cut > before and not proxy.is_waiting
+
+    while not happened() and any(p.poll() is None for p in processes):
+        disturber.next()
+        _until(lambda: happened() or not proxy.is_waiting, 10.0)
+    return happened()
 
 
 def _start_worker(seed: int, arguments: list[str]) -> subprocess.Popen[str]:

@@ -37,7 +37,8 @@ from ..stores import (
 
 T = TypeVar("T")
 
-KEY = "hypergrad:request"
+KEY, REMOTE_KEY = "hypergrad:request", "hypergrad:request:remote"
+"""The second is of a client of a gRPC proxy, whose server may have the first."""
 
 
 class _AnswerLostError(ConnectionError):
@@ -89,6 +90,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return f"{type(self).__name__}({where}, patience={self.patience:g})"
 
     def _attach(self) -> None:
+        self._key = REMOTE_KEY if plain_rdb(self) is None else KEY
         rdb = unwrap_rdb(self)
         if rdb is not None:
             set_patience(rdb, self.patience)
@@ -113,12 +115,12 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
             template = create_trial(state=TrialState.RUNNING)
         else:
             template = copy.copy(template_trial)
-        template.system_attrs = {**template.system_attrs, KEY: key}
+        template.system_attrs = {**template.system_attrs, self._key: key}
         rdb = plain_rdb(self)
 
         def created() -> int | None:
             if rdb is not None:
-                return find_created_trial(rdb, study_id, KEY, key)
+                return find_created_trial(rdb, study_id, self._key, key)
             for trial in self._backend.get_all_trials(study_id, deepcopy=False):
                 self._shown(trial)
             return self._created[key]
@@ -134,7 +136,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
     ) -> bool:
         rdb = plain_rdb(self)
         if state == TrialState.RUNNING and rdb is not None:
-            key = {KEY: uuid.uuid4().hex}
+            key = {self._key: uuid.uuid4().hex}
             if self._call(lambda: claim_waiting_trial(rdb, trial_id, key)):
                 return True
 
@@ -267,7 +269,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
 
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
         found = self._call(lambda: self._backend.get_trial_system_attrs(trial_id))
-        return {key: value for key, value in found.items() if key != KEY}
+        return {key: value for key, value in found.items() if key != self._key}
 
     def remove_session(self) -> None:
         self._backend.remove_session()
@@ -294,10 +296,10 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: _optuna.stale_trial_ids(heart, study_id))
 
     def _shown(self, trial: FrozenTrial) -> FrozenTrial:
-        key = trial.system_attrs.get(KEY)
+        key = trial.system_attrs.get(self._key)
         if isinstance(key, str) and key in self._created:
             self._created[key] = _optuna.trial_id_of(trial)
-        trial.system_attrs.pop(KEY, None)  # also in the cache of a gRPC proxy
+        trial.system_attrs.pop(self._key, None)  # also in the cache of a gRPC proxy
         return trial
 
 
