@@ -28,12 +28,13 @@ from .. import _optuna
 from .._errors import CorruptTensorError, StorageError
 from ._database import read, transaction, unwrap_rdb, write
 from ._optuna_tables import write_attributes
-from ._retrying import patience_of, retry_while_busy
+from ._retrying import is_busy, is_lost, patience_of, retry_while_busy
 from ._secrets import without_password
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
+_ATTEMPTS = 20
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
 
 
@@ -298,15 +299,18 @@ class RDBArtifactStore(AbstractArtifactStore):
                 )
 
     def _create_tables(self) -> None:
-        try:
-            # The version comes last: where it is, everything is.
-            _tables.create_all(self._engine, tables=[_blobs, _chunks])
-            _tables.create_all(self._engine, tables=[_version])
-        except (OperationalError, ProgrammingError, IntegrityError):
-            # Another worker makes them in this very moment, or we may not.
-            with transaction(self._engine) as connection:
-                if not all(_has_table(connection, name) for name in _tables.tables):
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                # The version comes last: where it is, everything is.
+                _tables.create_all(self._engine, tables=[_blobs, _chunks])
+                _tables.create_all(self._engine, tables=[_version])
+            except (OperationalError, ProgrammingError, IntegrityError) as error:
+                # Another worker makes them in this very moment, or we may not.
+                if not left or is_lost(error) or is_busy(error):
                     raise
+                time.sleep(0.1)
+            else:
+                break
         try:
             with transaction(self._engine) as connection:
                 connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
