@@ -19,7 +19,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@echo "Each benchmark is run by hand; its docstring says what it takes:"
-	@ls benchmarks/*.py | sed 's|^|  $(BIN)/python |'
+	@ls benchmarks/*.py benchmarks/reliability/[a-z]*.py | sed 's|^|  $(BIN)/python |'
 
 # torch comes first and pinned: a resolver left to choose takes a build with gigabytes of CUDA.
 $(READY): pyproject.toml constraints.txt

@@ -6,6 +6,7 @@ from ._errors import (
     HypergradError,
     HyperparameterError,
     MissingTensorError,
+    NoSpaceError,
     ObjectiveError,
     ProblemError,
     RequirementError,
@@ -26,6 +27,7 @@ from .search_space import Domain
 from .solve import solve
 from .stores import Retention, TensorStore
 from .studies import (
+    AtomicJournalFileBackend,
     DifferentiableTrial,
     HypergradientSampler,
     RetryingStorage,
@@ -40,6 +42,7 @@ __all__ = [
     "CG",
     "LBFGS",
     "Adam",
+    "AtomicJournalFileBackend",
     "Batch",
     "BilevelProblem",
     "BilevelResult",
@@ -61,6 +64,7 @@ __all__ = [
     "MissingTensorError",
     "Neumann",
     "NewtonCG",
+    "NoSpaceError",
     "Objective",
     "ObjectiveError",
     "Params",

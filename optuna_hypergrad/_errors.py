@@ -48,6 +48,10 @@ class ConnectionLostError(StorageError):
     """The database went away and did not come back in time."""
 
 
+class NoSpaceError(StorageError):
+    """There is no room left on the disk or in the database. What was stored before is still there."""
+
+
 class TakenOverError(StorageError):
     """Another worker has taken over the trial, because this one seemed to be gone."""
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
 from optuna.storages._heartbeat import BaseHeartbeat as BaseHeartbeat
 from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 from optuna.study import Study, StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
@@ -49,6 +51,10 @@ def wrapped_by(storage: BaseStorage) -> Any:
 
 def path_of_journal(backend: JournalFileBackend) -> str:
     return backend._file_path
+
+
+def lock_of_journal(backend: JournalFileBackend) -> AbstractContextManager[None]:
+    return get_lock_file(backend._lock)
 
 
 def stale_trial_ids(storage: BaseHeartbeat, study_id: int) -> list[int]:
@@ -105,6 +111,14 @@ def find_sampler(sampler: Any, kind: type[Any]) -> Any:
     while sampler is not None and not isinstance(sampler, kind) and seen < 8:
         sampler, seen = getattr(sampler, "_base_sampler", None), seen + 1
     return sampler if isinstance(sampler, kind) else None
+
+
+def unpickling(sampler: Any, depth: int = 0) -> str | None:
+    """Class of the sampler, in it or itself, that unpickles what the storage holds, if there is one."""
+    if isinstance(sampler, CmaEsSampler):
+        return type(sampler).__name__
+    inside = (v for v in vars(sampler).values() if isinstance(v, BaseSampler) and depth < 4)
+    return next(filter(None, (unpickling(v, depth + 1) for v in inside)), None)
 
 
 def held_by_wrappers(sampler: Any) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import optuna
 import torch
+from optuna.study import Study
 
 from . import _optuna
 from ._errors import CorruptTensorError, HyperparameterError, StorageError
@@ -20,6 +21,13 @@ _NUMBERS = "numbers.json"
 _MAX_NAME_LENGTH = 2_500
 _SECOND = " (second slot)"
 _OLD_CHECKPOINTS_GO = Retention(every=1, transient=frozenset({"checkpoint"}))
+
+
+@runtime_checkable
+class _HasStore(Protocol):
+    """A sampler that says where the tensors of its studies go."""
+
+    def store_of(self, study: Study) -> TensorStore: ...
 
 
 class Checkpoints:
@@ -47,9 +55,11 @@ class Checkpoints:
 
     @classmethod
     def of_trial(cls, trial: optuna.Trial, name: str) -> Checkpoints:
-        """The checkpoints of a trial, in its own tensor store or its study's default one."""
-        store = getattr(trial, "tensor_store", None)
-        return cls(trial, TensorStore.of_study(trial.study) if store is None else store, name)
+        """The checkpoints of a trial, in the tensor store of its sampler or its study's default one."""
+        sampler = _optuna.find_sampler(trial.study.sampler, _HasStore)
+        if sampler is None:
+            return cls(trial, TensorStore.of_study(trial.study), name)
+        return cls(trial, sampler.store_of(trial.study), name)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -60,12 +70,12 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._wait()
+        self.wait()
 
     def save(self, step: int, tensors: Params, numbers: dict[str, Any]) -> None:
         """Store a state: tensors bit for bit, and JSON numbers (``repr`` floats, so bit for bit too)."""
         encoded = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)
-        self._wait()
+        self.wait()
         self._pending = self.store.save_all_soon(
             _optuna.study_id_of(self.trial.study),
             _optuna.trial_id_of(self.trial),
@@ -76,7 +86,7 @@ class Checkpoints:
 
     def save_values(self, step: int, values: Params) -> None:
         """Store the hyperparameters that the run ended with, where ``load_tensors`` finds them."""
-        self._wait()
+        self.wait()
         store = TensorStore(
             self.store.artifact_store, _optuna.storage_of(self.trial.study), _OLD_CHECKPOINTS_GO
         )
@@ -88,7 +98,8 @@ class Checkpoints:
             retain=True,
         )
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the last checkpoint is whole; raises why it is not."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

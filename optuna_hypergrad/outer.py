@@ -24,6 +24,7 @@ from .hypergradients._base import outer_value_at, run_inner
 from .inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
 from .problem import BilevelProblem, check_problem
 from .search_space import Domain
+from .stores import saying_what_has_no_room
 
 if TYPE_CHECKING:
     import optuna
@@ -117,6 +118,8 @@ def minimize_bilevel(
     Raises:
         HyperparameterError: bounds that cannot be used, or a start outside of them.
         SolverError: if a solve failed and ``throw`` is set.
+        StorageError: if a checkpoint cannot be stored (:class:`NoSpaceError`: for want of room); the one
+            before it is still there.
         optuna.TrialPruned: if the trial's pruner says so.
     """
     estimator = Implicit() if estimator is None else estimator
@@ -156,6 +159,8 @@ def minimize_bilevel(
                     message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
                 )
                 break
+            if checkpoints is not None:
+                checkpoints.wait()  # no more than one step that was taken can be lost
             run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
             record = {"outer_value": float(estimate.outer_value), **run.last_norm, **estimate.stats}
             run.history.append(record)
@@ -166,7 +171,7 @@ def minimize_bilevel(
             bar.update()
             is_new = run.step - 1 not in reported
             if trial is not None and is_new and (run.step - 1) % report_every == 0:
-                trial.report(record["outer_value"], run.step - 1)
+                _report(trial, record["outer_value"], run.step - 1)
             due = checkpoint_every and (run.step % checkpoint_every == 0 or run.step == num_steps)
             if checkpoints is not None and due:
                 checkpoints.save(run.step, *run.snapshot())
@@ -202,8 +207,13 @@ def _report_again(
     known = set(_optuna.current(trial).intermediate_values)
     for step in range(0, len(history), report_every):
         if step not in known:
-            trial.report(history[step]["outer_value"], step)
+            _report(trial, history[step]["outer_value"], step)
     return known
+
+
+def _report(trial: optuna.Trial, value: float, step: int) -> None:
+    with saying_what_has_no_room(f"The value of trial {trial.number} at outer step {step}"):
+        trial.report(value, step)
 
 
 class _Run:
@@ -396,10 +406,11 @@ def _finish(
     if checkpoints is not None:
         checkpoints.save_values(run.step, run.outer_params)
     if trial is not None:
-        trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
-        trial.set_user_attr(f"{kind}_value", value)
-        if retrained is not None:
-            trial.set_user_attr("retrained_value", retrained)
+        with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
+            trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
+            trial.set_user_attr(f"{kind}_value", value)
+            if retrained is not None:
+                trial.set_user_attr("retrained_value", retrained)
     return BilevelResult(
         outer_params=run.outer_params,
         inner_params=last.inner_params,

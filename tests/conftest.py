@@ -10,18 +10,29 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from grpc_server import GrpcServer, connect
+from optuna.storages import (
+    BaseStorage,
+    GrpcStorageProxy,
+    InMemoryStorage,
+    JournalStorage,
+    RDBStorage,
+)
 from optuna.storages.journal import JournalFileBackend
 from servers import SERVERS, Server, UnavailableError
 
-pytest.register_assert_rewrite("optuna.testing.pytest_samplers")
+pytest.register_assert_rewrite("optuna.testing.pytest_samplers", "optuna.testing.pytest_storages")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 STORAGES = ("memory", "sqlite", "journal")
 DATABASES = ("sqlite", "postgresql", "mariadb")
+PROXIES = {"grpc": "sqlite", "grpc-postgresql": "postgresql"}
+"""Optuna's gRPC proxy by what is behind it."""
+
 PASSWORD = "pa:ss w@rd/%3F'\"#"
 _running: dict[tuple[str, bool], Server] = {}
-_opened: list[RDBStorage] = []
+_opened: list[RDBStorage | GrpcStorageProxy] = []
+_proxies: list[GrpcServer] = []
 
 
 def server(kind: str, *, secured: bool = False) -> Server:
@@ -40,36 +51,68 @@ def server(kind: str, *, secured: bool = False) -> Server:
 
 
 def open_storage(kind: str, directory: Path) -> BaseStorage:
-    """A storage of one of ``STORAGES`` or ``SERVERS``; opened again, it holds what it held (memory
-    excepted), also in another process.
+    """A storage of one of ``STORAGES``, ``SERVERS`` or ``PROXIES``; opened again, it holds what it held
+    (memory excepted), also in another process.
     """
     if kind == "memory":
         return InMemoryStorage()
     if kind in SERVERS:
-        address = directory / "url"
-        if not address.exists():
-            address.write_text(server(kind).new_database())
-        _opened.append(RDBStorage(address.read_text()))
+        _opened.append(RDBStorage(url_of(kind, directory)))
+        return _opened[-1]
+    if kind in PROXIES:
+        _opened.append(connect(_proxy_port(kind, directory)))
         return _opened[-1]
     if kind == "sqlite":
-        opened = RDBStorage(f"sqlite:///{directory}/study.db")
+        opened = RDBStorage(url_of(kind, directory))
         opened.engine.dispose()
         sa.event.listen(opened.engine, "connect", _without_waiting_for_the_disk)
         return opened
     return JournalStorage(JournalFileBackend(str(directory / "study.log")))
 
 
+def url_of(kind: str, directory: Path) -> str:
+    """Of the database that ``open_storage`` opens: SQLite's, or one of ``SERVERS``."""
+    if kind == "sqlite":
+        return f"sqlite:///{directory}/study.db"
+    address = directory / "url"
+    if not address.exists():
+        address.write_text(server(kind).new_database())
+    return address.read_text()
+
+
+def _proxy_port(kind: str, directory: Path) -> int:
+    address = directory / "port"
+    if not address.exists():
+        try:
+            _proxies.append(GrpcServer(url_of(PROXIES[kind], directory)))
+            atexit.register(_proxies[-1].close)
+        except UnavailableError as error:
+            pytest.skip(f"no gRPC: {error}")
+        address.write_text(str(_proxies[-1].port))
+    return int(address.read_text())
+
+
 def _without_waiting_for_the_disk(connection: Any, record: Any) -> None:
     connection.execute("PRAGMA synchronous=OFF")
+
+
+def close_opened() -> None:
+    """What ``open_storage`` has opened; done after each test."""
+    while _opened:
+        opened = _opened.pop()
+        opened.remove_session()
+        if isinstance(opened, RDBStorage):
+            opened.engine.dispose()
+        else:
+            opened.close()
+    while _proxies:
+        _proxies.pop().close()
 
 
 @pytest.fixture(autouse=True)
 def closed_connections() -> Iterator[None]:
     yield
-    while _opened:
-        database = _opened.pop()
-        database.remove_session()
-        database.engine.dispose()
+    close_opened()
 
 
 @pytest.fixture(params=STORAGES)

@@ -24,7 +24,15 @@ from typing import ClassVar
 import sqlalchemy as sa
 from cutting_proxy import CuttingProxy
 
-__all__ = ["SERVERS", "CuttingProxy", "MariaDB", "PostgreSQL", "Server", "UnavailableError"]
+__all__ = [
+    "SERVERS",
+    "CuttingProxy",
+    "MariaDB",
+    "PostgreSQL",
+    "Server",
+    "UnavailableError",
+    "free_port",
+]
 
 _FOLDERS = ("/usr/lib/postgresql/*/bin", "/usr/sbin", "/usr/local/sbin", "/usr/local/bin")
 _PATIENCE = 60.0
@@ -55,7 +63,7 @@ class Server(abc.ABC):
         self._user = _another_user() if os.geteuid() == 0 else None
         if self._user is not None:
             os.chown(self.directory, self._user.pw_uid, self._user.pw_gid)
-        self.port = _free_port()
+        self.port = free_port()
         self._count = 0
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -254,7 +262,7 @@ def _another_user() -> pwd.struct_passwd:
     return pwd.getpwnam("nobody")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below those that the system gives to clients: free again after the server's next start, and
     nobody who tries to reach a stopped server connects to themselves.
     """

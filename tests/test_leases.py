@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import pickle
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,6 +18,7 @@ import optuna
 import pytest
 import torch
 from conftest import open_storage
+from crowds import wrong_of
 from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
@@ -138,6 +142,21 @@ def test_whoever_wakes_up_late_can_write_nothing(
     assert steps == [None, 0, 1, 3, 4]
 
 
+def test_a_step_is_not_taken_from_an_owner_who_can_still_finish_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.optimize(objective, n_trials=3)
+    late = begin_elsewhere(study, monkeypatch, 60.0)
+    other = study_in(open_storage("sqlite", tmp_path))
+    successor = other.ask()  # the lease still holds
+    monkeypatch.setattr(Lease, "is_over", True)
+    for trial in (successor, late):
+        trial.study.tell(trial, float(objective(trial)))
+    assert wrong_of(study.get_trials(deepcopy=False)) == []
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 5
+
+
 def test_a_lease_is_renewed_while_the_trial_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +198,38 @@ def test_a_live_process_keeps_its_trials(tmp_path: Path) -> None:
     time.sleep(0.05)  # as when the machine was suspended
     study.optimize(objective, n_trials=1)
     assert study.trials[1].state == TrialState.RUNNING
+
+
+def test_a_killed_process_is_gone_before_its_parent_knows() -> None:
+    code = "from optuna_hypergrad.studies.leases import this_process; print(this_process(), flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        name = child.stdout.readline().strip()
+        assert not leases.is_dead(name)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        assert leases.is_dead(name)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_enqueued_trial_whose_process_dies_is_done_by_the_next(
+    begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.optimize(objective, n_trials=1)
+    study.enqueue_trial({"x": 2.5})
+    if begun:
+        run_out(study, begin_elsewhere(study, monkeypatch, 60.0)._trial_id)
+    else:
+        monkeypatch.setattr(leases, "_MOMENT", 0.0)
+        study._storage.set_trial_state_values(study.trials[1]._trial_id, TrialState.RUNNING)
+    study.optimize(objective, n_trials=2)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [t.params.get("x") for t in study.trials].count(2.5) == 1 + begun
+    assert study.trials[2].params == {"x": 2.5}
 
 
 def test_trials_of_other_samplers_are_left_alone(

@@ -183,17 +183,19 @@ def test_another_process_continues_after_a_crash(kind: str, crash_at: int, tmp_p
     assert_same(run(open_storage(kind, tmp_path / "a"), "tensors", crash_at + 4), parts)
 
 
-@pytest.mark.parametrize("owner", [None, "dead"])
+@pytest.mark.parametrize("owner", [None, "dead", "just now"])
 @pytest.mark.parametrize("orphan_at", [5, 12])
 def test_a_trial_cut_off_before_its_claim_changes_nothing(
     orphan_at: int, owner: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(open_storage("memory", tmp_path), "numbers", 24)
-    storage = open_storage("memory", tmp_path)
+    storage = open_storage("sqlite" if owner == "just now" else "memory", tmp_path)
     run(storage, "numbers", orphan_at)
     trial_id = storage.create_new_trial(storage.get_study_id_from_name("s"))
     if owner is None:
         monkeypatch.setattr(leases, "_MOMENT", 0.0)
+    elif owner == "just now":
+        monkeypatch.setattr(leases, "_SETTLED", 0.2)
     else:
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()

@@ -30,6 +30,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from optuna_hypergrad import _optuna
 from optuna_hypergrad.studies import (
     DifferentiableTrial,
     HypergradientSampler,
@@ -316,6 +317,24 @@ def test_other_base_samplers(base: str) -> None:
     assert len(study.trials) == 45
     assert study.best_value < 0.35
     assert len({(t.params["kind"], t.params["size"]) for t in study.trials}) >= 4
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_base_sampler_that_unpickles_what_is_stored_is_named_once(
+    wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(_optuna.logger, "warning", lambda text, *a: said.append(text))
+
+    def base() -> BaseSampler:
+        inside = CmaEsSampler(seed=0, warn_independent_sampling=False)
+        return PartialFixedSampler({"kind": "a"}, inside) if wrapped else inside
+
+    for make, kind, named in ((base, "memory", 0), (TPESampler, "sqlite", 0), (base, "sqlite", 1)):
+        sampler = HypergradientSampler(make())
+        study = optuna.create_study(storage=open_storage(kind, tmp_path), sampler=sampler)
+        study.optimize(mixed, n_trials=3)
+        assert sum("CmaEsSampler" in text and "pickle" in text for text in said) == named
 
 
 def test_a_fixed_number_stays_and_the_others_move() -> None:

@@ -13,11 +13,12 @@ from ._attributes import (
     set_trial_attribute,
 )
 from ._database import is_for_threads, unwrap_rdb
+from ._full import is_of_storage, saying_what_has_no_room
 from ._housekeeping import SweepReport
-from ._optuna_tables import claim_waiting_trial, find_trial, plain_rdb
+from ._optuna_tables import claim_waiting_trial, find_created_trial, plain_rdb
 from ._pointer import Pointer, checkpoint_attributes
 from ._retention import Retention
-from ._retrying import retry_while_busy, seconds_since_loss, set_patience
+from ._retrying import is_lost, retry_while_busy, seconds_since_loss, set_patience
 from ._secrets import without_password
 from ._verifying import VerifyReport
 from .artifact_store import AbstractArtifactStore, StoredArtifact, default_artifact_store
@@ -42,11 +43,14 @@ __all__ = [
     "checkpoint_attributes",
     "claim_waiting_trial",
     "default_artifact_store",
-    "find_trial",
+    "find_created_trial",
     "is_for_threads",
+    "is_lost",
+    "is_of_storage",
     "long_attribute",
     "plain_rdb",
     "retry_while_busy",
+    "saying_what_has_no_room",
     "seconds_since_loss",
     "set_long_trial_attribute",
     "set_patience",

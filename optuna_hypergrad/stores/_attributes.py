@@ -9,6 +9,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 
 from .._errors import StorageError
+from ._full import saying_what_has_no_room
 from ._retrying import retry_while_busy
 
 MAX_ATTRIBUTE_BYTES = 48_000
@@ -43,9 +44,14 @@ def check_attribute(key: str, value: Any) -> None:
 
 
 def set_trial_attribute(storage: BaseStorage, trial_id: int, key: str, value: Any) -> None:
-    """Write a system attribute of a running trial. Raises :class:`StorageError` if too large."""
+    """Write a system attribute of a running trial.
+
+    Raises:
+        StorageError: if it is too large, or there is no room for it.
+    """
     check_attribute(key, value)
-    retry_while_busy(lambda: storage.set_trial_system_attr(trial_id, key, value))
+    with saying_what_has_no_room(f"The attribute {key!r} of the trial with id {trial_id}"):
+        retry_while_busy(lambda: storage.set_trial_system_attr(trial_id, key, value))
 
 
 def set_long_trial_attribute(
@@ -95,9 +101,13 @@ def _joined(attributes: Mapping[str, Any], key: str, count: Any) -> Any:
 
 
 def set_study_attribute(storage: BaseStorage, study_id: int, key: str, value: Any) -> None:
-    """Write a user attribute of a study. Raises :class:`StorageError` if too large.
+    """Write a user attribute of a study.
 
     User attributes, because a study renamed in the dashboard loses its system attributes.
+
+    Raises:
+        StorageError: if it is too large, or there is no room for it.
     """
     check_attribute(key, value)
-    retry_while_busy(lambda: storage.set_study_user_attr(study_id, key, value))
+    with saying_what_has_no_room(f"The attribute {key!r} of the study with id {study_id}"):
+        retry_while_busy(lambda: storage.set_study_user_attr(study_id, key, value))

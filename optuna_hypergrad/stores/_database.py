@@ -1,15 +1,23 @@
-"""The database of a study, and transactions in it."""
+"""The database of a study, and transactions in it.
+
+All that goes through a study's own engine goes through here, so that it waits for a database that is away
+as long as the user has said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import NullPool, QueuePool
 
 from .. import _optuna
+from ._retrying import BUSY_TIMEOUT, patience_of, retry_while_busy
+
+T = TypeVar("T")
 
 
 def unwrap_rdb(storage: object) -> RDBStorage | None:
@@ -27,9 +35,44 @@ def is_for_threads(storage: BaseStorage) -> bool:
     return rdb is None or isinstance(rdb.engine.pool, (QueuePool, NullPool))
 
 
+def read(rdb: RDBStorage, action: Callable[[Connection], T]) -> T:
+    """What ``action`` reads; again while the database is busy or away.
+
+    Raises:
+        ConnectionLostError: if the database does not come back.
+    """
+
+    def attempt() -> T:
+        with rdb.engine.connect() as connection:
+            return action(connection)
+
+    return retry_while_busy(attempt, patience=patience_of(rdb))
+
+
+def write(
+    rdb: RDBStorage,
+    action: Callable[[Connection], T],
+    settle: Callable[[], T | None] | None = None,
+) -> T:
+    """Do ``action`` in one transaction; again while the database is busy or away.
+
+    Args:
+        action: Must be idempotent, or else be settled by ``settle``, as in :func:`retry_while_busy`.
+
+    Raises:
+        ConnectionLostError: if the database does not come back.
+    """
+
+    def attempt() -> T:
+        with transaction(rdb.engine) as connection:
+            return action(connection)
+
+    return retry_while_busy(attempt, BUSY_TIMEOUT, patience_of(rdb), settle)
+
+
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
-    """Committed at the end, rolled back on an error."""
+    """Committed at the end, rolled back on an error. Nothing is tried again: for use in ``settle``."""
     with engine.connect() as connection, _without_wiping(connection), connection.begin():
         yield connection
 

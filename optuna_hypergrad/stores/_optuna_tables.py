@@ -19,12 +19,13 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from .. import _optuna
-from ._database import transaction
+from ._database import read, transaction
 
 try:
     from optuna.storages._cached_storage import _CachedStorage
     from optuna.storages._rdb import models
 
+    _studies: sa.Table = models.StudyModel.__table__
     _trials: sa.Table = models.TrialModel.__table__
     _attributes: sa.Table = models.TrialSystemAttributeModel.__table__
     _study_attributes: sa.Table = models.StudyUserAttributeModel.__table__
@@ -50,12 +51,15 @@ def read_running_trial(
 
     ``None`` for a trial that is finished or not there.
     """
-    with rdb.engine.connect() as connection:
-        row = _row_of(connection, trial_id)
+
+    def find(connection: Connection) -> tuple[int, dict[str, Any]] | None:
+        row = connection.execute(_row_of(trial_id)).first()
         if row is None or row.state.is_finished():
             return None
         found = _attributes_of(connection, trial_id, keys)
-    return int(row.number), {key: json.loads(text) for key, text in found.items()}
+        return int(row.number), {key: json.loads(text) for key, text in found.items()}
+
+    return read(rdb, find)
 
 
 def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
@@ -64,36 +68,50 @@ def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
     query = sa.select(table.study_id, table.key).where(
         table.key.startswith(prefix, autoescape=True)
     )
-    with rdb.engine.connect() as connection:
-        return [(int(study_id), str(key)) for study_id, key in connection.execute(query)]
+    rows = read(rdb, lambda connection: connection.execute(query).all())
+    return [(int(study_id), str(key)) for study_id, key in rows]
 
 
-def find_trial(rdb: RDBStorage, key: str, value: Any) -> int | None:
-    """Which trial has this system attribute with this value."""
-    table = _attributes.c
-    query = sa.select(table.trial_id).where(table.key == key, table.value_json == json.dumps(value))
-    with rdb.engine.connect() as connection:
-        return connection.execute(query).scalar()
+def find_created_trial(rdb: RDBStorage, study_id: int, key: str, value: Any) -> int | None:
+    """Which trial of a study has this system attribute with this value. Not tried again by itself.
+
+    Waits for trials that are being created, maybe for somebody who is not connected any more: their
+    transactions, too, hold the row of the study.
+    """
+    study = sa.select(_studies.c.study_id).where(_studies.c.study_id == study_id).with_for_update()
+    trial = (
+        sa.select(_trials.c.trial_id)
+        .join(_attributes, _attributes.c.trial_id == _trials.c.trial_id)
+        .where(_trials.c.study_id == study_id, _attributes.c.key == key)
+        .where(_attributes.c.value_json == json.dumps(value))
+    )
+    with transaction(rdb.engine) as connection:
+        connection.execute(study)
+        return connection.execute(trial).scalar()
 
 
 def claim_waiting_trial(rdb: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> bool:
-    """Have a waiting trial run and set system attributes of it; ``False`` if somebody else has it."""
+    """Have a waiting trial run and set system attributes of it; ``False`` if somebody else has it.
+
+    Not tried again by itself. With ``attributes`` that nobody else gives, it is idempotent.
+    """
     waiting = (_trials.c.trial_id == trial_id) & (_trials.c.state == TrialState.WAITING)
     running = {"state": TrialState.RUNNING, "datetime_start": datetime.now()}
     with transaction(rdb.engine) as connection:
-        if connection.execute(_trials.update().where(waiting), running).rowcount != 1:
-            return False
-        write_attributes(connection, trial_id, attributes)
-    return True
+        if connection.execute(_trials.update().where(waiting), running).rowcount == 1:
+            write_attributes(connection, trial_id, attributes)
+            return True
+        known = _attributes_of(connection, trial_id, attributes)
+        return {k: json.loads(text) for k, text in known.items()} == dict(attributes)
 
 
 def write_attributes(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    """Set system attributes of a running trial in the transaction of ``connection``.
+    """Set system attributes of a running trial, which stays so until ``connection`` has committed.
 
     Raises:
         UpdateFinishedTrialError: if it is not running.
     """
-    trial = _row_of(connection, trial_id)
+    trial = connection.execute(_row_of(trial_id).with_for_update()).first()
     if trial is None or trial.state.is_finished():
         raise UpdateFinishedTrialError(f"Trial {trial_id} is not running any more.")
     known = _attributes_of(connection, trial_id, attributes)  # no upsert that all databases have
@@ -114,6 +132,5 @@ def _attributes_of(connection: Connection, trial_id: int, keys: Collection[str])
     return {str(key): text for key, text in connection.execute(query)}
 
 
-def _row_of(connection: Connection, trial_id: int) -> Any:
-    query = sa.select(_trials.c.number, _trials.c.state).where(_trials.c.trial_id == trial_id)
-    return connection.execute(query).first()
+def _row_of(trial_id: int) -> Any:
+    return sa.select(_trials.c.number, _trials.c.state).where(_trials.c.trial_id == trial_id)

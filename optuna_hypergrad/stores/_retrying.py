@@ -21,6 +21,7 @@ from sqlalchemy.exc import (
     InternalError,
     OperationalError,
     PendingRollbackError,
+    SQLAlchemyError,
 )
 
 from .. import _optuna
@@ -37,6 +38,7 @@ PATIENCE = 60.0
 _POSTGRESQL_LOST = frozenset({"57P01", "57P02", "57P03", "57P05", "53300"})
 _MYSQL_LOST = frozenset({1040, 1053, 1079, 1152, 1158, 1159, 1160, 1161, 1927, 2002, 2003, 2006})
 _MYSQL_LOST |= {2012, 2013, 2027, 2055, 4031}
+_BUSY: frozenset[object] = frozenset({1205, 1213, "40P01"})
 _NEVER = ("authentication", "does not exist", "pg_hba", "access denied", "unknown database")
 _LONGEST_PAUSE = 2.0
 
@@ -49,9 +51,9 @@ def set_patience(rdb: RDBStorage, seconds: float) -> None:
     _patience[rdb] = seconds
 
 
-def patience_of(rdb: RDBStorage) -> float:
+def patience_of(storage: BaseStorage) -> float:
     """What :func:`set_patience` said last, or else ``PATIENCE``."""
-    return _patience.get(rdb, PATIENCE)
+    return _patience.get(storage, PATIENCE)
 
 
 def seconds_since_loss() -> float:
@@ -64,6 +66,7 @@ def retry_while_busy(
     timeout: float = BUSY_TIMEOUT,
     patience: float = PATIENCE,
     settle: Callable[[], T | None] | None = None,
+    away_since: float | None = None,
 ) -> T:
     """Do ``action``, again and again while the database is busy or away. Every other error passes.
 
@@ -71,25 +74,33 @@ def retry_while_busy(
         action: Must be idempotent, or else be settled by ``settle``.
         timeout: Seconds for which the database may be busy.
         patience: Seconds for which it may be away; counted anew after each success.
-        settle: Called before ``action`` is tried again after a lost connection: the result, if it turns
-            out that the lost attempt was carried out, or ``None``.
+        settle: Called before ``action`` is tried again after a lost connection, and when it then fails,
+            because a server may carry out late what it was asked: the result, if it turns out that the
+            lost attempt was carried out, or ``None``.
+        away_since: By ``time.monotonic()``, if the database was away already when it was last asked.
 
     Raises:
         ConnectionLostError: if the database does not come back.
     """
     started = time.monotonic()
-    lost_at: float | None = None
+    lost_at = away_since
+    refused: Exception | None = None
     pause = 0.05
     while True:
         try:
             found = settle() if settle is not None and lost_at is not None else None
+            if found is None and refused is not None:
+                raise refused
             found = action() if found is None else found
         except Exception as error:
             now = time.monotonic()
             if is_lost(error):
                 lost_at = _note_loss(error, lost_at, patience)
             elif not is_busy(error) or now - started > timeout:
-                raise
+                if settle is None or lost_at is None or error is refused:
+                    raise
+                refused = error
+                continue
             pause = min(2 * pause, _LONGEST_PAUSE) if lost_at is not None else 0.1
         else:
             if lost_at is not None:
@@ -104,10 +115,11 @@ def _note_loss(error: Exception, lost_at: float | None, patience: float) -> floa
     _last_loss = now = time.monotonic()
     if lost_at is None:
         lost_at = now
-        _optuna.logger.warning(
-            f"The connection to the database is lost ({_kind(error)}). Trying again for {patience:g} s."
-        )
-    if now - lost_at > patience:
+        if patience > 0:
+            _optuna.logger.warning(
+                f"The connection to the database is lost ({_kind(error)}). Trying again for {patience:g} s."
+            )
+    if now - lost_at >= patience:
         raise ConnectionLostError(
             f"The database has not answered for {patience:g} s ({_kind(error)}). Nothing that was stored "
             "is lost: run again when it is back, or wait longer with RetryingStorage(..., patience=...)."
@@ -120,19 +132,19 @@ def is_busy(error: BaseException) -> bool:
     for e in _chain(error):
         if isinstance(e, sqlite3.OperationalError) and "locked" in str(e):
             return True
-        if isinstance(e, DBAPIError) and e.orig is not None and {1213, "40P01"} & _codes(e.orig):
+        if isinstance(e, DBAPIError) and e.orig is not None and _BUSY & _codes(e.orig):
             return True
     return False
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether the connection to the database was lost, or could not be made at the moment."""
-    return any(map(_is_lost, _chain(error)))
+    errors = list(_chain(error))
+    given_up = any(isinstance(e, ConnectionLostError) for e in errors)
+    return not given_up and any(map(_is_lost, errors))
 
 
 def _is_lost(error: BaseException) -> bool:
-    if isinstance(error, ConnectionLostError):
-        return False
     if isinstance(error, (ConnectionError, PendingRollbackError)):
         return True
     if isinstance(error, DBAPIError):
@@ -166,14 +178,15 @@ def _codes(error: BaseException) -> set[object]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    # Not what was being handled meanwhile: that may be an older loss, in the caller's own hands.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _kind(error: BaseException) -> str:
     """The driver's name for it; its text could show more than a log should have."""
-    found = [type(e).__name__ for e in _chain(error) if not isinstance(e, DBAPIError)]
+    found = [type(e).__name__ for e in _chain(error) if not isinstance(e, SQLAlchemyError)]
     return found[-1] if found else type(error).__name__

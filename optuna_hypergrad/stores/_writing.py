@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from .._typing import Params
 from ._attributes import check_attribute, set_trial_attribute
 from ._database import unwrap_rdb
 from ._encoding import TensorSpec, check_text, encode
+from ._full import saying_what_has_no_room
 from ._identity import study_uuid
 from ._optuna_tables import plain_rdb, read_running_trial
-from ._pointer import ROLE, Pointer, attribute_key, claimable, new_blob
-from ._retrying import retry_while_busy
+from ._pointer import ROLE, Pointer, attribute_key, claimable, new_blob, shorten
+from ._retrying import patience_of, retry_while_busy
 from .artifact_store import AbstractArtifactStore
 from .rdb import RDBArtifactStore
 
@@ -63,7 +65,8 @@ class Writer:
         first, pointers second and removals last, so that no pointer is ever without its blob.
 
         Raises:
-            StorageError: if the trial has finished, or the names need more than an attribute holds.
+            StorageError: if the trial has finished, the names need more than an attribute holds, or
+                there is no room left.
         """
         study = study_uuid(self.storage, study_id)
         number, previous = self._trial(trial_id, [attribute_key(*claim) for claim in blobs])
@@ -73,8 +76,29 @@ class Writer:
             claims = Pointer(study, number, name, role, step, blob, len(data), claimable(specs))
             check_attribute(claims.key, replace(claims, sha256="0" * 64).to_json())
             bodies[claims] = data
-        seal = _seal_soon(bodies)
         replaced = {p.key: _replaced_blob(previous.get(p.key), p) for p in bodies}
+        with saying_what_has_no_room(_sentence_start(number, step, blobs)):
+            return self._write(trial_id, bodies, replaced, expired)
+
+    def remove(self, blobs: list[str]) -> None:
+        """Remove those of ``blobs`` that are there."""
+        if isinstance(self.store, AbstractArtifactStore):
+            self.store.remove_many(blobs)
+            return
+        for blob in blobs:
+            try:
+                self.store.remove(blob)
+            except ArtifactNotFound:
+                continue
+
+    def _write(
+        self,
+        trial_id: int,
+        bodies: Bodies,
+        replaced: Mapping[str, list[str]],
+        expired: list[str],
+    ) -> list[Pointer]:
+        seal = _seal_soon(bodies)
         database = self._common_database()
         if database is None or not bodies:
             return self._write_in_turn(trial_id, bodies, seal, replaced, expired)
@@ -89,17 +113,6 @@ class Writer:
             raise _too_late(next(iter(bodies))) from error
         return seal()
 
-    def remove(self, blobs: list[str]) -> None:
-        """Remove those of ``blobs`` that are there."""
-        if isinstance(self.store, AbstractArtifactStore):
-            self.store.remove_many(blobs)
-            return
-        for blob in blobs:
-            try:
-                self.store.remove(blob)
-            except ArtifactNotFound:
-                continue
-
     def _write_in_turn(
         self,
         trial_id: int,
@@ -108,7 +121,13 @@ class Writer:
         replaced: Mapping[str, list[str]],
         expired: list[str],
     ) -> list[Pointer]:
-        self._put({pointer.blob: data for pointer, data in bodies.items()})
+        contents = {pointer.blob: data for pointer, data in bodies.items()}
+        try:
+            self._put(contents)
+        except Exception:
+            with suppress(Exception):
+                self.remove(list(contents))  # those that had room: nothing points to them
+            raise
         pointers = seal()
         unneeded: list[str] = []
         try:
@@ -134,13 +153,15 @@ class Writer:
     def _trial(self, trial_id: int, keys: list[str]) -> tuple[int, Mapping[str, Any]]:
         """The trial's number, and of its system attributes at least those of ``keys`` it has."""
         if (rdb := plain_rdb(self.storage)) is not None:
-            found = retry_while_busy(lambda: read_running_trial(rdb, trial_id, keys))
+            found = read_running_trial(rdb, trial_id, keys)
             if found is not None:
                 return found
         number = self.storage.get_trial_number_from_id(trial_id)
         # Through _CachedStorage this would read the whole trial, parameter by parameter.
         storage = unwrap_rdb(self.storage) or self.storage
-        return number, retry_while_busy(lambda: storage.get_trial_system_attrs(trial_id))
+        return number, retry_while_busy(
+            lambda: storage.get_trial_system_attrs(trial_id), patience=patience_of(storage)
+        )
 
     def _common_database(self) -> RDBArtifactStore | None:
         rdb, store = plain_rdb(self.storage), self.store
@@ -161,6 +182,13 @@ def _seal_soon(bodies: Bodies) -> Callable[[], list[Pointer]]:
     future = executor.submit(sealed)
     executor.shutdown(wait=False)
     return future.result
+
+
+def _sentence_start(number: int, step: int, blobs: Encoded) -> str:
+    named = [f"{shorten(name)} (role {role!r})" for name, role in blobs]
+    more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+    size = sum(len(data) for data, _ in blobs.values()) / 1e6
+    return f"Trial {number}, step {step}: the tensors {', '.join(named[:3])}{more} ({size:.2g} MB)"
 
 
 def _too_late(pointer: Pointer) -> StorageError:

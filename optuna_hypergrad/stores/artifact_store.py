@@ -11,6 +11,7 @@ from typing import BinaryIO, ClassVar
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage
 
+from .. import _optuna
 from .._errors import StorageError
 
 
@@ -77,11 +78,13 @@ def default_artifact_store(storage: BaseStorage) -> AbstractArtifactStore:
     """
     from . import REGISTRY
 
+    while getattr(storage, "passes_calls_through", False):
+        storage = _optuna.wrapped_by(storage)
     for kind in REGISTRY.values():
         if (found := kind.beside(storage)) is not None:
             return found
     raise StorageError(
         f"{type(storage).__name__} has no place of its own for tensors. Give one that every worker "
-        "can reach, for example HypergradientSampler(tensor_store='/shared/directory'), or "
-        "tensor_store= an artifact store of optuna.artifacts (S3, GCS)."
+        "can reach: HypergradientSampler(tensor_store='/shared/directory'), an artifact store of "
+        "optuna.artifacts (S3, GCS), or stores.RDBArtifactStore(RDBStorage(url)) in a database."
     )

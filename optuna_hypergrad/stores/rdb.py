@@ -7,10 +7,13 @@ PostgreSQL and MySQL. Code for the common subset of SQLAlchemy 1.4.2 and 2.
 from __future__ import annotations
 
 import io
+import shutil
+import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, BinaryIO, ClassVar
 
@@ -21,15 +24,22 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+from .. import _optuna
 from .._errors import CorruptTensorError, StorageError
-from ._database import transaction, unwrap_rdb
+from ._database import read, transaction, unwrap_rdb, write
 from ._optuna_tables import write_attributes
-from ._retrying import BUSY_TIMEOUT, retry_while_busy
+from ._retrying import is_busy, is_lost, patience_of, retry_while_busy
+from ._secrets import without_password
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
+_ATTEMPTS = 20
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
+
+
+Chunks = Callable[[], Iterator[Any]]
+"""The content of an artifact, from its beginning each time."""
 
 
 def _for_mysql(base: Any, variant: Any) -> Any:
@@ -114,18 +124,17 @@ class RDBArtifactStore(AbstractArtifactStore):
         if not self._has_tables():
             raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
         length = sa.func.length(_chunks.c.data)
-        with self._engine.connect() as connection:
-            claimed = connection.execute(
-                sa.select(_blobs.c.num_bytes).where(_blobs.c.artifact_id == artifact_id)
-            ).scalar()
-            count, last, total, longest = connection.execute(
-                sa.select(
-                    sa.func.count(),
-                    sa.func.max(_chunks.c.chunk),
-                    sa.func.sum(length),
-                    sa.func.max(length),
-                ).where(_chunks.c.artifact_id == artifact_id)
-            ).one()
+        claim = sa.select(_blobs.c.num_bytes).where(_blobs.c.artifact_id == artifact_id)
+        facts = sa.select(
+            sa.func.count(), sa.func.max(_chunks.c.chunk), sa.func.sum(length), sa.func.max(length)
+        ).where(_chunks.c.artifact_id == artifact_id)
+        claimed, (count, last, total, longest) = read(
+            self._storage,
+            lambda connection: (
+                connection.execute(claim).scalar(),
+                connection.execute(facts).one(),
+            ),
+        )
         if claimed is None and not count:
             raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
         if (
@@ -146,18 +155,23 @@ class RDBArtifactStore(AbstractArtifactStore):
         Raises:
             StorageError: if a newer version of this library has made the tables.
         """
-        start = content_body.tell() if content_body.seekable() else None
+        with ExitStack() as stack:
+            body = content_body
+            if not body.seekable():  # it may have to be read again
+                body = stack.enter_context(tempfile.SpooledTemporaryFile(_MAX_CHUNK_BYTES))  # type: ignore[assignment]
+                shutil.copyfileobj(content_body, body, CHUNK_BYTES)
+                body.seek(0)
+            start = body.tell()
 
-        def chunks() -> Iterator[bytes]:
-            if start is not None:
-                content_body.seek(start)
-            while data := content_body.read(CHUNK_BYTES):
-                yield data
+            def chunks() -> Iterator[bytes]:
+                body.seek(start)
+                while data := body.read(CHUNK_BYTES):
+                    yield data
 
-        self._write({artifact_id: chunks}, 0.0 if start is None else BUSY_TIMEOUT)
+            self._write({artifact_id: chunks})
 
     def write_many(self, bodies: Mapping[str, bytes]) -> None:
-        """One transaction for all of ``bodies``."""
+        """One transaction for all of ``bodies``. Replaces artifacts of the same identifiers."""
         self._write({artifact_id: partial(_slices, data) for artifact_id, data in bodies.items()})
 
     def write_with_attributes(
@@ -169,20 +183,27 @@ class RDBArtifactStore(AbstractArtifactStore):
     ) -> None:
         """Store ``bodies``, set system attributes of a running trial, remove ``unneeded``.
 
-        One transaction: all of it or nothing. ``attributes`` is called when the bodies have been
+        The identifiers must never have been used before: by them it is seen whether an attempt whose
+        answer was lost was carried out. One transaction: all of it or nothing. ``attributes`` is called when the bodies have been
         handed over. The pages of ``unneeded`` are free for the next write, not for this one, which
         would have to keep their contents until it is over.
 
         Raises:
             UpdateFinishedTrialError: if the trial is not running.
         """
-        slices = {artifact_id: partial(_slices, data) for artifact_id, data in bodies.items()}
 
-        def afterwards(connection: Connection) -> None:
+        def action(connection: Connection) -> bool:
+            _insert(connection, {name: partial(_slices, data) for name, data in bodies.items()})
             write_attributes(connection, trial_id, attributes())
             _delete(connection, unneeded)
+            return True
 
-        self._write(slices, then=afterwards)
+        def settle() -> bool | None:
+            with transaction(self._engine) as connection:
+                return True if _has_all(connection, bodies) else None
+
+        self._prepare()
+        write(self._storage, action, settle)
 
     def is_in(self, rdb: RDBStorage) -> bool:
         """Whether the artifacts are in the database of ``rdb``."""
@@ -198,17 +219,15 @@ class RDBArtifactStore(AbstractArtifactStore):
         if not wanted or not self._has_tables():
             return
         for some in _hundreds(wanted):
-            retry_while_busy(lambda some=some: self._remove(some))  # type: ignore[misc]
+            write(self._storage, partial(_delete, artifact_ids=some))
 
     def stored(self, prefix: str = "") -> Iterator[StoredArtifact]:
         if not self._has_tables():
             return
-        with self._engine.connect() as connection:
-            rows = connection.execute(
-                sa.select(_blobs.c.artifact_id, _blobs.c.num_bytes, _blobs.c.written).where(
-                    _blobs.c.artifact_id.startswith(prefix, autoescape=True)
-                )
-            ).all()
+        query = sa.select(_blobs.c.artifact_id, _blobs.c.num_bytes, _blobs.c.written).where(
+            _blobs.c.artifact_id.startswith(prefix, autoescape=True)
+        )
+        rows = read(self._storage, lambda connection: connection.execute(query).all())
         for artifact_id, num_bytes, written in rows:
             try:
                 yield StoredArtifact(str(artifact_id), int(num_bytes), float(written))
@@ -220,40 +239,22 @@ class RDBArtifactStore(AbstractArtifactStore):
         # Asked for each time: a pickled RDBStorage comes back with a new one.
         return self._storage.engine
 
-    def _write(
-        self,
-        bodies: Mapping[str, Callable[[], Iterator[Any]]],
-        timeout: float = BUSY_TIMEOUT,
-        then: Callable[[Connection], None] = lambda connection: None,
-    ) -> None:
+    def _write(self, bodies: Mapping[str, Chunks]) -> None:
+        def replace(connection: Connection) -> None:
+            _delete(connection, list(bodies))
+            _insert(connection, bodies)
+
         self._prepare()
-
-        def attempt() -> None:
-            with transaction(self._engine) as connection:
-                # A write first: SQLite then waits for its turn here, and never in mid-transaction.
-                for artifact_id in bodies:
-                    row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
-                    connection.execute(_blobs.insert(), row)
-                for artifact_id, chunks in bodies.items():
-                    _insert_chunks(connection, artifact_id, chunks())
-                then(connection)
-
         try:
-            retry_while_busy(attempt, timeout)
-        except IntegrityError:  # from the first statements: nothing was read yet
-            self.remove_many(bodies)
-            retry_while_busy(attempt, timeout)
-
-    def _remove(self, artifact_ids: list[str]) -> None:
-        with transaction(self._engine) as connection:
-            _delete(connection, artifact_ids)
+            write(self._storage, partial(_insert, bodies=bodies))
+        except IntegrityError:  # they are there, maybe by an attempt whose answer was lost
+            write(self._storage, replace)
 
     def _require(self, artifact_id: str) -> None:
-        if self._has_tables():
-            with self._engine.connect() as connection:
-                query = sa.select(_blobs.c.artifact_id).where(_blobs.c.artifact_id == artifact_id)
-                if connection.execute(query).first() is not None:
-                    return
+        if self._has_tables() and read(
+            self._storage, partial(_has_all, artifact_ids=[artifact_id])
+        ):
+            return
         raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
 
     def _read_chunk(self, artifact_id: str, chunk: int) -> bytes:
@@ -262,8 +263,7 @@ class RDBArtifactStore(AbstractArtifactStore):
             _chunks.c.artifact_id == artifact_id, _chunks.c.chunk == chunk
         )
         where = f"The row hypergrad_chunks(artifact_id={artifact_id!r}, chunk={chunk})"
-        with self._engine.connect() as connection:
-            row = connection.execute(query).first()
+        row = read(self._storage, lambda connection: connection.execute(query).first())
         if row is None:
             raise CorruptTensorError(
                 f"{where} is missing. Another worker has removed the artifact while it was read, "
@@ -281,7 +281,7 @@ class RDBArtifactStore(AbstractArtifactStore):
         engine = self._engine
         if engine in _prepared:
             return True
-        if not sa.inspect(engine).has_table(_version.name):
+        if not read(self._storage, lambda connection: _has_table(connection, _version.name)):
             return False
         self._check_version()
         _prepared.add(engine)
@@ -291,7 +291,7 @@ class RDBArtifactStore(AbstractArtifactStore):
         with _preparing:
             if self._has_tables():
                 return
-            retry_while_busy(self._create_tables)
+            retry_while_busy(self._create_tables, patience=patience_of(self._storage))
             if not self._has_tables():
                 raise StorageError(
                     f"The table {_version.name} is still missing after it was made. Check that "
@@ -299,23 +299,30 @@ class RDBArtifactStore(AbstractArtifactStore):
                 )
 
     def _create_tables(self) -> None:
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                # The version comes last: where it is, everything is.
+                _tables.create_all(self._engine, tables=[_blobs, _chunks])
+                _tables.create_all(self._engine, tables=[_version])
+            except (OperationalError, ProgrammingError, IntegrityError) as error:
+                # Another worker makes them in this very moment, or we may not.
+                if not left or is_lost(error) or is_busy(error):
+                    raise
+                time.sleep(0.1)
+            else:
+                break
         try:
-            # The version comes last: where it is, everything is.
-            _tables.create_all(self._engine, tables=[_blobs, _chunks])
-            _tables.create_all(self._engine, tables=[_version])
-        except (OperationalError, ProgrammingError, IntegrityError):
-            # Another worker makes them in this very moment, or we may not.
-            if not all(sa.inspect(self._engine).has_table(t) for t in _tables.tables):
-                raise
-        try:
-            with self._engine.begin() as connection:
+            with transaction(self._engine) as connection:
                 connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
         except IntegrityError:
-            pass  # another worker's row
+            return  # another worker's row
+        _optuna.logger.info(
+            f"Made the tables {', '.join(_tables.tables)} in {without_password(self._engine.url)}."
+        )
 
     def _check_version(self) -> None:
-        with self._engine.connect() as connection:
-            found = connection.execute(sa.select(_version.c.schema_version)).scalar()
+        query = sa.select(_version.c.schema_version)
+        found = read(self._storage, lambda connection: connection.execute(query).scalar())
         if found is not None and type(found) is not int:
             raise StorageError(
                 f"The schema version in the table {_version.name} is {str(found)[:60]!r} and not a number. "
@@ -323,10 +330,29 @@ class RDBArtifactStore(AbstractArtifactStore):
             )
         if found is not None and found > SCHEMA_VERSION:
             raise StorageError(
-                f"The tensor tables in this database have schema version {found} and this version "
-                f"of optuna_hypergrad knows {SCHEMA_VERSION}. Install a newer optuna_hypergrad; "
-                "nothing was changed."
+                f"The tensor tables in {without_password(self._engine.url)} have schema version "
+                f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
+                "newer optuna_hypergrad; nothing was changed."
             )
+
+
+def _has_table(connection: Connection, name: str) -> bool:
+    return bool(sa.inspect(connection).has_table(name))
+
+
+def _has_all(connection: Connection, artifact_ids: Collection[str]) -> bool:
+    query = sa.select(sa.func.count()).where(_blobs.c.artifact_id.in_(list(artifact_ids)))
+    return connection.execute(query).scalar() == len(artifact_ids)
+
+
+def _insert(connection: Connection, bodies: Mapping[str, Chunks]) -> None:
+    # All rows of a unique key first: what is there already is noticed before anything is read, and SQLite
+    # waits for its turn here, and never in mid-transaction.
+    for artifact_id in bodies:
+        row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
+        connection.execute(_blobs.insert(), row)
+    for artifact_id, chunks in bodies.items():
+        _insert_chunks(connection, artifact_id, chunks())
 
 
 def _insert_chunks(connection: Connection, artifact_id: str, chunks: Iterator[Any]) -> None:

@@ -14,6 +14,7 @@ from optuna.trial import BaseTrial
 from .. import _optuna
 from .._errors import HypergradError, HyperparameterError, ObjectiveError, SolverError
 from .._typing import Params
+from ..stores import is_of_storage
 from .points import Definition, domain_of
 from .sampler import HypergradientSampler
 from .trial import DifferentiableTrial, adapted
@@ -36,8 +37,8 @@ def differentiable(objective: Objective | None = None, *, allow_unused: bool = F
     ``FixedTrial`` or a ``FrozenTrial`` it replays it and returns a float.
 
     A trial whose loss is NaN or infinite, or in which an inner solve fails (:class:`SolverError`), is a
-    failed trial, and the sampler takes the step back; at the very start it is an error. Bad input is
-    always an error, and the trial's step will be done again.
+    failed trial, and the sampler takes the step back; at the very start it is an error. Bad input, and a
+    storage that fails, are always errors, and the trial's step will be done again.
 
     Args:
         objective: ``objective(trial, ...) -> scalar tensor``.
@@ -61,11 +62,10 @@ def differentiable(objective: Objective | None = None, *, allow_unused: bool = F
                 return own.fail(str(error))
         except optuna.TrialPruned:
             raise
-        except HypergradError as error:
-            if not isinstance(error, SolverError):
+        except Exception as error:
+            bad_input = isinstance(error, HypergradError) and not isinstance(error, SolverError)
+            if bad_input or is_of_storage(error):
                 own.void()
-            raise
-        except Exception:
             raise
         except BaseException:  # interrupted
             own.void()

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..stores import is_for_threads, seconds_since_loss, set_trial_attribute
 from .events import CLAIM
 
 OWNER, CUT_OFF = "hypergrad:owner", "hypergrad:cut_off"
+_RETRIED = "retry_history"
 
 _RENEWALS = 4
 """A lease is renewed so many times before it would run out."""
@@ -40,8 +42,15 @@ _RENEWALS = 4
 _MOMENT = 10.0
 """Seconds between the creation of a trial and its lease, at most, for a process that lives."""
 
+_SETTLED = 2.0
+"""As ``_MOMENT``, where a wrong guess costs nothing but a setting that is tried twice."""
+
 _AFTER_LOSS = 30.0
 """Seconds that others get to renew their leases, once the database is back."""
+
+_MOST_ENDED = 1000
+_ended: dict[tuple[int, int, datetime | None], threading.Thread] = {}
+"""The trials that this process has done with last, and in which thread."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +101,59 @@ class Lease:
 def is_abandoned(trial: FrozenTrial) -> bool:
     """Whether nobody works on an unfinished trial any more.
 
-    A trial that has had neither lease nor claim for ``_MOMENT`` seconds was cut off before it could have
-    one, or belongs to another sampler. (A study in memory has no leases: it goes with its process.)
+    A trial that has had neither lease nor claim of its own for ``_MOMENT`` seconds was cut off before it
+    could have one, or belongs to another sampler. (A study in memory has no leases: it goes with its
+    process.)
     """
+    if _was_given_up(trial):
+        return True
     lease = Lease.of(trial)
     if lease is not None:
         return lease.is_over
-    return CLAIM not in trial.system_attrs and _age(trial) > _MOMENT
+    claimed = CLAIM in trial.system_attrs and _RETRIED not in trial.system_attrs
+    return not claimed and _age(trial) > _MOMENT
+
+
+def abandoned(study: Study, trials: Sequence[FrozenTrial], numbers: Iterable[int]) -> set[int]:
+    """Those of ``numbers`` on which nobody works any more.
+
+    A trial that was created just now gets some time to have its lease. When it has none after that, its
+    process was killed, and the trial counts as abandoned here although it is not marked yet.
+    """
+    numbers, deadline = list(numbers), time.monotonic() + _SETTLED
+    leased = not isinstance(_optuna.storage_of(study), InMemoryStorage)
+    while True:
+        running = [trials[n] for n in numbers if trials[n].state == TrialState.RUNNING]
+        new = [t for t in running if leased and Lease.of(t) is None and _is_untouched(t)]
+        if time.monotonic() > deadline or all(_age(t) > _SETTLED for t in new):
+            return {t.number for t in [*new, *filter(is_abandoned, running)]}
+        time.sleep(0.02)
+        trials = _optuna.all_trials(study)
 
 
 def cut_off(trials: Sequence[FrozenTrial], unfinished: Iterable[int]) -> list[FrozenTrial]:
     """Those of the ``unfinished`` that are running and whose owner is gone.
 
     A trial without a lease is left alone, because another sampler may work on it, unless it is as its
-    creation left it and every finished trial of the study had a lease.
+    creation, or whoever enqueued it, left it and every finished trial of the study had a lease.
     """
     running = (trials[n] for n in sorted(unfinished) if trials[n].state == TrialState.RUNNING)
     gone = (trial for trial in running if is_abandoned(trial))
-    return [trial for trial in gone if Lease.of(trial) is not None or _was_ours(trial, trials)]
+    return [
+        trial
+        for trial in gone
+        if Lease.of(trial) is not None or _was_given_up(trial) or _was_ours(trial, trials)
+    ]
+
+
+def _was_given_up(trial: FrozenTrial) -> bool:
+    """Whether this process has done with a trial, although its end could not be stored."""
+    thread = _ended.get(_identity(trial))
+    return thread is not None and (thread is threading.current_thread() or not thread.is_alive())
+
+
+def _identity(trial: FrozenTrial) -> tuple[int, int, datetime | None]:
+    return _optuna.trial_id_of(trial), trial.number, trial.datetime_start
 
 
 def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
@@ -125,7 +169,9 @@ def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
     _optuna.logger.warning(
         f"Trial {trial.number} is marked as failed: its "
         + (
-            "process was gone before it had begun."
+            "end could not be stored."
+            if _was_given_up(trial)
+            else "process was gone before it had begun."
             if lease is None
             else f"process ({lease.who}) is gone, or has not renewed its lease."
         )
@@ -134,10 +180,17 @@ def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
 
 
 def _was_ours(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-    if trial.params or trial.user_attrs or trial.system_attrs or trial.intermediate_values:
-        return False
     finished = [t for t in trials if t.state.is_finished()]
-    return bool(finished) and all(OWNER in t.system_attrs for t in finished)
+    ours = bool(finished) and all(OWNER in t.system_attrs for t in finished)
+    return ours and _is_untouched(trial)
+
+
+def _is_untouched(trial: FrozenTrial) -> bool:
+    """Whether a trial is as its creation, or whoever enqueued it, left it."""
+    if trial.params or trial.intermediate_values:
+        return False
+    enqueued = bool(_optuna.fixed_params(trial))
+    return enqueued or not (trial.user_attrs or trial.system_attrs)
 
 
 def _age(trial: FrozenTrial) -> float:
@@ -191,9 +244,16 @@ class LeaseKeeper:
                 thread.start()
 
     def end(self, study: Study, trial: FrozenTrial) -> None:
-        """The trial is finished, or about to be."""
+        """The trial is finished, or about to be, or could not begin.
+
+        If it still runs when this thread goes on, or is over, then its end could not be stored.
+        """
         with self._lock:
             self._held.pop((id(_optuna.storage_of(study)), _optuna.trial_id_of(trial)), None)
+        _ended[_identity(trial)] = threading.current_thread()
+        while len(_ended) > _MOST_ENDED:
+            with suppress(KeyError, RuntimeError):  # another thread does the same
+                del _ended[next(iter(_ended))]
 
     def renew(self) -> bool:
         """Renew every lease; whether there are any left."""
@@ -250,10 +310,14 @@ def is_dead(process: str) -> bool:
 
 
 def _birth(pid: int | str) -> str:
-    """Start time and namespace of a process; empty where there is none, or no /proc."""
+    """Start time and namespace of a process; empty where there is none, or no /proc.
+
+    A process that was killed stays in /proc until its parent asks for its end: there is none any more.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
         space = os.readlink(f"/proc/{pid}/ns/pid")
-        return f"{stat.rsplit(')', 1)[1].split()[19]}@{space}"
-    except (OSError, IndexError):
+        state, *others = stat.rsplit(")", 1)[1].split()
+        return "" if state in "ZX" else f"{others[18]}@{space}"
+    except (OSError, IndexError, ValueError):
         return ""

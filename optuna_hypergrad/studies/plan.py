@@ -12,13 +12,13 @@ from typing import Any, Literal
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from .. import _optuna
 from .._typing import Params
 from ..stores import TensorStore
 from .events import CLAIM, Claim, write_event
-from .leases import is_abandoned
+from .leases import abandoned
 from .points import Definition
 from .proposals import Proposer
 from .racing import Race
@@ -233,16 +233,17 @@ class Planner:
         names: set[str],
         stage: int,
     ) -> Proposer:
-        entropy = [self.seed, self.ordinal(ledger, trials, trial), stage]
+        entropy = [self.seed, self._ordinal(ledger, study, trials, trial), stage]
         return Proposer(self.base, entropy, study, ledger, self.race, trials, trial, names)
 
-    def ordinal(self, ledger: Ledger, trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
+    def _ordinal(
+        self, ledger: Ledger, study: Study, trials: Sequence[FrozenTrial], trial: FrozenTrial
+    ) -> int:
         """The trial's number among those that count: lost ones do not, so that a study which was
         cut off goes on with the choices that it would have made; unless they kill every process."""
+        unfinished = [n for n in ledger.unfinished if n < trial.number]
         gone = sum(1 for n in ledger.lost if n < trial.number)
-        for number in ledger.unfinished:
-            running = number < trial.number and trials[number].state == TrialState.RUNNING
-            gone += running and is_abandoned(trials[number])
+        gone += len(abandoned(study, trials, unfinished))
         in_a_row = next(i for i in itertools.count() if trial.number - i - 1 not in ledger.lost)
         return trial.number - gone + in_a_row // MAX_CUT_OFF
 

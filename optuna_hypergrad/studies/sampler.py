@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
@@ -183,9 +183,21 @@ class HypergradientSampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         if _optuna.is_multi_objective(study):
             return
+        try:
+            if self._begin(study, trial):
+                return
+            self._base.before_trial(study, trial)
+        except BaseException:
+            self._leases.end(study, trial)
+            raise
+
+    def _begin(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether gradients are to decide about ``trial``."""
         memory = self._memory(study)
+        # Not under memory.lock: this waits for the database, whose holder may wait for that lock.
+        self._leases.begin(study, trial)
         with memory.lock:
-            self._leases.begin(study, trial)
+            self._warn_of_pickles(memory, study)
             ledger = memory.ledger
             trials = _optuna.recent_trials(study, max(trial.number + 1, ledger.seen))
             ledger.sync(trials)
@@ -193,9 +205,7 @@ class HypergradientSampler(BaseSampler):
                 trials = _optuna.all_trials(study)
                 ledger.sync(trials)
             keep_given_params(study, trial)
-            if self._planner.is_differentiated(memory, trials, trial):
-                return
-        self._base.before_trial(study, trial)
+            return self._planner.is_differentiated(memory, trials, trial)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -366,6 +376,16 @@ class HypergradientSampler(BaseSampler):
                 memory.say_once("lost", f"Trajectory {plan.trajectory.id} cannot go on. {error}")
             else:
                 return plan
+
+    def _warn_of_pickles(self, memory: Memory, study: Study) -> None:
+        name = _optuna.unpickling(self._base)
+        if name is not None and not isinstance(_optuna.storage_of(study), InMemoryStorage):
+            memory.say_once(
+                "pickle",
+                f"{name} keeps its state in the study's storage as a pickle. Whoever can write to that storage "
+                "can run code in this process: use it only where you trust them all, or take "
+                "TPESampler() or GPSampler(), which read numbers only.",
+            )
 
     def _memory(self, study: Study) -> Memory:
         studies = self._memories.setdefault(_optuna.storage_of(study), {})

@@ -29,9 +29,10 @@ MAX_FUTILE = 3
 def succeed(
     study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial], unfinished: Iterable[int]
 ) -> bool:
-    """Mark trials that were cut off as failed, and let ``trial`` go on with one that has a checkpoint.
+    """Mark trials that were cut off as failed, and let ``trial`` go on with one that has a checkpoint, or
+    that was enqueued with parameters.
 
-    Further ones with a checkpoint are enqueued. Where the storage has a callback for stale trials, that
+    Further ones are enqueued. Where the storage has a callback for stale trials, that
     is called instead.
 
     Args:
@@ -71,18 +72,22 @@ def keep_given_params(study: Study, trial: FrozenTrial) -> None:
 
 
 def _sources(ended: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials with a checkpoint that nobody goes on with once ``ended`` is over: it, and those that it
-    was about to pass on."""
-    found = [ended] if checkpoint_attributes(ended) else []
+    """Trials that are to be gone on with, and that nobody goes on with once ``ended`` is over: it, and
+    those that it was about to pass on."""
+    found = [ended] if _is_passed_on(ended) else []
     before = ended.system_attrs.get(HEIR_OF)
     numbers = before if isinstance(before, list) else []
     passed_on = {n for t in trials if t is not ended or found for n in _history(t)}
     for number in numbers:
         if type(number) is int and 0 <= number < len(trials) and number not in passed_on:
             source = trials[number]
-            if source.state == TrialState.FAIL and checkpoint_attributes(source):
+            if source.state == TrialState.FAIL and _is_passed_on(source):
                 found.append(source)
     return found
+
+
+def _is_passed_on(trial: FrozenTrial) -> bool:
+    return bool(checkpoint_attributes(trial) or _optuna.fixed_params(trial))
 
 
 def _history(trial: FrozenTrial) -> list[int]:
@@ -99,9 +104,10 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
     before = attributes.get(_RESUMED_AT)
     resumed = [*(before if isinstance(before, list) else []), step]
     if len(resumed) > MAX_FUTILE and resumed[-MAX_FUTILE - 1 :] == [step] * (MAX_FUTILE + 1):
+        when = f"after step {step} of its checkpoint" if step >= 0 else "with no checkpoint"
         _optuna.logger.warning(
-            f"Trial {source.number} was cut off for the {MAX_FUTILE + 1}th time after step {step} of its "
-            "checkpoint; it is not continued again. Look for what kills its process (memory?)."
+            f"Trial {source.number} was cut off for the {MAX_FUTILE + 1}th time {when}; it is not continued "
+            "again. Look for what kills its process (memory?)."
         )
         return None
     return {

@@ -17,7 +17,7 @@ from .._errors import StorageError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
 from .events import CLAIM, OUTCOME, Claim, Outcome, damaged, gradient_of
-from .leases import CUT_OFF, is_abandoned
+from .leases import CUT_OFF, Lease, is_abandoned
 from .points import Definition, PointSpace, domain_of
 
 MAX_CUT_OFF = 5
@@ -266,12 +266,16 @@ class Ledger:
         return bool(self.trajectories)
 
     def claims(self, trials: Sequence[FrozenTrial], but: int) -> dict[int, Claim]:
-        """Claims of the trials that somebody works on, by number, without trial ``but``."""
+        """Claims of the trials that somebody works on, by number, without trial ``but``.
+
+        A lease that has run out changes nothing before the trial is marked as failed: until then its
+        owner can still finish the step.
+        """
         found = {}
         for number in self.unfinished:
             if number == but or trials[number].state != TrialState.RUNNING:
                 continue
-            if is_abandoned(trials[number]):
+            if Lease.of(trials[number]) is None and is_abandoned(trials[number]):
                 continue
             claim = self._claim_of(trials[number])
             if claim is not None:
