@@ -247,7 +247,9 @@ def campaign(
             else:
                 damage.num_cuts += _cut(disturber, processes)
             tick()
-            time.sleep(0.2 * chance.random())
+            told = _num_told(directory)
+            _until(lambda told=told: _num_told(directory) > told, 4.0)  # type: ignore[misc]
+            time.sleep(0.1 * chance.random())
         proxy.let_through()
         (directory / "stop").touch()
         for process in processes:
@@ -293,6 +295,10 @@ def _wait_for(directory: Path, processes: list[subprocess.Popen[str]], workers: 
         ),
         120.0,
     )
+
+
+def _num_told(directory: Path) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in directory.glob("*.jsonl"))
 
 
 def _assess(url: str, directory: Path, damage: Damage) -> None:
