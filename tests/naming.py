@@ -80,9 +80,9 @@ class Names:
 
 
 def all_names() -> st.SearchStrategy[Names]:
-    """Plain ones but for two or three: most sets have one that is refused, or none."""
-    slots = ("study", "number", "tensor", "tree", "entry", "entry 2")
-    odd = st.dictionaries(st.sampled_from(slots), NAMES, min_size=2, max_size=3)
+    """Plain ones but for three or four: most sets have one that is refused, or none."""
+    slots = ("study", "number", "tensor", "tree", "entry", "entry 2", "entry 3")
+    odd = st.dictionaries(st.sampled_from(slots), NAMES, min_size=3, max_size=4)
 
     def named(texts: dict[str, str]) -> Names:
         study, number, tensor, tree, *entries = (texts.get(slot, slot) for slot in slots)
@@ -143,6 +143,8 @@ def _try_trials(storage: RDBStorage, study: optuna.Study, names: Names) -> str:
             study.optimize(ohg.differentiable(objective), n_trials=1)
     except Exception as error:
         storage.remove_session()
+        if suggested:
+            raise AssertionError(f"It was refused when it had been evaluated: {error!r}") from error
         _check_refusal(storage, study, names, error, stored)
         return "refused"
     assert said == []

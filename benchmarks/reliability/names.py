@@ -1,6 +1,6 @@
 """Give studies, numbers, tensors and entries of dicts of tensors every kind of name.
 
-Each example is a study with two or three odd names, made by hypothesis. It is optimized for a trial by one
+Each example is a study with three or four odd names, made by hypothesis. It is optimized for a trial by one
 sampler and for another one by a new sampler, its tensors are loaded, it is shown by the command line, and it is
 deleted. Every name must come back as it was; or this library or Optuna must refuse it, with an error that names it
 and before a tensor is stored.
@@ -49,7 +49,7 @@ def main() -> int:
         "Any text is a name and comes back as it was, or is refused before anything is stored under it",
         rows,
         [
-            "names: odd ones, two or three in a study, in any of six places; counted with what became of their "
+            "names: odd ones, three or four in a study, in any of seven places; counted with what became of their "
             "study.",
             "refused: by this library (no UTF-8 encoding, empty, reserved, longer than an attribute) or by Optuna "
             "(longer than a column, NUL on PostgreSQL, more than the character set of MariaDB's default).",
