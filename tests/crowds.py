@@ -21,18 +21,20 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.stores import unwrap_rdb
+from optuna_hypergrad.studies import RetryingStorage
 from optuna_hypergrad.studies.events import Claim, Outcome
 from optuna_hypergrad.studies.trajectory import Ledger
 
 _SLOT = "slot"
-_PATIENCE = 120.0
-_HANGS = 240.0
+_PATIENCE = 600.0
+_HANGS = 600.0
 _UNCLEAR = 10.0
 """Seconds after which a trial that has no lease yet counts as cut off."""
 
 
 def study_of(storage: BaseStorage, directory: Path, **settings: Any) -> optuna.Study:
-    if isinstance(storage, optuna.storages.GrpcStorageProxy):
+    if unwrap_rdb(storage) is None:
         settings["tensor_store"] = str(directory / "tensors")
     return optuna.create_study(
         study_name="s",
@@ -62,7 +64,7 @@ class Objective:
 
 def take_part(kind: str, directory: Path, slot: int, trials: int) -> None:
     """One worker's life: until its slot has so many completed trials, of which it may have inherited some."""
-    study = study_of(open_storage(kind, directory), directory)
+    study = study_of(RetryingStorage(open_storage(kind, directory)), directory)
     objective = ohg.differentiable(Objective(Log(directory / "log"), slot))
     while (left := trials - completed(study, slot)) > 0:
         study.optimize(objective, n_trials=left)
@@ -87,7 +89,7 @@ class Crowd:
         directory.mkdir(parents=True)
         self.kind, self.directory, self.kills = kind, directory, kills
         self.workers, self.trials = workers, trials
-        self.storage = open_storage(kind, directory)
+        self.storage = RetryingStorage(open_storage(kind, directory))
         self.study = study_of(self.storage, directory)
         self.log = Log(directory / "log")
         self.killed = 0
@@ -178,7 +180,7 @@ def step_of(trial: FrozenTrial) -> tuple[int, int | None]:
 
 def race(kind: str, directory: Path, racer: int, races: int, start: Any, end: Any) -> None:
     """One racer's life: whoever gets the step takes it, whoever does not gives its trial back."""
-    study = study_of(open_storage(kind, directory), directory, optimizer=_slow)
+    study = study_of(RetryingStorage(open_storage(kind, directory)), directory, optimizer=_slow)
     log, rng = Log(directory / "log"), random.Random(racer)
     for number in range(races):
         start.wait(_PATIENCE)

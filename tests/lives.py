@@ -37,7 +37,7 @@ from optuna_hypergrad.stores import TensorStore
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", "alembic.context", "lives"])
 
-_LONG = 120.0
+_LONG = 600.0
 
 
 class Log:

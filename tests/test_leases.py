@@ -232,6 +232,18 @@ def test_an_enqueued_trial_whose_process_dies_is_done_by_the_next(
     assert study.trials[2].params == {"x": 2.5}
 
 
+def test_trials_that_were_cut_off_before_their_lease_are_marked_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.optimize(objective, n_trials=1)
+    monkeypatch.setattr(leases, "_MOMENT", 0.0)
+    for _ in range(2):
+        study._storage.create_new_trial(study._study_id)
+        study.optimize(objective, n_trials=1)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", *(["FAIL", "COMPLETE"] * 2)]
+
+
 def test_trials_of_other_samplers_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,17 +407,21 @@ def test_a_second_one_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(seen) == sorted([2, 3, 4, 5, 6, 7, 6, 7])
 
 
-def test_an_heir_that_dies_before_it_has_inherited_passes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("done", range(7))
+def test_an_heir_that_dies_before_it_has_inherited_all_passes_on(
+    done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_in(open_storage("sqlite", tmp_path))
     gone = cut_off(study, monkeypatch, 5)
     with monkeypatch.context() as patch:
+        left, write = iter(range(done)), succession._set
 
-        def die(*args: Any) -> None:
-            raise Cut
+        def write_some(*args: Any) -> None:
+            if next(left, None) is None:
+                raise Cut
+            write(*args)
 
-        patch.setattr(succession, "_adopt", die)
+        patch.setattr(succession, "_set", write_some)
         with pytest.raises(Cut):
             study.ask()
     run_out(study, study.trials[1]._trial_id)

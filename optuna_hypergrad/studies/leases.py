@@ -135,7 +135,7 @@ def cut_off(trials: Sequence[FrozenTrial], unfinished: Iterable[int]) -> list[Fr
     """Those of the ``unfinished`` that are running and whose owner is gone.
 
     A trial without a lease is left alone, because another sampler may work on it, unless it is as its
-    creation, or whoever enqueued it, left it and every finished trial of the study had a lease.
+    creation, or whoever enqueued it, left it and every finished trial of the study had a lease, or was marked itself.
     """
     running = (trials[n] for n in sorted(unfinished) if trials[n].state == TrialState.RUNNING)
     gone = (trial for trial in running if is_abandoned(trial))
@@ -181,7 +181,7 @@ def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
 
 def _was_ours(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
     finished = [t for t in trials if t.state.is_finished()]
-    ours = bool(finished) and all(OWNER in t.system_attrs for t in finished)
+    ours = bool(finished) and all({OWNER, CUT_OFF} & t.system_attrs.keys() for t in finished)
     return ours and _is_untouched(trial)
 
 

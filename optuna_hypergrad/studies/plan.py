@@ -18,7 +18,7 @@ from .. import _optuna
 from .._typing import Params
 from ..stores import TensorStore
 from .events import CLAIM, Claim, write_event
-from .leases import abandoned
+from .leases import abandoned, is_abandoned
 from .points import Definition
 from .proposals import Proposer
 from .racing import Race
@@ -29,8 +29,8 @@ StartFrom = Literal["best", "base", "init"]
 _PROPOSALS = 8
 """How often the base sampler is asked for a setting that is new, or not clearly bad."""
 
-_WAIT_FOR_RIVAL = 1.0
-"""Seconds for which a claim waits for a later one on the same step to be withdrawn."""
+_WAIT_FOR_RIVAL = 10.0
+"""Seconds for which a claim waits for a later one on the same step to be withdrawn, at most."""
 
 
 @dataclass
@@ -270,7 +270,8 @@ class Planner:
 
         Both rivals write before they read, so at least one sees the other. The later trial gives
         way at once; the earlier one waits for that, and gives way itself when it does not happen,
-        because the later one may have looked before this claim was written.
+        because the later one may have looked before this claim was written: it has begun its work then,
+        or ended.
         """
         deadline = time.monotonic() + _WAIT_FOR_RIVAL
         while True:
@@ -278,13 +279,15 @@ class Planner:
             if ledger.trajectories[claim.trajectory].last != claim.parent:
                 return False
             rivals = [
-                n
+                trials[n]
                 for n, c in ledger.claims(trials, trial.number).items()
                 if (c.trajectory, c.parent) == (claim.trajectory, claim.parent)
             ]
             if not rivals:
                 return True
-            if min(rivals) < trial.number or time.monotonic() > deadline:
+            if any(t.number < trial.number or t.params or is_abandoned(t) for t in rivals):
+                return False
+            if time.monotonic() > deadline:
                 return False
             time.sleep(0.02)
             trials = _optuna.all_trials(study)

@@ -74,9 +74,10 @@ def keep_given_params(study: Study, trial: FrozenTrial) -> None:
 def _sources(ended: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Trials that are to be gone on with, and that nobody goes on with once ``ended`` is over: it, and
     those that it was about to pass on."""
-    found = [ended] if _is_passed_on(ended) else []
     before = ended.system_attrs.get(HEIR_OF)
     numbers = before if isinstance(before, list) else []
+    half = _RESUMED_AT not in ended.system_attrs and any(n in numbers for n in _history(ended))
+    found = [ended] if _is_passed_on(ended) and not half else []
     passed_on = {n for t in trials if t is not ended or found for n in _history(t)}
     for number in numbers:
         if type(number) is int and 0 <= number < len(trials) and number not in passed_on:
@@ -99,8 +100,7 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
     """System attributes for the successor; ``None`` for a checkpoint that leads nowhere."""
     attributes = source.system_attrs
     checkpoints = checkpoint_attributes(source)
-    steps = [p.get("step") for p in checkpoints.values() if isinstance(p, dict)]
-    step = max((s for s in steps if type(s) is int), default=-1)
+    step = max(map(_step_of, checkpoints.values()), default=-1)
     before = attributes.get(_RESUMED_AT)
     resumed = [*(before if isinstance(before, list) else []), step]
     if len(resumed) > MAX_FUTILE and resumed[-MAX_FUTILE - 1 :] == [step] * (MAX_FUTILE + 1):
@@ -110,13 +110,14 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
             "again. Look for what kills its process (memory?)."
         )
         return None
-    return {
-        _FIXED: _optuna.fixed_params(source) | _named(source.params),
-        "failed_trial": attributes.get("failed_trial", source.number),
+    newest_first = sorted(checkpoints.items(), key=lambda entry: -_step_of(entry[1]))
+    return {  # in the order in which they are written: the last one says that all of them are
         "retry_history": [*_history(source), source.number],
-        _RESUMED_AT: resumed,
+        "failed_trial": attributes.get("failed_trial", source.number),
+        _FIXED: _optuna.fixed_params(source) | _named(source.params),
         **{k: v for k, v in attributes.items() if str(k).startswith(CLAIM)},
-        **checkpoints,
+        **dict(newest_first),
+        _RESUMED_AT: resumed,
     }
 
 
@@ -125,15 +126,20 @@ def _named(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if isinstance(name, str)}
 
 
+def _step_of(pointer: Any) -> int:
+    step = pointer.get("step") if isinstance(pointer, dict) else None
+    return step if type(step) is int else -1
+
+
 def _adopt(
     study: Study, trial: FrozenTrial, failed: FrozenTrial, attributes: dict[str, Any]
 ) -> None:
-    for key, value in attributes.items():
-        _set(study, trial, key, value)
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     for key, value in failed.user_attrs.items():
         storage.set_trial_user_attr(trial_id, key, value)
         trial.user_attrs[key] = value
+    for key, value in attributes.items():
+        _set(study, trial, key, value)
     _optuna.logger.warning(f"Trial {trial.number} goes on where trial {failed.number} was cut off.")
 
 
