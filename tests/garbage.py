@@ -157,11 +157,39 @@ _CELLS = (
 )
 
 
-def spoil(path: Path, rng: random.Random) -> list[str]:
-    """Write garbage into one to three rows of a database; in words, which."""
+KNOWN = (
+    "UPDATE hypergrad_blobs SET num_bytes = 9e999",
+    "UPDATE hypergrad_version SET schema_version = x'00'",
+    "UPDATE hypergrad_chunks SET data = 10000000000",
+    "UPDATE trial_system_attributes SET key = x'ff' WHERE key = 'hypergrad:claim'",
+    "UPDATE trial_params SET param_name = x'ff' WHERE param_id IN (1, 9, 13)",
+    "UPDATE trial_params SET param_name = NULL WHERE trial_id = 2",
+    "UPDATE studies SET study_name = x'ff' WHERE study_id = 2",
+    "UPDATE trials SET number = 9007199254740993 WHERE trial_id = 3",
+    "UPDATE trials SET number = x'ff' WHERE study_id = 2",
+    "DELETE FROM trial_values WHERE trial_id = 2",
+    "INSERT INTO trial_system_attributes VALUES (NULL, 4, 'constraints', '{\"c\": null}')",
+    "UPDATE trial_system_attributes SET value_json = '5' WHERE key = 'fixed_params'",
+    "UPDATE trial_system_attributes SET value_json = json_set(value_json, '$.until', json('1'"
+    " || printf('%.400d', 0))) WHERE key = 'hypergrad:owner'",
+)
+"""Garbage that has once led to something else than a typed error."""
+
+
+def spoil(path: Path, seed: int) -> list[str]:
+    """Write garbage into one to three rows of a database; in words, which.
+
+    Args:
+        seed: Of the garbage; of ``KNOWN``, counted from the end, if it is negative.
+    """
+    rng = random.Random(seed)
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous=OFF")
     connection.execute("PRAGMA ignore_check_constraints=ON")
+    if seed < 0:
+        connection.execute(KNOWN[seed])
+        connection.close()
+        return [KNOWN[seed]]
     done: list[str] = []
     while not done or (len(done) < 3 and rng.random() < 0.3):
         try:

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.engine import Connection
 
 from .. import _optuna
+from .._errors import StorageError
 from ._database import read, transaction
 
 try:
@@ -50,14 +51,22 @@ def read_running_trial(
     """Number of a running trial, and those of its system attributes ``keys`` that it has.
 
     ``None`` for a trial that is finished or not there.
+
+    Raises:
+        StorageError: if its number is none.
     """
 
     def find(connection: Connection) -> tuple[int, dict[str, Any]] | None:
         row = connection.execute(_row_of(trial_id)).first()
         if row is None or row.state.is_finished():
             return None
+        if type(row.number) is not int:  # SQLite lets any type into any column
+            raise StorageError(
+                f"The trial with id {trial_id} has the number {str(row.number)[:60]!r}, which is none. Something "
+                "has changed the row in the table trials; restore it from a backup."
+            )
         found = _attributes_of(connection, trial_id, keys)
-        return int(row.number), {key: json.loads(text) for key, text in found.items()}
+        return row.number, {key: json.loads(text) for key, text in found.items()}
 
     return read(rdb, find)
 

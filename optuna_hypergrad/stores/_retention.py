@@ -78,6 +78,14 @@ class Retention:
         return f"keeps {role!r} of {newest}{best}{every} (Retention(newest=, best=, every=))"
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """Whether all its constraints hold; they do not where they are no numbers."""
+    try:
+        return all(c <= 0.0 for c in trial.constraints.values())
+    except TypeError:  # also of Optuna, for attributes whose keys are no text
+        return False
+
+
 def _is_settled(trial: FrozenTrial) -> bool:
     if trial.state is TrialState.FAIL and trial.datetime_complete is not None:
         now = datetime.datetime.now(trial.datetime_complete.tzinfo)
@@ -93,7 +101,7 @@ def _best(
     trials: Iterable[FrozenTrial], directions: Sequence[StudyDirection], count: int
 ) -> set[int]:
     complete = [t for t in trials if t.state is TrialState.COMPLETE]
-    feasible = [t for t in complete if all(c <= 0.0 for c in t.constraints.values())]
+    feasible = [t for t in complete if is_feasible(t)]
     best: set[int] = set()
     for candidates in (complete, feasible):
         for objective, direction in enumerate(directions):

@@ -18,6 +18,7 @@ from .._errors import HyperparameterError, MissingTensorError, StorageError
 from .._typing import Params
 from ..stores import TensorStore
 from ..stores._encoding import encode
+from ..stores._retention import is_feasible
 from .tensors import load_tensors
 
 
@@ -42,8 +43,7 @@ def best_with_tensors(study: Study, store: TensorStore, stored: Collection[str])
     ]
 
     def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
-        infeasible = any(c > 0.0 for c in trial.constraints.values())
-        return infeasible, sign * trial.values[0], trial.number
+        return not is_feasible(trial), sign * trial.values[0], trial.number
 
     for trial in sorted(complete, key=rank):
         pointers = store.pointers(trial, role="value")
