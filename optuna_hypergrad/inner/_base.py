@@ -220,7 +220,7 @@ def inner_solve(
         num_steps=taken,
         value=float(value.detach()),
         gradient_norm=norm,
-        result=verdict(solver, w, float(value.detach()), norm, converged),
+        result=verdict(solver, w, float(value.detach()) if taken else 0.0, norm, converged),
     )
 
 
@@ -233,10 +233,10 @@ def verdict(
     solver: AbstractInnerSolver, w: Params, value: float, norm: float, converged: bool
 ) -> Result:
     """How a solve ended, in words."""
-    if not _tree.all_finite(_tree.detach(w)):
+    if not _tree.all_finite(_tree.detach(w)) or not math.isfinite(value):
         return Result(
             Status.NONFINITE,
-            f"The inner solve by {type(solver).__name__} ended in NaN or infinite parameters (inner objective "
+            f"The inner solve by {type(solver).__name__} ended in NaN or infinite values (inner objective "
             f"{value:.3g}); lower its step size, or tighten the bounds of the hyperparameters that it diverges at.",
         )
     if not converged:
