@@ -7,6 +7,7 @@ argument ``plain`` it is Optuna's own, without any of this library.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -30,6 +31,19 @@ from optuna_hypergrad.stores._pointer import ATTRIBUTE_PREFIX
 from optuna_hypergrad.studies.events import CLAIM, GRADIENT, OUTCOME
 
 NAME = "study"
+WRITES = tuple(
+    b"INSERT INTO " + table
+    for table in (
+        b"trials",
+        b"trial_params",
+        b"trial_system_attributes",
+        b"trial_user_attributes",
+        b"trial_intermediate_values",
+        b"trial_values",
+        b"hypergrad_blobs",
+    )
+)
+"""What a trial writes, each in a transaction of its own."""
 
 
 def loss(trial: Any) -> Tensor:
@@ -148,23 +162,28 @@ def compare_with_undisturbed(study: optuna.Study) -> int:
     return differences + (tensors_of(study) != tensors_of(whole))
 
 
-def lose_each_answer(
-    server: Server, request: bytes, at_most: int = 1000
-) -> tuple[optuna.Study, int]:
-    """Run a study in whose k-th trial the answer to the k-th such request is lost, until a trial has no k-th
-    one. The study, on a storage of its own, and the number of cuts."""
-    url = server.new_database()
-    study = open_study(url)
-    with CuttingProxy(server.port) as proxy:
-        storage = ohg.RetryingStorage(proxy.url(url))
-        study = open_study(storage)
-        for k in range(1, at_most):
-            proxy.lose_answer_to(*[request] * k)
-            study.optimize(objective(), n_trials=1)
-            if proxy.is_waiting:
-                break
+def lose_each_answer(study: optuna.Study, proxy: CuttingProxy, request: bytes) -> int:
+    """In the k-th of further trials, lose the answer to the k-th such request, until a trial has no k-th one.
+    How many were lost."""
+    for k in itertools.count(1):
+        proxy.lose_answer_to(*[request] * k)
+        study.optimize(objective(), n_trials=1)
+        if proxy.is_waiting:
+            break
+    proxy.let_through()
+    return k - 1
+
+
+def lose_answers_to_writes(study: optuna.Study, proxy: CuttingProxy) -> int:
+    """In each further trial, lose the answer to the commit of what it writes into one of the tables.
+    How many were lost."""
+    lost = 0
+    for write in WRITES:
+        proxy.lose_answer_to(write, b"COMMIT")
+        study.optimize(objective(), n_trials=1)
+        lost += not proxy.is_waiting
         proxy.let_through()
-    return open_study(ohg.RetryingStorage(url)), k - 1
+    return lost
 
 
 def restart(server: Server, *, crash: bool) -> None:
@@ -228,7 +247,9 @@ def campaign(
             else:
                 damage.num_cuts += _cut(disturber, processes)
             tick()
-            time.sleep(0.2 * chance.random())
+            told = _num_told(directory)
+            _until(lambda told=told: _num_told(directory) > told, 4.0)  # type: ignore[misc]
+            time.sleep(0.1 * chance.random())
         proxy.let_through()
         (directory / "stop").touch()
         for process in processes:
@@ -274,6 +295,10 @@ def _wait_for(directory: Path, processes: list[subprocess.Popen[str]], workers: 
         ),
         120.0,
     )
+
+
+def _num_told(directory: Path) -> int:
+    return sum(len(path.read_bytes().splitlines()) for path in directory.glob("*.jsonl"))
 
 
 def _assess(url: str, directory: Path, damage: Damage) -> None:

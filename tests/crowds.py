@@ -26,6 +26,7 @@ from optuna_hypergrad.studies.trajectory import Ledger
 
 _SLOT = "slot"
 _PATIENCE = 120.0
+_HANGS = 240.0
 _UNCLEAR = 10.0
 """Seconds after which a trial that has no lease yet counts as cut off."""
 
@@ -94,13 +95,17 @@ class Crowd:
     def run(self, rng: random.Random) -> list[str]:
         """Let them work, and say what is wrong in the end."""
         total = self.workers * self.trials
-        due = sorted(rng.randrange(total) for _ in range(self.kills))
+        due = sorted(rng.randrange(3 * total // 4) for _ in range(self.kills))
         with ExitStack() as stack:
             lives = [self._begin(stack, slot) for slot in range(self.workers)]
-            while any(life.process.is_alive() for life in lives):
+            before, progress = 0, time.monotonic()
+            while busy := [i for i, life in enumerate(lives) if life.process.is_alive()]:
                 done = len(self.log.lines())
-                busy = [i for i, life in enumerate(lives) if life.process.is_alive()]
-                if due and due[0] <= done and busy:
+                if done > before:
+                    before, progress = done, time.monotonic()
+                if time.monotonic() - progress > _HANGS:
+                    return [f"workers {busy} hang"]
+                if due and due[0] <= done:
                     slot = rng.choice(busy)
                     time.sleep(rng.uniform(0.0, 0.2))
                     if lives[slot].kill():

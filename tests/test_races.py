@@ -16,7 +16,10 @@ def test_exactly_one_gets_the_step(tmp_path: Path) -> None:
 
 def test_a_paused_owner_is_refused(tmp_path: Path) -> None:
     owners, rng, paused = PausedOwners("sqlite", tmp_path / "study"), random.Random(0), 0
-    while paused < PAUSED:
+    for _ in range(4 * PAUSED):
         late, wrong = owners.pause(rng)
         paused += late
         assert wrong == []
+        if paused == PAUSED:
+            return
+    raise AssertionError(f"only {paused} of {4 * PAUSED} were taken over")

@@ -19,8 +19,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import optuna
-from connection_losses import Damage, campaign, compare_with_undisturbed, lose_each_answer
+from connection_losses import (
+    Damage,
+    campaign,
+    compare_with_undisturbed,
+    lose_each_answer,
+    open_study,
+)
+from cutting_proxy import CuttingProxy
 from servers import SERVERS, Server
+
+from optuna_hypergrad import RetryingStorage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -90,8 +99,10 @@ def _row(kind: str, workers: int, damage: Damage, plain: bool) -> dict[str, Any]
 
 
 def _each_answer(kind: str, server: Server, request: bytes) -> tuple[dict[str, Any], int]:
-    study, cuts = lose_each_answer(server, request)
-    differences = compare_with_undisturbed(study)
+    with CuttingProxy(server.port) as proxy:
+        study = open_study(RetryingStorage(proxy.url(server.new_database())))
+        cuts = lose_each_answer(study, proxy, request)
+        differences = compare_with_undisturbed(study)
     what = "commit" if request else "request"
     return {
         "server": kind,

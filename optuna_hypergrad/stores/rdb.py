@@ -231,7 +231,7 @@ class RDBArtifactStore(AbstractArtifactStore):
         for artifact_id, num_bytes, written in rows:
             try:
                 yield StoredArtifact(str(artifact_id), int(num_bytes), float(written))
-            except (TypeError, ValueError):  # SQLite lets any type into any column
+            except (TypeError, ValueError, OverflowError):  # SQLite lets any type into any column
                 yield StoredArtifact(str(artifact_id), 0, 0.0)
 
     @property
@@ -258,24 +258,24 @@ class RDBArtifactStore(AbstractArtifactStore):
         raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
 
     def _read_chunk(self, artifact_id: str, chunk: int) -> bytes:
-        query = sa.select(_chunks.c.data).where(
+        # As it is in the row: made to bytes, a number would be as many zeros.
+        query = sa.select(sa.type_coerce(_chunks.c.data, sa.types.NullType())).where(
             _chunks.c.artifact_id == artifact_id, _chunks.c.chunk == chunk
         )
         where = f"The row hypergrad_chunks(artifact_id={artifact_id!r}, chunk={chunk})"
-        try:
-            row = read(self._storage, lambda connection: connection.execute(query).first())
-            data = None if row is None else bytes(row[0])
-        except (TypeError, ValueError) as error:  # SQLite lets any type into any column
-            raise CorruptTensorError(
-                f"{where} does not hold bytes. The database was changed: use an earlier trial, "
-                "or a backup."
-            ) from error
-        if data is None:
+        row = read(self._storage, lambda connection: connection.execute(query).first())
+        if row is None:
             raise CorruptTensorError(
                 f"{where} is missing. Another worker has removed the artifact while it was read, "
                 "or the database was changed."
             )
-        return data
+        data: Any = row[0]
+        if not isinstance(data, (bytes, bytearray, memoryview)):  # SQLite lets any type in
+            raise CorruptTensorError(
+                f"{where} does not hold bytes. The database was changed: use an earlier trial, "
+                "or a backup."
+            )
+        return bytes(data)
 
     def _has_tables(self) -> bool:
         engine = self._engine
@@ -323,6 +323,11 @@ class RDBArtifactStore(AbstractArtifactStore):
     def _check_version(self) -> None:
         query = sa.select(_version.c.schema_version)
         found = read(self._storage, lambda connection: connection.execute(query).scalar())
+        if found is not None and type(found) is not int:
+            raise StorageError(
+                f"The schema version in the table {_version.name} is {str(found)[:60]!r} and not a number. "
+                "Something has changed the row; restore it from a backup."
+            )
         if found is not None and found > SCHEMA_VERSION:
             raise StorageError(
                 f"The tensor tables in {without_password(self._engine.url)} have schema version "

@@ -68,7 +68,7 @@ def succeed(
 def keep_given_params(study: Study, trial: FrozenTrial) -> None:
     """Have the parameters of a trial that Optuna retries, which come with it, count as enqueued ones."""
     if trial.params and not _optuna.fixed_params(trial):
-        _set(study, trial, _FIXED, dict(trial.params))
+        _set(study, trial, _FIXED, _named(trial.params))
 
 
 def _sources(ended: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -111,13 +111,18 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
         )
         return None
     return {
-        _FIXED: _optuna.fixed_params(source) | dict(source.params),
+        _FIXED: _optuna.fixed_params(source) | _named(source.params),
         "failed_trial": attributes.get("failed_trial", source.number),
         "retry_history": [*_history(source), source.number],
         _RESUMED_AT: resumed,
-        **{k: v for k, v in attributes.items() if k.startswith(CLAIM)},
+        **{k: v for k, v in attributes.items() if str(k).startswith(CLAIM)},
         **checkpoints,
     }
+
+
+def _named(params: dict[str, Any]) -> dict[str, Any]:
+    """Without those whose name is not text: SQLite lets any type into any column."""
+    return {name: value for name, value in params.items() if isinstance(name, str)}
 
 
 def _adopt(
