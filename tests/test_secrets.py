@@ -119,7 +119,7 @@ def form(request: pytest.FixtureRequest) -> Callable[[sa.engine.URL, str], str]:
     return FORMS[request.param]
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+@pytest.fixture(params=SERVERS)
 def database(request: pytest.FixtureRequest) -> sa.engine.URL:
     return sa.make_url(server(request.param, secured=True).new_database())
 
@@ -172,34 +172,40 @@ def test_the_life_of_a_study(
         cli.main(["show", "--help"])
 
 
-def unusable(database: sa.engine.URL, form: Callable[[sa.engine.URL, str], str]) -> dict[str, str]:
-    host = f"127.0.0.1:{database.port}/{database.database}"
-    return {
-        "wrong password": form(database, WRONG),
-        "no such database": form(database.set(database="nowhere"), PASSWORD),
-        "nobody listens": form(database.set(port=1), PASSWORD),
-        "no such host": form(database.set(host="nowhere.invalid"), PASSWORD),
-        "no such driver": form(database.set(drivername="postgresql+nothing"), PASSWORD),
-        "no such dialect": form(database.set(drivername="oracel"), PASSWORD),
-        "an unknown option": form(database.update_query_dict({"colour": "red"}), PASSWORD),
-        "not quoted": f"{database.drivername}://{database.username}:{PASSWORD}@{host}",
-        "a port of words": form(database, PASSWORD).replace(str(database.port), "w@rd"),
-        "password for a port": f"{database.drivername}://127.0.0.1:{WRONG}/test",
-        "no scheme": f"{database.username}:{PASSWORD}@{host}",
-    }
+UNUSABLE: dict[str, Callable[[sa.engine.URL], tuple[sa.engine.URL, str]]] = {
+    "wrong password": lambda url: (url, WRONG),
+    "no such database": lambda url: (url.set(database="nowhere"), PASSWORD),
+    "nobody listens": lambda url: (url.set(port=1), PASSWORD),
+    "an unknown option": lambda url: (url.update_query_dict({"colour": "red"}), PASSWORD),
+}
+UNREADABLE = {
+    "no such host": f"mysql+pymysql://u@nowhere.invalid/d?{urllib.parse.urlencode({'passwd': PASSWORD})}",
+    "no such driver": f"mysql+nothing://u:{urllib.parse.quote(PASSWORD, safe='')}@127.0.0.1/d",
+    "no such dialect": f"oracel://u:{urllib.parse.quote_plus(PASSWORD)}@127.0.0.1/d",
+    "not quoted": f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:5432/d",
+    "a port of words": f"mysql+pymysql://u:{urllib.parse.quote(PASSWORD, safe='')}@h:w@rd/d",
+    "a password for a port": f"mysql+pymysql://127.0.0.1:{WRONG}/d",
+    "no scheme": f"root:{PASSWORD}@127.0.0.1:3306/d",
+}
 
 
-@pytest.mark.parametrize(
-    "case", unusable(sa.make_url("mysql+pymysql://u@h:1/d"), FORMS["?password="])
-)
-def test_what_cannot_be_opened(
-    case: str, database: sa.engine.URL, form: Callable[[sa.engine.URL, str], str], seen: Seen
-) -> None:
-    url = unusable(database, form)[case]
+def refused(url: str, seen: Seen) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         ohg.RetryingStorage(url, patience=0.1)
     seen.add(caught.value)
     assert cli.main(["show", url]) == cli.FAILURE
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_cannot_be_opened(
+    case: str, database: sa.engine.URL, form: Callable[[sa.engine.URL, str], str], seen: Seen
+) -> None:
+    refused(form(*UNUSABLE[case](database)), seen)
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_what_cannot_be_understood(case: str, seen: Seen) -> None:
+    refused(UNREADABLE[case], seen)
 
 
 def test_a_connection_that_is_lost(
