@@ -157,6 +157,18 @@ def test_a_step_is_not_taken_from_an_owner_who_can_still_finish_it(
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 5
 
 
+def test_a_lease_that_comes_at_the_last_moment_counts(tmp_path: Path) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    trial_id = study._storage.create_new_trial(study._study_id)
+    seen = study.get_trials()[0]
+    lease = {"process": another_process(), "until": time.time() + 60}
+    study._storage.set_trial_system_attr(trial_id, OWNER, lease)
+    assert not leases.mark_as_failed(study, seen)
+    assert study.trials[0].state == TrialState.RUNNING
+    run_out(study, trial_id)
+    assert leases.mark_as_failed(study, seen)
+
+
 def test_a_lease_is_renewed_while_the_trial_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

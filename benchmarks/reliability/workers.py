@@ -44,7 +44,9 @@ def main() -> int:
     notes = [
         "failures: trials lost or doubled, steps taken twice, completed trials without a place in a "
         "trajectory, workers that ended with an error or not at all.",
-        "zombies: trials still running after one more trial.",
+        "zombies: trials still running after one more trial, which takes those that were killed in the moment "
+        "before they had a lease for a minute old.",
+        "Every worker opens its storage as a RetryingStorage, which waits where SQLite is locked.",
     ]
     claim = (
         "Whatever becomes of the workers, no trial is lost, none doubled, and no step taken twice."

@@ -39,7 +39,7 @@ _RETRIED = "retry_history"
 _RENEWALS = 4
 """A lease is renewed so many times before it would run out."""
 
-_MOMENT = 10.0
+_MOMENT = 60.0
 """Seconds between the creation of a trial and its lease, at most, for a process that lives."""
 
 _SETTLED = 2.0
@@ -157,15 +157,20 @@ def _identity(trial: FrozenTrial) -> tuple[int, int, datetime | None]:
 
 
 def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
-    """Whether this call has done it, and nobody else before. From then on the owner can write nothing."""
+    """Whether this call has done it, and nobody else before. From then on the owner can write nothing.
+
+    A trial that has got a lease, or a new one, since it was read is left alone.
+    """
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
+    lease = Lease.of(storage.get_trial(trial_id))
+    if lease is not None and not lease.is_over:
+        return False
     try:
         set_trial_attribute(storage, trial_id, CUT_OFF, True)
         if not storage.set_trial_state_values(trial_id, TrialState.FAIL):
             return False
     except UpdateFinishedTrialError:
         return False
-    lease = Lease.of(trial)
     _optuna.logger.warning(
         f"Trial {trial.number} is marked as failed: its "
         + (

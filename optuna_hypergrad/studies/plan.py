@@ -128,6 +128,9 @@ class Planner:
                     values=dict(chosen.setting),
                     distributions={n: chosen.distributions[n] for n in chosen.setting},
                 )
+            self._write(
+                study, trial, Claim(trial.number, None, "base")
+            )  # a rival may wait for this
             excluded.add(chosen.id)
             trials = _optuna.all_trials(study)
             ledger.sync(trials)
