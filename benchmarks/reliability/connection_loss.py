@@ -102,14 +102,14 @@ def _each_answer(kind: str, server: Server, request: bytes) -> tuple[dict[str, A
     with CuttingProxy(server.port) as proxy:
         study = open_study(RetryingStorage(proxy.url(server.new_database())))
         cuts = lose_each_answer(study, proxy, request)
-        differences = compare_with_undisturbed(study)
+        differences, trials = compare_with_undisturbed(study), len(study.trials)
     what = "commit" if request else "request"
     return {
         "server": kind,
         "who": f"1 worker, the answer to every {what} in turn",
         "cuts": cuts,
         "restarts": 0,
-        "trials": len(study.trials),
+        "trials": trials,
         "dead workers": 0,
         "lost": 0,
         "doubled": 0,
