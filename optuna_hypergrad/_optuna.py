@@ -6,6 +6,7 @@ Other files ask here. Where Optuna keeps its tables is known to ``stores/_optuna
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -55,6 +56,11 @@ def path_of_journal(backend: JournalFileBackend) -> str:
 
 def lock_of_journal(backend: JournalFileBackend) -> AbstractContextManager[None]:
     return get_lock_file(backend._lock)
+
+
+def asked_at_its_end() -> bool:
+    """Whether the caller's caller is ``Study.optimize``, in the middle of ending a trial."""
+    return sys._getframe(2).f_globals.get("__name__") == "optuna.study._optimize"
 
 
 def stale_trial_ids(storage: BaseHeartbeat, study_id: int) -> list[int]:
