@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from damages import DAMAGES, check
 from specimen import Specimen
 
 
+@pytest.mark.timeout(1200)  # ten seconds, on a machine that does nothing else
 def test_damage_is_found_and_the_state_before_is_used(tmp_path: Path) -> None:
     cases = list(check(Specimen(tmp_path), tmp_path, 300, 28, seed=0))
     assert [case for case in cases if case.failure is not None] == []

@@ -16,6 +16,7 @@ from garbage import KNOWN, MARK, PICKLE
 from hostile import examine
 
 
+@pytest.mark.timeout(1200)  # half a minute, on a machine that does nothing else
 def test_garbage_in_any_row() -> None:
     cases = list(examine(-len(KNOWN), 100))
     assert [case for case in cases if case["failures"]] == []

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from naming import Names, all_names, try_names
 from specimen import Specimen, command_in_haste, opened
 
 
+@pytest.mark.timeout(1200)  # a quarter of a minute, on a machine that does nothing else
 def test_any_text_is_a_name_or_refused(tmp_path: Path) -> None:
     found = Counter[str]()
 
