@@ -146,7 +146,8 @@ def replayed(trial: BaseTrial, name: str) -> Any:
 
 def fixed_params(trial: FrozenTrial) -> dict[str, Any]:
     """Values that were enqueued for this trial."""
-    return dict(trial.system_attrs.get("fixed_params", {}))
+    found = trial.system_attrs.get("fixed_params")
+    return dict(found) if isinstance(found, dict) else {}
 
 
 class ViewStudy(Study):
@@ -226,7 +227,9 @@ def representative(
         params=params,
         distributions=distributions,
         user_attrs=dict(like.user_attrs),
-        system_attrs={k: v for k, v in like.system_attrs.items() if not k.startswith("hypergrad:")},
+        system_attrs={
+            k: v for k, v in like.system_attrs.items() if not str(k).startswith("hypergrad:")
+        },
         intermediate_values=intermediate_values or {},
         trial_id=trial_id,
     )

@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
-    names = sorted(optuna.get_all_study_names(storage))
+    names = _study_names(storage)
     if options.study is not None or len(names) == 1:
         names = [_name(options.study, names)]
     stored = _sizes(store)
@@ -101,7 +101,11 @@ def _show(options: argparse.Namespace, storage: BaseStorage, store: TensorStore)
     alone = len(summaries) == 1
     if options.json:
         found = [to_json(summary) for summary in summaries]
-        print(json.dumps(found[0] if alone else {"studies": found}, indent=2, allow_nan=False))
+        print(
+            json.dumps(
+                found[0] if alone else {"studies": found}, indent=2, allow_nan=False, default=str
+            )
+        )
     elif alone:
         _print(study_at_a_glance(summaries[0], stored, options.all))
     else:
@@ -186,8 +190,21 @@ def _sizes(store: TensorStore) -> dict[str, int]:
 
 
 def _study(name: str | None, storage: BaseStorage) -> Study:
-    names = sorted(optuna.get_all_study_names(storage))
+    names = _study_names(storage)
     return optuna.load_study(study_name=_name(name, names), storage=storage)
+
+
+def _study_names(storage: BaseStorage) -> list[str]:
+    names = optuna.get_all_study_names(storage)
+    odd = [
+        name for name in names if not isinstance(name, str)
+    ]  # SQLite lets any type into any column
+    if odd:
+        _optuna.logger.warning(
+            f"The study named {str(odd[0])[:60]} is left out: its name is not text. Something has changed "
+            "the row; restore it from a backup."
+        )
+    return sorted(name for name in names if isinstance(name, str))
 
 
 def _name(name: str | None, names: list[str]) -> str:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from . import _optuna, _tree
 from ._errors import CorruptTensorError, HyperparameterError, SolverError
-from ._results import SUCCESS, Result
+from ._results import SUCCESS, Result, Status
 from ._typing import Params
 from .checkpoint import Checkpoints
 from .hypergradients import AbstractHypergradientEstimator, EstimatorState, Implicit
@@ -161,7 +161,9 @@ def minimize_bilevel(
                 break
             if checkpoints is not None:
                 checkpoints.wait()  # no more than one step that was taken can be lost
-            run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
+            result = run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
+            if not result:
+                break
             record = {"outer_value": float(estimate.outer_value), **run.last_norm, **estimate.stats}
             run.history.append(record)
             bar.set_postfix_str(
@@ -266,9 +268,11 @@ class _Run:
         inner_params: Params,
         state: EstimatorState,
         domains: dict[str, Domain],
-    ) -> None:
-        """One outer step along ``gradient`` (external), projected on the bounds."""
+    ) -> Result:
+        """One outer step along ``gradient`` (external), projected on the bounds; none, if the optimizer
+        gives NaN, or infinity where nothing is bounded."""
         held = 0.0
+        before = _tree.clone(self._internal)
         for k, u in self._internal.items():
             low, high = domains[k].internal_bounds()
             slope = domains[k].internal_gradient(gradient[k], self.outer_params[k])
@@ -276,15 +280,27 @@ class _Run:
             blocked = ((u.detach() <= low) & (slope > 0)) | ((u.detach() >= high) & (slope < 0))
             held += float(slope.masked_fill(blocked, 0.0).double().pow(2).sum())
         self._optimizer.step()
+        ahead: Params = {}
         with torch.no_grad():
             for k, u in self._internal.items():
-                low, high = domains[k].internal_bounds()
-                u.clamp_(low, high)
-                self.outer_params[k] = domains[k].to_external(u.detach().clone())
                 u.grad = None
+                u.copy_(_project(u, domains[k]))
+                ahead[k] = domains[k].to_external(u.detach().clone())
+            for k in ahead:
+                if _tree.finite(self._internal[k]) and _tree.finite(ahead[k]):
+                    continue
+                for name, u in self._internal.items():
+                    u.copy_(before[name])
+                return Result(
+                    Status.NONFINITE,
+                    f"Outer step {self.step}: {type(self._optimizer).__name__} moved {k!r} to NaN or "
+                    "infinite entries; lower its lr, or give bounds.",
+                )
+        self.outer_params = ahead
         self.last_norm = {"hypergradient_norm": math.sqrt(held)}
         self.inner_params, self.state = inner_params, state
         self.step += 1
+        return SUCCESS
 
     def snapshot(self) -> tuple[Params, dict[str, Any]]:
         tensors: Params = {f"inner/{k}": v for k, v in self.inner_params.items()}
@@ -355,6 +371,14 @@ class _Run:
                 self.outer_params[k] = self._domains[k].to_external(u.detach().clone())
         self.inner_params, self.step, self.history = inner, step, history
         self.state = EstimatorState(index, solver_state if numbers["has_solver_state"] else None)
+
+
+def _project(internal: Tensor, domain: Domain) -> Tensor:
+    limit = torch.finfo(internal.dtype).max
+    low, high = (
+        min(max(b, -limit), limit) if math.isfinite(b) else b for b in domain.internal_bounds()
+    )
+    return internal.detach().clamp(low, high)
 
 
 def _fitting(tensors: Params, name: str, like: Tensor) -> Tensor:
@@ -444,6 +468,7 @@ def _domains(
 
 def _check_start(outer_params: Params, domains: dict[str, Domain]) -> None:
     for name, value in outer_params.items():
+        domains[name].check_dtype(name, value)
         if not domains[name].contains(value.detach()):
             raise HyperparameterError(
                 f"outer_params[{name!r}] starts outside its bounds [{domains[name].low}, {domains[name].high}] "

@@ -70,6 +70,19 @@ class Domain:
                 f"Hyperparameter {name!r}: unit={self.unit} is not a positive finite number."
             )
 
+    def check_dtype(self, name: str, like: Tensor) -> None:
+        """Refuse bounds between which the dtype of ``like`` has no finite number.
+
+        Raises:
+            HyperparameterError: naming the hyperparameter and the remedy.
+        """
+        low, high = self.bounds_as(like)
+        if not low <= high or low == math.inf or high == -math.inf:
+            raise HyperparameterError(
+                f"Hyperparameter {name!r}: no number of {like.dtype} lies between low={self.low} and "
+                f"high={self.high}; widen the bounds, or use dtype=torch.float64."
+            )
+
     def clamp(self, value: Tensor) -> Tensor:
         """Project an external value on the bounds, exactly, in its own dtype."""
         low, high = self.bounds_as(value)
@@ -86,15 +99,26 @@ class Domain:
 
     def to_internal(self, value: Tensor) -> Tensor:
         """External value -> internal coordinate, same shape and dtype."""
-        return value.log() if self.log else value / self.scale
+        if self.log:
+            return value.log()
+        if not self._scale_fits(value):
+            return (value.double() / self.scale).to(value.dtype)
+        return value / self.scale
 
     def to_external(self, internal: Tensor) -> Tensor:
         """Internal coordinate -> external value inside the bounds, same shape and dtype."""
-        if not self.log and self.scale < torch.finfo(internal.dtype).tiny:
+        if self.log:
+            external = internal.exp()
+        elif not self._scale_fits(internal):
             external = (internal.double() * self.scale).to(internal.dtype)
         else:
-            external = internal.exp() if self.log else internal * self.scale
+            external = internal * self.scale
         return self.clamp(external)
+
+    def _scale_fits(self, like: Tensor) -> bool:
+        """Whether a number of the dtype of ``like`` can be the scale."""
+        limits = torch.finfo(like.dtype)
+        return limits.tiny <= self.scale <= limits.max
 
     def internal_bounds(self) -> tuple[float, float]:
         """Bounds of the internal coordinate (float64)."""
@@ -111,7 +135,11 @@ class Domain:
         if self.log:
             return min(max(math.sqrt(self.low) * math.sqrt(self.high), self.low), self.high)
         if math.isfinite(self.low) and math.isfinite(self.high):
-            return self.low + 0.5 * (self.high - self.low)
+            width = self.high - self.low
+            middle = (
+                self.low + 0.5 * width if width < math.inf else 0.5 * self.low + 0.5 * self.high
+            )
+            return min(max(middle, self.low), self.high)
         return min(max(0.0, self.low), self.high)
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from optuna.storages import (
 from optuna.storages.journal import JournalFileBackend
 from servers import SERVERS, Server, UnavailableError
 
-pytest.register_assert_rewrite("optuna.testing.pytest_samplers")
+pytest.register_assert_rewrite("optuna.testing.pytest_samplers", "optuna.testing.pytest_storages")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 STORAGES = ("memory", "sqlite", "journal")
@@ -57,20 +57,21 @@ def open_storage(kind: str, directory: Path) -> BaseStorage:
     if kind == "memory":
         return InMemoryStorage()
     if kind in SERVERS:
-        _opened.append(RDBStorage(_url(kind, directory)))
+        _opened.append(RDBStorage(url_of(kind, directory)))
         return _opened[-1]
     if kind in PROXIES:
         _opened.append(connect(_proxy_port(kind, directory)))
         return _opened[-1]
     if kind == "sqlite":
-        opened = RDBStorage(_url(kind, directory))
+        opened = RDBStorage(url_of(kind, directory))
         opened.engine.dispose()
         sa.event.listen(opened.engine, "connect", _without_waiting_for_the_disk)
         return opened
     return JournalStorage(JournalFileBackend(str(directory / "study.log")))
 
 
-def _url(kind: str, directory: Path) -> str:
+def url_of(kind: str, directory: Path) -> str:
+    """Of the database that ``open_storage`` opens: SQLite's, or one of ``SERVERS``."""
     if kind == "sqlite":
         return f"sqlite:///{directory}/study.db"
     address = directory / "url"
@@ -83,7 +84,7 @@ def _proxy_port(kind: str, directory: Path) -> int:
     address = directory / "port"
     if not address.exists():
         try:
-            _proxies.append(GrpcServer(_url(PROXIES[kind], directory)))
+            _proxies.append(GrpcServer(url_of(PROXIES[kind], directory)))
             atexit.register(_proxies[-1].close)
         except UnavailableError as error:
             pytest.skip(f"no gRPC: {error}")
@@ -95,9 +96,8 @@ def _without_waiting_for_the_disk(connection: Any, record: Any) -> None:
     connection.execute("PRAGMA synchronous=OFF")
 
 
-@pytest.fixture(autouse=True)
-def closed_connections() -> Iterator[None]:
-    yield
+def close_opened() -> None:
+    """What ``open_storage`` has opened; done after each test."""
     while _opened:
         opened = _opened.pop()
         opened.remove_session()
@@ -107,6 +107,12 @@ def closed_connections() -> Iterator[None]:
             opened.close()
     while _proxies:
         _proxies.pop().close()
+
+
+@pytest.fixture(autouse=True)
+def closed_connections() -> Iterator[None]:
+    yield
+    close_opened()
 
 
 @pytest.fixture(params=STORAGES)

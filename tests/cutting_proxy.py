@@ -35,7 +35,8 @@ class CuttingProxy:
         self._lock = threading.Lock()
         self._connections: set[tuple[socket.socket, socket.socket]] = set()
         self._left: dict[Direction, int] = {}
-        self._awaited: bytes | None = None
+        self._awaited: list[bytes] = []
+        self._at_once = False
         self._doomed: socket.socket | None = None  # its next answer is lost
         self._refusing_until = 0.0
         self._start(self._accept)
@@ -63,16 +64,21 @@ class CuttingProxy:
         with self._lock:
             self._left[direction] = num_bytes
 
-    def lose_answer_to(self, request: bytes) -> None:
-        """Let the next request with these bytes in it (``b"COMMIT"``) through, and cut before its answer."""
+    def lose_answer_to(self, *requests: bytes, at_once: bool = False) -> None:
+        """Let requests with these bytes in them (``b"COMMIT"``) through, in this order, and cut before the
+        last one is answered.
+
+        Args:
+            at_once: do not wait for the answer, so that the server is left working on it.
+        """
         with self._lock:
-            self._awaited = request
+            self._awaited, self._at_once = list(requests), at_once
 
     @property
     def is_waiting(self) -> bool:
         """Whether a cut that was asked for has not happened yet."""
         with self._lock:
-            return bool(self._left) or self._awaited is not None or self._doomed is not None
+            return bool(self._left or self._awaited) or self._doomed is not None
 
     def refuse(self, seconds: float = float("inf")) -> None:
         """Cut every connection and refuse new ones, for so long or until ``let_through``."""
@@ -84,7 +90,7 @@ class CuttingProxy:
         """Forget every cut and refusal that was asked for."""
         with self._lock:
             self._left.clear()
-            self._awaited = self._doomed = None
+            self._awaited, self._doomed = [], None
             self._refusing_until = 0.0
 
     @contextmanager
@@ -162,9 +168,11 @@ class CuttingProxy:
     def _judge(self, data: bytes, direction: Direction, server: socket.socket) -> tuple[int, bool]:
         """How many of these bytes pass, and whether everything is cut after them."""
         with self._lock:
-            if self._awaited is not None and direction == "to_server" and self._awaited in data:
-                self._awaited = None
-                self._doomed = server
+            if direction == "to_server" and self._awaited and self._awaited[0] in data:
+                del self._awaited[0]
+                if not self._awaited and self._at_once:
+                    return len(data), True
+                self._doomed = None if self._awaited else server
             if self._doomed is server and direction == "from_server":
                 self._doomed = None
                 return 0, True

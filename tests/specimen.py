@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -19,11 +20,8 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad.stores import rdb
+from optuna_hypergrad.stores import _opening, rdb
 from optuna_hypergrad.studies import HypergradientSampler
-
-CHUNK_BYTES = 190
-"""Small, so that the smallest tensors take several rows."""
 
 STEPS, CUT_OFF_AT = 7, 5
 """Outer steps of the long run; before this one it was cut off."""
@@ -78,11 +76,14 @@ class Specimen:
         directory: Where it is made.
     """
 
+    chunk_bytes = 190
+    """Small, so that the smallest tensors take several rows."""
+
     def __init__(self, directory: Path) -> None:
         self.path = directory / "specimen.db"
         storage = RDBStorage(f"sqlite:///{self.path}")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rdb, "CHUNK_BYTES", CHUNK_BYTES)
+            patch.setattr(rdb, "CHUNK_BYTES", self.chunk_bytes)
             self.fill(storage)
         storage.engine.dispose()
         self.end = long_run(None).outer_params["x"]
@@ -102,6 +103,15 @@ class Specimen:
         with opened(path) as storage:
             yield storage
         path.unlink()
+
+
+@contextlib.contextmanager
+def command_in_haste() -> Iterator[None]:
+    """The command line does not ask whether this Optuna knows the tables, which takes it long."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = functools.partial(RDBStorage, skip_compatibility_check=True)
+        patch.setattr(_opening, "RDBStorage", quick)
+        yield
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from optuna_hypergrad.stores._full import is_full
 @pytest.mark.parametrize("place", ["page limit", "file-size limit"])
 def test_no_room_is_said_and_nothing_is_lost(what: str, place: str, tmp_path: Path) -> None:
     kind = "sqlite" if place == "page limit" else "journal"
-    assert not faults.WITHOUT_ROOM[what](faults.PLACES[place](tmp_path), kind, 60_000)
+    assert not faults.WITHOUT_ROOM[what](faults.PLACES[place](tmp_path), kind, 40_000)
 
 
 def test_half_a_line_in_a_journal_is_cut_off(tmp_path: Path) -> None:

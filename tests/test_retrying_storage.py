@@ -13,23 +13,14 @@ import pytest
 import sqlalchemy as sa
 from conftest import open_storage, server
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.testing.pytest_storages import StorageTestCase
 from optuna.trial import TrialState, create_trial
 from torch import Tensor
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad.stores import _retrying, plain_rdb
-from optuna_hypergrad.studies.retrying_storage import KEY, RetryingStorage
+from optuna_hypergrad.studies.retrying_storage import KEY, REMOTE_KEY, RetryingStorage
 
 KINDS = ("sqlite", "postgresql", "mariadb")
-
-
-class TestConformance(StorageTestCase):
-    @pytest.fixture
-    def storage(self, tmp_path: Path) -> Iterator[BaseStorage]:
-        opened = RetryingStorage(f"sqlite:///{tmp_path}/study.db")
-        yield opened
-        close(opened)
 
 
 class LosesAnswers:
@@ -94,6 +85,28 @@ def test_a_trial_is_created_once(
     study.enqueue_trial({"x": 1.0})
     study.add_trial(create_trial(value=2.0))
     assert [t.state.name for t in study.trials] == ["RUNNING", "WAITING", "COMPLETE"]
+
+
+def test_a_trial_is_created_once_by_a_client_of_a_server_that_retries_too(
+    opened: RetryingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Remote(RetryingStorage):
+        passes_calls_through = False
+
+        def create_new_trial(self, study_id: int, template_trial: Any = None) -> int:
+            return self._backend.create_new_trial(study_id, template_trial)
+
+        def _shown(self, trial: Any) -> Any:
+            return trial
+
+    client = RetryingStorage(Remote(opened), patience=5.0)
+    study = optuna.create_study(storage=client)
+    loses = LosesAnswers(client, monkeypatch)
+    for _ in range(2):
+        loses.in_("create_new_trial", 1, True)
+        study.ask()
+    assert [t.number for t in study.trials] == [0, 1]
+    assert not any(t.system_attrs.keys() & {KEY, REMOTE_KEY} for t in study.trials)
 
 
 @pytest.mark.parametrize("carried_out", [True, False])

@@ -105,7 +105,10 @@ def secant_model(diagonal: Tensor, steps: Tensor, changes: Tensor) -> Callable[[
         ]
     )
     size = torch.diagonal(middle).abs().sqrt()
-    inverse = torch.linalg.pinv(middle / size / size[:, None], rtol=1e-12) / size / size[:, None]
+    evened = middle / size / size[:, None]
+    if not bool(torch.isfinite(evened).all()):  # products of the pairs overflow, or vanish
+        return lambda v: diagonal * v
+    inverse = torch.linalg.pinv(evened, rtol=1e-12) / size / size[:, None]
     both = torch.cat([scaled, changes])
     left = inverse @ both
     return lambda v: diagonal * v - both.T @ (left @ v)
@@ -143,4 +146,5 @@ def minimize_in_box(
         if model < lowest:
             best, lowest = s, model
         length = min(max(size / curvature, 1e-3), 1e3) if curvature > 0 else 1e3
-    return best, max(-lowest, 0.0)
+    decrease = -lowest if lowest < 0.0 else 0.0  # of a model that is NaN, none
+    return best, min(decrease, torch.finfo(torch.float64).max)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._tree import clone
+from .._tree import all_finite, clone
 from .._typing import Params
+from ..search_space import Domain
 from ._abstract import AbstractStepRule, Bounds, Proposal, StepState
 from ._trees import free, largest, pack, project, unpack, usable
 
@@ -25,7 +26,8 @@ class TorchOptimizer(AbstractStepRule):
     Momentum and noise need steps to somewhat worse values, so these stand. Taken back to the best
     point, with a fresh optimizer and all later steps halved, are evaluations without a finite value
     and gradient, and values above the first one by more than the whole progress so far and five
-    times the usual change from one value to the next.
+    times the usual change from one value to the next. A step that overflows ends at the bounds, and is
+    followed by a fresh optimizer and halved steps too.
 
     Args:
         factory: ``factory(tensors)`` gives the optimizer, e.g.
@@ -95,8 +97,12 @@ class TorchOptimizer(AbstractStepRule):
         optimizer.step()
         moments, settings = _split(optimizer.state_dict())
         n["settings"] = json.dumps(settings)
+        if not all_finite({**leaves, **moments}):
+            moments, n["fraction"] = {}, 0.5 * float(n["fraction"])
+            n.pop("settings")
+        fraction = float(n["fraction"])
         ahead = {
-            k: torch.lerp(x.detach(), leaves[k].detach(), float(n["fraction"]))
+            k: x.detach() * (1.0 - fraction) + _within(leaves[k], x, lower[k], upper[k]) * fraction
             for k, x in point.items()
         }
         tensors = {**pack("best", best), **pack("gradient", slope), **pack("optimizer", moments)}
@@ -120,6 +126,14 @@ class TorchOptimizer(AbstractStepRule):
         if int(n["since_best"]) >= self.patience:
             return f"No better value in {self.patience} evaluations."
         return None
+
+
+def _within(leaf: Tensor, before: Tensor, lower: float, upper: float) -> Tensor:
+    """Where an optimizer has moved ``before``; to its bounds, if any, where that is not finite."""
+    moved = leaf.detach()
+    stopped = Domain(lower, upper).clamp(moved)
+    stopped = stopped.where(torch.isfinite(stopped), before.detach())
+    return moved.where(torch.isfinite(moved), stopped)
 
 
 def _diverged(n: dict[str, float | int | bool | str], value: float) -> bool:

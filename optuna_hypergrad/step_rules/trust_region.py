@@ -148,7 +148,9 @@ class TrustRegion(AbstractStepRule):
             change = changes[-1]
             curvature = float(change @ (change / weight)) / float(steps[-1] @ change)
         else:  # the entry of the largest gradient would move by three radii
-            curvature = float((slope.abs() / weight).max()) / (3.0 * radius)
+            curvature = float((slope.abs() / weight).max()) / (3.0 * max(radius, self.min_radius))
+        if not math.isfinite(curvature):
+            curvature = 1.0
         diagonal = (curvature * weight).clamp(min=torch.finfo(weight.dtype).tiny)
         product = secant_model(diagonal, steps, changes)
         low = (work.low - base["point"]).clamp(min=-radius)

@@ -15,7 +15,7 @@ from .._errors import CorruptTensorError
 from ._identity import ATTRIBUTE_PREFIX as UUID_PREFIX
 from ._identity import uuids_in
 from ._optuna_tables import plain_rdb, study_attribute_keys
-from ._pointer import ATTRIBUTE_PREFIX, BLOB_PREFIX, Pointer, study_of_blob
+from ._pointer import BLOB_PREFIX, Pointer, pointers_in, study_of_blob
 from ._retention import Retention, Trajectory
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
@@ -129,9 +129,7 @@ def find_orphans(
 
 def pointer_attributes(trial: FrozenTrial) -> Iterator[tuple[str, Any]]:
     """Key and value of each attribute that should be a pointer."""
-    for key, value in trial.system_attrs.items():
-        if key.startswith(ATTRIBUTE_PREFIX):
-            yield key, value
+    yield from pointers_in(trial.system_attrs).items()
 
 
 def _blob_of(value: Any) -> str | None:

@@ -28,7 +28,8 @@ _minting = threading.Lock()
 
 def uuids_in(user_attrs: Mapping[str, Any]) -> frozenset[str]:
     """Every UUID by which this study's trials may claim tensors, its own and inherited ones."""
-    found = (k.removeprefix(ATTRIBUTE_PREFIX) for k in user_attrs if k.startswith(ATTRIBUTE_PREFIX))
+    keys = (str(k) for k in user_attrs)  # SQLite lets any type into any column
+    found = (k.removeprefix(ATTRIBUTE_PREFIX) for k in keys if k.startswith(ATTRIBUTE_PREFIX))
     return frozenset(u for u in found if _UUID.fullmatch(u))
 
 

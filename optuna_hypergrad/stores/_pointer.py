@@ -153,8 +153,14 @@ def attribute_key(name: str, role: str) -> str:
 
 def checkpoint_attributes(trial: FrozenTrial) -> dict[str, Any]:
     """System attributes of a trial that point to checkpoints, unread."""
-    prefix = f"{ATTRIBUTE_PREFIX}{CHECKPOINT}"
-    return {k: v for k, v in trial.system_attrs.items() if k.startswith(prefix)}
+    return pointers_in(trial.system_attrs, CHECKPOINT)
+
+
+def pointers_in(attributes: Mapping[str, Any], role: str = "") -> dict[str, Any]:
+    """Those of a trial's system attributes that should be pointers, to tensors of ``role`` if given."""
+    prefix = ATTRIBUTE_PREFIX + (f"{role}:" if role else "")
+    # SQLite lets any type into any column, also into that of keys.
+    return {k: v for k, v in attributes.items() if isinstance(k, str) and k.startswith(prefix)}
 
 
 def new_blob(study: str) -> str:

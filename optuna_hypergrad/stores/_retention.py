@@ -101,7 +101,9 @@ def _best(
             ranked = [
                 (sign * t.values[objective], t.number)
                 for t in candidates
-                if t.values is not None and not math.isnan(t.values[objective])
+                if t.values is not None
+                and len(t.values) == len(directions)
+                and not math.isnan(t.values[objective])
             ]
             best.update(number for _, number in heapq.nsmallest(count, ranked))
     return best

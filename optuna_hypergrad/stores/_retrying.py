@@ -21,6 +21,7 @@ from sqlalchemy.exc import (
     InternalError,
     OperationalError,
     PendingRollbackError,
+    SQLAlchemyError,
 )
 
 from .. import _optuna
@@ -65,6 +66,7 @@ def retry_while_busy(
     timeout: float = BUSY_TIMEOUT,
     patience: float = PATIENCE,
     settle: Callable[[], T | None] | None = None,
+    away_since: float | None = None,
 ) -> T:
     """Do ``action``, again and again while the database is busy or away. Every other error passes.
 
@@ -75,12 +77,13 @@ def retry_while_busy(
         settle: Called before ``action`` is tried again after a lost connection, and when it then fails,
             because a server may carry out late what it was asked: the result, if it turns out that the
             lost attempt was carried out, or ``None``.
+        away_since: By ``time.monotonic()``, if the database was away already when it was last asked.
 
     Raises:
         ConnectionLostError: if the database does not come back.
     """
     started = time.monotonic()
-    lost_at: float | None = None
+    lost_at = away_since
     refused: Exception | None = None
     pause = 0.05
     while True:
@@ -175,14 +178,15 @@ def _codes(error: BaseException) -> set[object]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    # Not what was being handled meanwhile: that may be an older loss, in the caller's own hands.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _kind(error: BaseException) -> str:
     """The driver's name for it; its text could show more than a log should have."""
-    found = [type(e).__name__ for e in _chain(error) if not isinstance(e, DBAPIError)]
+    found = [type(e).__name__ for e in _chain(error) if not isinstance(e, SQLAlchemyError)]
     return found[-1] if found else type(error).__name__

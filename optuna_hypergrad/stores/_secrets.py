@@ -16,6 +16,8 @@ from sqlalchemy.engine import URL
 
 MASK = "***"
 _SECRET_KEY = re.compile(r"pass|pwd|secret|token|credential|api_?key|access_?key|odbc", re.I)
+_AUTHORITY = re.compile(r"[^/:@\s]*:.*@", re.S)
+"""The beginning of a URL whose scheme was forgotten."""
 _SHORT = 4
 
 
@@ -35,7 +37,7 @@ class Secrets:
     """The passwords of some URLs.
 
     Args:
-        urls: Any texts; those without ``://`` have no secrets.
+        urls: Any texts; those with neither ``://`` nor a beginning like ``user:password@`` have no secrets.
     """
 
     def __init__(self, *urls: str | URL) -> None:
@@ -68,8 +70,9 @@ def _parse(text: str) -> URL | None:
 def _secrets_of(url: str | URL) -> Iterator[str]:
     text = _text(url)
     _, found, rest = text.partition("://")
-    if not found:
+    if not found and not _AUTHORITY.match(text):
         return
+    rest = rest if found else text
     parsed = _parse(text)
     if parsed is None:
         yield rest
@@ -77,6 +80,7 @@ def _secrets_of(url: str | URL) -> Iterator[str]:
         return
     if parsed.password is not None:
         yield str(parsed.password)
+        yield rest.partition("@")[0].partition(":")[2]  # as it was written
     for key, value in parsed.query.items():
         if _SECRET_KEY.search(key):
             yield from (value,) if isinstance(value, str) else value
@@ -87,7 +91,8 @@ def _spellings(secret: str) -> Iterable[str]:
     for text in plain:
         quoted = urllib.parse.quote(text, safe="", errors="replace")
         quoted_plus = urllib.parse.quote_plus(text, errors="replace")
-        yield from (text, quoted, quoted_plus, repr(text)[1:-1], json.dumps(text)[1:-1])
+        rendered = urllib.parse.quote(text, safe=" +", errors="replace")  # by SQLAlchemy
+        yield from (text, quoted, quoted_plus, rendered, repr(text)[1:-1], json.dumps(text)[1:-1])
 
 
 def _pattern(secret: str) -> str:

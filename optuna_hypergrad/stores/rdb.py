@@ -24,14 +24,17 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+from .. import _optuna
 from .._errors import CorruptTensorError, StorageError
 from ._database import read, transaction, unwrap_rdb, write
 from ._optuna_tables import write_attributes
-from ._retrying import patience_of, retry_while_busy
+from ._retrying import is_busy, is_lost, patience_of, retry_while_busy
+from ._secrets import without_password
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
+_ATTEMPTS = 20
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
 
 
@@ -228,7 +231,7 @@ class RDBArtifactStore(AbstractArtifactStore):
         for artifact_id, num_bytes, written in rows:
             try:
                 yield StoredArtifact(str(artifact_id), int(num_bytes), float(written))
-            except (TypeError, ValueError):  # SQLite lets any type into any column
+            except (TypeError, ValueError, OverflowError):  # SQLite lets any type into any column
                 yield StoredArtifact(str(artifact_id), 0, 0.0)
 
     @property
@@ -255,24 +258,24 @@ class RDBArtifactStore(AbstractArtifactStore):
         raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
 
     def _read_chunk(self, artifact_id: str, chunk: int) -> bytes:
-        query = sa.select(_chunks.c.data).where(
+        # As it is in the row: made to bytes, a number would be as many zeros.
+        query = sa.select(sa.type_coerce(_chunks.c.data, sa.types.NullType())).where(
             _chunks.c.artifact_id == artifact_id, _chunks.c.chunk == chunk
         )
         where = f"The row hypergrad_chunks(artifact_id={artifact_id!r}, chunk={chunk})"
-        try:
-            row = read(self._storage, lambda connection: connection.execute(query).first())
-            data = None if row is None else bytes(row[0])
-        except (TypeError, ValueError) as error:  # SQLite lets any type into any column
-            raise CorruptTensorError(
-                f"{where} does not hold bytes. The database was changed: use an earlier trial, "
-                "or a backup."
-            ) from error
-        if data is None:
+        row = read(self._storage, lambda connection: connection.execute(query).first())
+        if row is None:
             raise CorruptTensorError(
                 f"{where} is missing. Another worker has removed the artifact while it was read, "
                 "or the database was changed."
             )
-        return data
+        data: Any = row[0]
+        if not isinstance(data, (bytes, bytearray, memoryview)):  # SQLite lets any type in
+            raise CorruptTensorError(
+                f"{where} does not hold bytes. The database was changed: use an earlier trial, "
+                "or a backup."
+            )
+        return bytes(data)
 
     def _has_tables(self) -> bool:
         engine = self._engine
@@ -296,29 +299,40 @@ class RDBArtifactStore(AbstractArtifactStore):
                 )
 
     def _create_tables(self) -> None:
-        try:
-            # The version comes last: where it is, everything is.
-            _tables.create_all(self._engine, tables=[_blobs, _chunks])
-            _tables.create_all(self._engine, tables=[_version])
-        except (OperationalError, ProgrammingError, IntegrityError):
-            # Another worker makes them in this very moment, or we may not.
-            with transaction(self._engine) as connection:
-                if not all(_has_table(connection, name) for name in _tables.tables):
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                # The version comes last: where it is, everything is.
+                _tables.create_all(self._engine, tables=[_blobs, _chunks])
+                _tables.create_all(self._engine, tables=[_version])
+            except (OperationalError, ProgrammingError, IntegrityError) as error:
+                # Another worker makes them in this very moment, or we may not.
+                if not left or is_lost(error) or is_busy(error):
                     raise
+                time.sleep(0.1)
+            else:
+                break
         try:
             with transaction(self._engine) as connection:
                 connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
         except IntegrityError:
-            pass  # another worker's row
+            return  # another worker's row
+        _optuna.logger.info(
+            f"Made the tables {', '.join(_tables.tables)} in {without_password(self._engine.url)}."
+        )
 
     def _check_version(self) -> None:
         query = sa.select(_version.c.schema_version)
         found = read(self._storage, lambda connection: connection.execute(query).scalar())
+        if found is not None and type(found) is not int:
+            raise StorageError(
+                f"The schema version in the table {_version.name} is {str(found)[:60]!r} and not a number. "
+                "Something has changed the row; restore it from a backup."
+            )
         if found is not None and found > SCHEMA_VERSION:
             raise StorageError(
-                f"The tensor tables in this database have schema version {found} and this version "
-                f"of optuna_hypergrad knows {SCHEMA_VERSION}. Install a newer optuna_hypergrad; "
-                "nothing was changed."
+                f"The tensor tables in {without_password(self._engine.url)} have schema version "
+                f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
+                "newer optuna_hypergrad; nothing was changed."
             )
 
 

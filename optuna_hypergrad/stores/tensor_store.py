@@ -20,7 +20,7 @@ from .._typing import Params
 from ._database import is_for_threads
 from ._encoding import DecodeError, decode, specs_of
 from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
-from ._pointer import ATTRIBUTE_PREFIX, Pointer, attribute_key
+from ._pointer import Pointer, attribute_key, pointers_in
 from ._retention import Retention, Trajectory
 from ._retrying import retry_while_busy
 from ._verifying import VerifyReport, verify
@@ -195,7 +195,7 @@ class TensorStore:
         if name is not None and role is not None:
             keys = [attribute_key(name, role)] if attribute_key(name, role) in attrs else []
         else:
-            keys = [k for k in attrs if k.startswith(ATTRIBUTE_PREFIX)]
+            keys = pointers_in(attrs)
         found = (Pointer.from_json(attrs[k], k, frozen_trial.number) for k in keys)
         return sorted(
             (p for p in found if name in (None, p.name) and role in (None, p.role)),

@@ -35,12 +35,15 @@ def best_with_tensors(study: Study, store: TensorStore, stored: Collection[str])
             f"Study {study.study_name!r} has several objectives and no best trial: say which one."
         )
     sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
-    complete = [t for t in _optuna.all_trials(study) if t.state is TrialState.COMPLETE]
+    complete = [
+        t
+        for t in _optuna.all_trials(study)
+        if t.state is TrialState.COMPLETE and t.values is not None
+    ]
 
     def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
         infeasible = any(c > 0.0 for c in trial.constraints.values())
-        assert trial.value is not None
-        return infeasible, sign * trial.value, trial.number
+        return infeasible, sign * trial.values[0], trial.number
 
     for trial in sorted(complete, key=rank):
         pointers = store.pointers(trial, role="value")

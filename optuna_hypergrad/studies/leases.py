@@ -70,7 +70,10 @@ class Lease:
         if not isinstance(data, dict) or not isinstance(data.get("process"), str):
             return None
         until = data.get("until")
-        return cls(data["process"], float(until) if isinstance(until, (int, float)) else None)
+        try:
+            return cls(data["process"], None if until is None else float(until))
+        except (TypeError, ValueError, OverflowError):
+            return None
 
     @classmethod
     def new(cls, seconds: float | None) -> Lease:

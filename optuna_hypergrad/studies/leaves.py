@@ -68,6 +68,7 @@ def tensor_start(
             f"Hyperparameter {name!r}: dtype {dtype} has no gradient; use a floating-point dtype such "
             "as torch.float32, or suggest_int for integers."
         )
+    domain.check_dtype(name, torch.empty(0, dtype=dtype))
     if isinstance(init, np.ndarray):
         init = torch.from_numpy(np.ascontiguousarray(init))
         if not init.dtype.is_floating_point:
@@ -94,7 +95,8 @@ def tensor_start(
                 "them, or widen the bounds."
             )
         return start
-    number = checked_init(name, domain, init)
+    low, high = domain.bounds_as(torch.empty(0, dtype=dtype))
+    number = min(max(checked_init(name, domain, init), low), high)
     return domain.clamp(torch.full(size, number, dtype=dtype, device=device))
 
 

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
 from .leases import is_abandoned
+from .points import domain_of
 from .racing import Race
 from .trajectory import Ledger
 
@@ -113,6 +114,10 @@ class Proposer:
         if distribution.single():
             return self._keep(name, distribution, _optuna.single_value(distribution))
         value = self.sampler.sample_independent(self.view, self.trial, name, distribution)
+        if _optuna.is_continuous(distribution) and not _optuna.contains(distribution, value):
+            value = domain_of(
+                name, distribution
+            ).midpoint()  # TPE gives NaN for a few ulps of logarithms
         return self._keep(name, distribution, value)
 
     def _keep(self, name: str, distribution: BaseDistribution, value: Any) -> Any:

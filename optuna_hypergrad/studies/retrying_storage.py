@@ -9,6 +9,8 @@ there. Everything else writes the same value again.
 from __future__ import annotations
 
 import copy
+import sys
+import time
 import uuid
 from collections.abc import Callable, Container, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -21,6 +23,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from .. import _optuna
+from .._errors import ConnectionLostError
 from ..stores import (
     claim_waiting_trial,
     find_created_trial,
@@ -34,7 +37,8 @@ from ..stores import (
 
 T = TypeVar("T")
 
-KEY = "hypergrad:request"
+KEY, REMOTE_KEY = "hypergrad:request", "hypergrad:request:remote"
+"""The second is of a client of a gRPC proxy, whose server may have the first."""
 
 
 class _AnswerLostError(ConnectionError):
@@ -49,7 +53,8 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         storage = RetryingStorage("postgresql+psycopg://user@host/db", patience=3600)
         study = optuna.create_study(storage=storage, sampler=HypergradientSampler())
 
-    A warning says when the connection is lost, and when it is back.
+    A warning says when the connection is lost, and when it is back. Once the patience is spent, calls fail at
+    once until the database answers again.
 
     Args:
         storage: A URL as Optuna takes it, an ``RDBStorage``, or a ``GrpcStorageProxy``.
@@ -67,12 +72,14 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         if not patience >= 0:
             raise ValueError(f"patience={patience!r} must be a number of seconds of at least 0.")
         self.patience = patience
+        self._away_since: float | None = None  # once patience was spent, until there is an answer
         self._created: dict[str, int | None] = {}  # by the keys of creations that are under way
         self._backend = self._call(lambda: optuna.storages.get_storage(storage))
         self._attach()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._away_since = None  # another machine's clock
         self._attach()
 
     def __repr__(self) -> str:
@@ -83,13 +90,22 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return f"{type(self).__name__}({where}, patience={self.patience:g})"
 
     def _attach(self) -> None:
+        self._key = REMOTE_KEY if plain_rdb(self) is None else KEY
         rdb = unwrap_rdb(self)
         if rdb is not None:
             set_patience(rdb, self.patience)
             sa.event.listen(rdb.engine, "handle_error", _tell_lost_answers)
 
     def _call(self, action: Callable[[], T], settle: Callable[[], T | None] | None = None) -> T:
-        return retry_while_busy(action, patience=self.patience, settle=settle)
+        try:
+            found = retry_while_busy(
+                action, patience=self.patience, settle=settle, away_since=self._away_since
+            )
+        except ConnectionLostError:
+            self._away_since = time.monotonic() - self.patience
+            raise
+        self._away_since = None
+        return found
 
     # Calls that must not be carried out twice.
 
@@ -99,12 +115,12 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
             template = create_trial(state=TrialState.RUNNING)
         else:
             template = copy.copy(template_trial)
-        template.system_attrs = {**template.system_attrs, KEY: key}
+        template.system_attrs = {**template.system_attrs, self._key: key}
         rdb = plain_rdb(self)
 
         def created() -> int | None:
             if rdb is not None:
-                return find_created_trial(rdb, study_id, KEY, key)
+                return find_created_trial(rdb, study_id, self._key, key)
             for trial in self._backend.get_all_trials(study_id, deepcopy=False):
                 self._shown(trial)
             return self._created[key]
@@ -120,7 +136,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
     ) -> bool:
         rdb = plain_rdb(self)
         if state == TrialState.RUNNING and rdb is not None:
-            key = {KEY: uuid.uuid4().hex}
+            key = {self._key: uuid.uuid4().hex}
             if self._call(lambda: claim_waiting_trial(rdb, trial_id, key)):
                 return True
 
@@ -229,7 +245,15 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: self._backend.get_trial_param(trial_id, param_name))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._shown(self._call(lambda: self._backend.get_trial(trial_id)))
+        giving_up = isinstance(sys.exc_info()[1], ConnectionLostError)
+        try:
+            return self._shown(self._call(lambda: self._backend.get_trial(trial_id)))
+        except ConnectionLostError:
+            if not giving_up:
+                raise
+            # Study.optimize asks for the trial in the middle of its own end. Without any answer, or with a
+            # trial in another state, its end is an UnboundLocalError or an AssertionError.
+            return create_trial(state=TrialState.PRUNED)
 
     def get_all_trials(
         self,
@@ -245,7 +269,7 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
 
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
         found = self._call(lambda: self._backend.get_trial_system_attrs(trial_id))
-        return {key: value for key, value in found.items() if key != KEY}
+        return {key: value for key, value in found.items() if key != self._key}
 
     def remove_session(self) -> None:
         self._backend.remove_session()
@@ -272,10 +296,10 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: _optuna.stale_trial_ids(heart, study_id))
 
     def _shown(self, trial: FrozenTrial) -> FrozenTrial:
-        key = trial.system_attrs.get(KEY)
+        key = trial.system_attrs.get(self._key)
         if isinstance(key, str) and key in self._created:
             self._created[key] = _optuna.trial_id_of(trial)
-        trial.system_attrs.pop(KEY, None)  # also in the cache of a gRPC proxy
+        trial.system_attrs.pop(self._key, None)  # also in the cache of a gRPC proxy
         return trial
 
 

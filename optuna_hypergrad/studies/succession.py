@@ -68,7 +68,7 @@ def succeed(
 def keep_given_params(study: Study, trial: FrozenTrial) -> None:
     """Have the parameters of a trial that Optuna retries, which come with it, count as enqueued ones."""
     if trial.params and not _optuna.fixed_params(trial):
-        _set(study, trial, _FIXED, dict(trial.params))
+        _set(study, trial, _FIXED, _named(trial.params))
 
 
 def _sources(ended: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
@@ -114,8 +114,8 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
     return {  # in the order in which they are written: the last one says that all of them are
         "retry_history": [*_history(source), source.number],
         "failed_trial": attributes.get("failed_trial", source.number),
-        _FIXED: _optuna.fixed_params(source) | dict(source.params),
-        **{k: v for k, v in attributes.items() if k.startswith(CLAIM)},
+        _FIXED: _optuna.fixed_params(source) | _named(source.params),
+        **{k: v for k, v in attributes.items() if str(k).startswith(CLAIM)},
         **dict(newest_first),
         _RESUMED_AT: resumed,
     }
@@ -124,6 +124,11 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
 def _step_of(pointer: Any) -> int:
     step = pointer.get("step") if isinstance(pointer, dict) else None
     return step if type(step) is int else -1
+
+
+def _named(params: dict[str, Any]) -> dict[str, Any]:
+    """Without those whose name is not text: SQLite lets any type into any column."""
+    return {name: value for name, value in params.items() if isinstance(name, str)}
 
 
 def _adopt(

@@ -127,7 +127,16 @@ class Ledger:
         With several workers a step can have a lower number than the step it follows: it is taken in
         after that one. Trials whose events are damaged are left out, with a warning, and so are the
         steps that follow them.
+
+        Raises:
+            StorageError: if the trials are not numbered from 0 on.
         """
+        for n in range(self.seen, len(trials)):
+            if trials[n].number != n:
+                raise StorageError(
+                    f"The study has {len(trials)} trials, and in the place of trial {n} there is trial "
+                    f"{trials[n].number}. Something has changed the rows; restore them from a backup."
+                )
         due = sorted(self.unfinished) + list(range(self.seen, len(trials)))
         self.seen = max(self.seen, len(trials))
         self.unfinished.update(n for n in due if not trials[n].state.is_finished())
@@ -174,6 +183,7 @@ class Ledger:
             return True
 
     def _place(self, trial: FrozenTrial) -> bool:
+        _check_names(trial)
         claim, outcome = self._claim_of(trial), Outcome.of(trial)
         if outcome is not None and outcome.kind == "good" and trial.state != TrialState.COMPLETE:
             outcome = None  # cut off just before its end
@@ -304,6 +314,15 @@ class Ledger:
             if isinstance(distribution, FloatDistribution):
                 found[name] = distribution
         return found
+
+
+def _check_names(trial: FrozenTrial) -> None:
+    for name in trial.params:
+        if not isinstance(name, str):  # SQLite lets any type into any column
+            raise StorageError(
+                f"A parameter of trial {trial.number} has the name {str(name)[:60]}, which is not text. Something "
+                "else than optuna_hypergrad has changed the row; restore it from a backup."
+            )
 
 
 def _check_numbers(trial: FrozenTrial, names: Iterable[str]) -> None:

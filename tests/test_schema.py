@@ -1,0 +1,136 @@
+"""Our tables in a database: made once, with a word about it, never by looking; a newer schema is left alone."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+import torch
+from conftest import DATABASES, open_storage, url_of
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import RDBStorage
+
+import optuna_hypergrad as ohg
+from optuna_hypergrad import _optuna, cli
+from optuna_hypergrad.stores import RDBArtifactStore
+
+TABLES = {"hypergrad_version", "hypergrad_blobs", "hypergrad_chunks"}
+every_database = pytest.mark.parametrize("kind", DATABASES)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What our logger says at INFO."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"{record.levelname} {record.getMessage()}")
+
+    handler, before = Handler(), _optuna.logger.level
+    _optuna.logger.addHandler(handler)
+    _optuna.logger.setLevel(logging.INFO)
+    yield lines
+    _optuna.logger.removeHandler(handler)
+    _optuna.logger.setLevel(before)
+
+
+def opened(kind: str, directory: Path) -> RDBStorage:
+    found = open_storage(kind, directory)
+    assert isinstance(found, RDBStorage)
+    return found
+
+
+def tables(storage: RDBStorage) -> set[str]:
+    return {t for t in sa.inspect(storage.engine).get_table_names() if t.startswith("hypergrad")}
+
+
+def rows(storage: RDBStorage) -> list[Any]:
+    with storage.engine.connect() as connection:
+        return [
+            connection.execute(sa.text(f"SELECT * FROM {table}")).all()
+            for table in (*sorted(TABLES), "trials", "trial_system_attributes")
+        ]
+
+
+def save(study: optuna.Study, trial: optuna.Trial) -> None:
+    tensors = {"w": torch.arange(4.0)}
+    store = ohg.TensorStore.of_study(study)
+    store.save(study._study_id, trial._trial_id, "w", "value", 0, tensors)
+
+
+def commands(url: str, directory: Path) -> list[list[str]]:
+    return [
+        ["show", url],
+        ["verify", url],
+        ["sweep", url, "--min-age", "0"],
+        ["export", url, "--trial", "0", "-o", str(directory / "out")],
+    ]
+
+
+@every_database
+def test_tables_are_made_by_the_first_write_which_says_so(
+    kind: str, tmp_path: Path, told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = opened(kind, tmp_path)
+    study = optuna.create_study(study_name="s", storage=storage)
+    trial = study.ask()
+    store = RDBArtifactStore(storage)
+    assert list(store.stored()) == []
+    with pytest.raises(ArtifactNotFound):
+        store.open_reader("a")
+    ohg.TensorStore.of_study(study).sweep(min_age=-60)
+    ohg.TensorStore.of_study(study).verify()
+    for command in commands(url_of(kind, tmp_path), tmp_path):
+        assert cli.main(command) in (0, 2), capsys.readouterr()
+    assert tables(storage) == set()
+    assert told == []
+    save(study, trial)
+    assert tables(storage) == TABLES
+    (line,) = told
+    assert line.startswith("INFO Made the tables ")
+    assert storage.engine.url.render_as_string() in line
+    again = opened(kind, tmp_path)
+    RDBArtifactStore(again).write("b", io.BytesIO(b"x"))
+    assert len(told) == 1
+
+
+@every_database
+def test_a_newer_schema_is_neither_read_nor_written(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = opened(kind, tmp_path)
+    study = optuna.create_study(study_name="s", storage=first)
+    trial = study.ask()
+    save(study, trial)
+    with first.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE hypergrad_version SET schema_version = 99"))
+    before = rows(first)
+    study = optuna.load_study(study_name="s", storage=opened(kind, tmp_path))
+    store = ohg.TensorStore.of_study(study)
+    uses = (
+        lambda: save(study, trial),
+        lambda: store.load(store.pointers(study.trials[0])[0]),
+        lambda: ohg.load_tensors(study.trials[0], study=study),
+        lambda: store.discard(*store.pointers(study.trials[0])),
+        lambda: store.sweep(min_age=-60),
+        store.verify,
+    )
+    complaint = r"schema version 99 and this version .* knows 1\. Install a newer"
+    for use in uses:
+        with pytest.raises(ohg.StorageError, match=complaint):
+            use()
+    capsys.readouterr()
+    for command in commands(url_of(kind, tmp_path), tmp_path):
+        assert cli.main(command) == cli.FAILURE
+        output, error = capsys.readouterr()
+        assert output == ""
+        assert "schema version 99" in error
+    assert rows(first) == before
+    assert not (tmp_path / "out").exists()
