@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-import lives
+import cut_off
 import optuna
 import pytest
 
@@ -16,11 +16,11 @@ from optuna_hypergrad.stores import TensorStore
 KILLS = 6
 
 
-@pytest.mark.parametrize("name", lives.WORKS)
+@pytest.mark.parametrize("name", cut_off.WORKS)
 def test_a_killed_worker_is_followed_by_another_as_if_nothing_had_been(
     name: str, tmp_path: Path
 ) -> None:
-    whole = lives.Whole("sqlite", tmp_path / "whole", name)
+    whole = cut_off.Whole("sqlite", tmp_path / "whole", name)
     rng = random.Random(name)
     killed = study = 0
     while killed < KILLS:
@@ -48,6 +48,6 @@ def test_a_step_is_taken_only_when_the_last_checkpoint_is_whole(
 
     monkeypatch.setattr(TensorStore, "save_all_soon", save_soon)
     study = optuna.create_study(sampler=ohg.HypergradientSampler(seed=0))
-    lives.long_run(study, events)  # type: ignore[arg-type]
+    cut_off.long_run(study, events)  # type: ignore[arg-type]
     steps = [e for e in events if e != "evaluated"]
-    assert steps == ["stepped", "saving", "whole"] * lives.RUN_STEPS
+    assert steps == ["stepped", "saving", "whole"] * cut_off.RUN_STEPS

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-import lives
+import cut_off
 from conftest import DATABASES
 
 TITLES = {"trials": "trials with tensors", "run": "`minimize_bilevel` with checkpoints"}
@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=204, help="of all rows together")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    cells = [(kind, name) for kind in DATABASES for name in lives.WORKS]
+    cells = [(kind, name) for kind in DATABASES for name in cut_off.WORKS]
     least = -(-given.kills // len(cells))
     rng, rows = random.Random(given.seed), []
     with (
@@ -67,7 +67,7 @@ def main() -> int:
 def measure(
     kind: str, name: str, least: int, folder: Path, rng: random.Random, bar: Any
 ) -> dict[str, Any]:
-    whole = lives.Whole(kind, folder / kind / name / "whole", name)
+    whole = cut_off.Whole(kind, folder / kind / name / "whole", name)
     killed = studies = failed = repeated = 0
     while killed < least:
         studies += 1

@@ -245,7 +245,9 @@ class RetryingStorage(BaseStorage, _optuna.BaseHeartbeat):
         return self._call(lambda: self._backend.get_trial_param(trial_id, param_name))
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        giving_up = isinstance(sys.exc_info()[1], ConnectionLostError) and _optuna.asked_at_its_end()
+        giving_up = (
+            isinstance(sys.exc_info()[1], ConnectionLostError) and _optuna.asked_at_its_end()
+        )
         try:
             return self._shown(self._call(lambda: self._backend.get_trial(trial_id)))
         except ConnectionLostError:
