@@ -22,7 +22,7 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
 from optuna_hypergrad import CorruptTensorError, StorageError, stores
-from optuna_hypergrad.stores import AbstractArtifactStore, RDBArtifactStore, rdb
+from optuna_hypergrad.stores import AbstractArtifactStore, RDBArtifactStore, _schema, rdb
 from optuna_hypergrad.stores import file_system as fs
 
 CHUNK = rdb.CHUNK_BYTES
@@ -461,7 +461,7 @@ def test_a_database_that_stays_locked_is_an_error(
 def test_the_tables_of_the_servers() -> None:
     def ddl(dialect: sa.engine.Dialect) -> str:
         return "".join(
-            str(CreateTable(t).compile(dialect=dialect)) for t in rdb._tables.tables.values()
+            str(CreateTable(t).compile(dialect=dialect)) for t in _schema.TABLES.tables.values()
         )
 
     for dialect in (mysql.dialect(), mysql.dialect(is_mariadb=True)):

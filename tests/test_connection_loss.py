@@ -37,7 +37,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad.stores import RDBArtifactStore, _retrying, plain_rdb
+from optuna_hypergrad.stores import RDBArtifactStore, _retrying, _schema, plain_rdb
 
 SERVER_KINDS = ("postgresql", "mariadb")
 TRIALS = 14
@@ -283,7 +283,7 @@ def test_workers_may_make_the_tables_at_the_same_time(through: Through) -> None:
         with store._engine.connect():  # one for each, in the pool
             together.wait()
         try:
-            store._create_tables()
+            _schema._create_tables(store._storage)
         except Exception as error:
             errors.append(error)
 

@@ -1,7 +1,6 @@
 """Blobs in the study's own database, as rows of about 1 MiB.
 
-No foreign key to Optuna's tables: one without CASCADE makes ``delete_study`` silently do nothing on
-PostgreSQL and MySQL. Code for the common subset of SQLAlchemy 1.4.2 and 2.
+Code for the common subset of SQLAlchemy 1.4.2 and 2.
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 import io
 import shutil
 import tempfile
-import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,66 +17,22 @@ from typing import Any, BinaryIO, ClassVar
 import sqlalchemy as sa
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy.exc import IntegrityError
 
-from .. import _optuna
 from .._errors import CorruptTensorError, StorageError
+from . import _schema as schema
 from ._database import read, transaction, unwrap_rdb, write
 from ._optuna_tables import write_attributes
-from ._retrying import is_busy, is_lost, patience_of, retry_while_busy
-from ._secrets import without_password
+from ._schema import has_tables, make_tables
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
-SCHEMA_VERSION = 1
 CHUNK_BYTES = 1 << 20
-_ATTEMPTS = 20
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
 
 
 Chunks = Callable[[], Iterator[Any]]
 """The content of an artifact, from its beginning each time."""
-
-
-def _for_mysql(base: Any, variant: Any) -> Any:
-    return base.with_variant(variant, "mysql").with_variant(variant, "mariadb")
-
-
-_tables = sa.MetaData()
-_options: dict[str, Any] = {
-    f"{dialect}_{option}": value
-    for dialect in ("mysql", "mariadb")
-    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"))
-}
-# Identifiers differ in case on every database, also on MySQL.
-_Id = _for_mysql(sa.String(255), mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"))
-_version = sa.Table(
-    "hypergrad_version",
-    _tables,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("schema_version", sa.Integer, nullable=False),
-    **_options,
-)
-_blobs = sa.Table(
-    "hypergrad_blobs",
-    _tables,
-    sa.Column("artifact_id", _Id, primary_key=True),
-    sa.Column("num_bytes", sa.BigInteger, nullable=False),
-    sa.Column("written", sa.BigInteger, nullable=False),
-    **_options,
-)
-_chunks = sa.Table(
-    "hypergrad_chunks",
-    _tables,
-    sa.Column("artifact_id", _Id, primary_key=True),
-    sa.Column("chunk", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("data", _for_mysql(sa.LargeBinary(), mysql.LONGBLOB()), nullable=False),
-    **_options,
-)
-
-_prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
-_preparing = threading.Lock()
 
 
 class RDBArtifactStore(AbstractArtifactStore):
@@ -121,13 +74,16 @@ class RDBArtifactStore(AbstractArtifactStore):
             ArtifactNotFound: if there is no such artifact.
             CorruptTensorError: if the rows do not add up; before anything large is read.
         """
-        if not self._has_tables():
+        if not has_tables(self._storage):
             raise ArtifactNotFound(f"There is no artifact {artifact_id!r} in the database.")
-        length = sa.func.length(_chunks.c.data)
-        claim = sa.select(_blobs.c.num_bytes).where(_blobs.c.artifact_id == artifact_id)
+        length = sa.func.length(schema.chunks.c.data)
+        claim = sa.select(schema.blobs.c.num_bytes).where(schema.blobs.c.artifact_id == artifact_id)
         facts = sa.select(
-            sa.func.count(), sa.func.max(_chunks.c.chunk), sa.func.sum(length), sa.func.max(length)
-        ).where(_chunks.c.artifact_id == artifact_id)
+            sa.func.count(),
+            sa.func.max(schema.chunks.c.chunk),
+            sa.func.sum(length),
+            sa.func.max(length),
+        ).where(schema.chunks.c.artifact_id == artifact_id)
         claimed, (count, last, total, longest) = read(
             self._storage,
             lambda connection: (
@@ -202,7 +158,7 @@ class RDBArtifactStore(AbstractArtifactStore):
             with transaction(self._engine) as connection:
                 return True if _has_all(connection, bodies) else None
 
-        self._prepare()
+        make_tables(self._storage)
         write(self._storage, action, settle)
 
     def is_in(self, rdb: RDBStorage) -> bool:
@@ -216,17 +172,17 @@ class RDBArtifactStore(AbstractArtifactStore):
     def remove_many(self, artifact_ids: Iterable[str]) -> None:
         """Remove those of ``artifact_ids`` that are there, a hundred in one transaction."""
         wanted = list(artifact_ids)
-        if not wanted or not self._has_tables():
+        if not wanted or not has_tables(self._storage):
             return
         for some in _hundreds(wanted):
             write(self._storage, partial(_delete, artifact_ids=some))
 
     def stored(self, prefix: str = "") -> Iterator[StoredArtifact]:
-        if not self._has_tables():
+        if not has_tables(self._storage):
             return
-        query = sa.select(_blobs.c.artifact_id, _blobs.c.num_bytes, _blobs.c.written).where(
-            _blobs.c.artifact_id.startswith(prefix, autoescape=True)
-        )
+        query = sa.select(
+            schema.blobs.c.artifact_id, schema.blobs.c.num_bytes, schema.blobs.c.written
+        ).where(schema.blobs.c.artifact_id.startswith(prefix, autoescape=True))
         rows = read(self._storage, lambda connection: connection.execute(query).all())
         for artifact_id, num_bytes, written in rows:
             try:
@@ -244,14 +200,14 @@ class RDBArtifactStore(AbstractArtifactStore):
             _delete(connection, list(bodies))
             _insert(connection, bodies)
 
-        self._prepare()
+        make_tables(self._storage)
         try:
             write(self._storage, partial(_insert, bodies=bodies))
         except IntegrityError:  # they are there, maybe by an attempt whose answer was lost
             write(self._storage, replace)
 
     def _require(self, artifact_id: str) -> None:
-        if self._has_tables() and read(
+        if has_tables(self._storage) and read(
             self._storage, partial(_has_all, artifact_ids=[artifact_id])
         ):
             return
@@ -259,8 +215,8 @@ class RDBArtifactStore(AbstractArtifactStore):
 
     def _read_chunk(self, artifact_id: str, chunk: int) -> bytes:
         # As it is in the row: made to bytes, a number would be as many zeros.
-        query = sa.select(sa.type_coerce(_chunks.c.data, sa.types.NullType())).where(
-            _chunks.c.artifact_id == artifact_id, _chunks.c.chunk == chunk
+        query = sa.select(sa.type_coerce(schema.chunks.c.data, sa.types.NullType())).where(
+            schema.chunks.c.artifact_id == artifact_id, schema.chunks.c.chunk == chunk
         )
         where = f"The row hypergrad_chunks(artifact_id={artifact_id!r}, chunk={chunk})"
         row = read(self._storage, lambda connection: connection.execute(query).first())
@@ -277,71 +233,9 @@ class RDBArtifactStore(AbstractArtifactStore):
             )
         return bytes(data)
 
-    def _has_tables(self) -> bool:
-        engine = self._engine
-        if engine in _prepared:
-            return True
-        if not read(self._storage, lambda connection: _has_table(connection, _version.name)):
-            return False
-        self._check_version()
-        _prepared.add(engine)
-        return True
-
-    def _prepare(self) -> None:
-        with _preparing:
-            if self._has_tables():
-                return
-            retry_while_busy(self._create_tables, patience=patience_of(self._storage))
-            if not self._has_tables():
-                raise StorageError(
-                    f"The table {_version.name} is still missing after it was made. Check that "
-                    "this database user may create tables."
-                )
-
-    def _create_tables(self) -> None:
-        for left in reversed(range(_ATTEMPTS)):
-            try:
-                # The version comes last: where it is, everything is.
-                _tables.create_all(self._engine, tables=[_blobs, _chunks])
-                _tables.create_all(self._engine, tables=[_version])
-            except (OperationalError, ProgrammingError, IntegrityError) as error:
-                # Another worker makes them in this very moment, or we may not.
-                if not left or is_lost(error) or is_busy(error):
-                    raise
-                time.sleep(0.1)
-            else:
-                break
-        try:
-            with transaction(self._engine) as connection:
-                connection.execute(_version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
-        except IntegrityError:
-            return  # another worker's row
-        _optuna.logger.info(
-            f"Made the tables {', '.join(_tables.tables)} in {without_password(self._engine.url)}."
-        )
-
-    def _check_version(self) -> None:
-        query = sa.select(_version.c.schema_version)
-        found = read(self._storage, lambda connection: connection.execute(query).scalar())
-        if found is not None and type(found) is not int:
-            raise StorageError(
-                f"The schema version in the table {_version.name} is {str(found)[:60]!r} and not a number. "
-                "Something has changed the row; restore it from a backup."
-            )
-        if found is not None and found > SCHEMA_VERSION:
-            raise StorageError(
-                f"The tensor tables in {without_password(self._engine.url)} have schema version "
-                f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
-                "newer optuna_hypergrad; nothing was changed."
-            )
-
-
-def _has_table(connection: Connection, name: str) -> bool:
-    return bool(sa.inspect(connection).has_table(name))
-
 
 def _has_all(connection: Connection, artifact_ids: Collection[str]) -> bool:
-    query = sa.select(sa.func.count()).where(_blobs.c.artifact_id.in_(list(artifact_ids)))
+    query = sa.select(sa.func.count()).where(schema.blobs.c.artifact_id.in_(list(artifact_ids)))
     return connection.execute(query).scalar() == len(artifact_ids)
 
 
@@ -350,7 +244,7 @@ def _insert(connection: Connection, bodies: Mapping[str, Chunks]) -> None:
     # waits for its turn here, and never in mid-transaction.
     for artifact_id in bodies:
         row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
-        connection.execute(_blobs.insert(), row)
+        connection.execute(schema.blobs.insert(), row)
     for artifact_id, chunks in bodies.items():
         _insert_chunks(connection, artifact_id, chunks())
 
@@ -359,16 +253,18 @@ def _insert_chunks(connection: Connection, artifact_id: str, chunks: Iterator[An
     num_bytes = 0
     for chunk, data in enumerate(chunks):
         row = {"artifact_id": artifact_id, "chunk": chunk, "data": data}
-        connection.execute(_chunks.insert(), row)
+        connection.execute(schema.chunks.insert(), row)
         num_bytes += len(data)
     connection.execute(
-        _blobs.update().where(_blobs.c.artifact_id == artifact_id).values(num_bytes=num_bytes)
+        schema.blobs.update()
+        .where(schema.blobs.c.artifact_id == artifact_id)
+        .values(num_bytes=num_bytes)
     )
 
 
 def _delete(connection: Connection, artifact_ids: Sequence[str]) -> None:
     for some in _hundreds(artifact_ids):
-        for table in (_chunks, _blobs):
+        for table in (schema.chunks, schema.blobs):
             connection.execute(table.delete().where(table.c.artifact_id.in_(some)))
 
 

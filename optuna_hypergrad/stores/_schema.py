@@ -1,0 +1,143 @@
+"""The tables of the tensors in a study's database: their columns, their version, and how they are made.
+
+No foreign key to Optuna's tables: one without CASCADE makes ``delete_study`` silently do nothing on
+PostgreSQL and MySQL. Code for the common subset of SQLAlchemy 1.4.2 and 2.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.storages import RDBStorage
+from sqlalchemy.dialects import mysql
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+from .. import _optuna
+from .._errors import StorageError
+from ._database import read, transaction
+from ._retrying import is_busy, is_lost, patience_of, retry_while_busy
+from ._secrets import without_password
+
+SCHEMA_VERSION = 1
+_ATTEMPTS = 20
+
+
+def _for_mysql(base: Any, variant: Any) -> Any:
+    return base.with_variant(variant, "mysql").with_variant(variant, "mariadb")
+
+
+TABLES = sa.MetaData()
+_options: dict[str, Any] = {
+    f"{dialect}_{option}": value
+    for dialect in ("mysql", "mariadb")
+    for option, value in (("engine", "InnoDB"), ("charset", "utf8mb4"))
+}
+# Identifiers differ in case on every database, also on MySQL.
+_Id = _for_mysql(sa.String(255), mysql.VARCHAR(255, charset="utf8mb4", collation="utf8mb4_bin"))
+version = sa.Table(
+    "hypergrad_version",
+    TABLES,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("schema_version", sa.Integer, nullable=False),
+    **_options,
+)
+blobs = sa.Table(
+    "hypergrad_blobs",
+    TABLES,
+    sa.Column("artifact_id", _Id, primary_key=True),
+    sa.Column("num_bytes", sa.BigInteger, nullable=False),
+    sa.Column("written", sa.BigInteger, nullable=False),
+    **_options,
+)
+chunks = sa.Table(
+    "hypergrad_chunks",
+    TABLES,
+    sa.Column("artifact_id", _Id, primary_key=True),
+    sa.Column("chunk", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("data", _for_mysql(sa.LargeBinary(), mysql.LONGBLOB()), nullable=False),
+    **_options,
+)
+
+_prepared: weakref.WeakSet[Engine] = weakref.WeakSet()
+_preparing = threading.Lock()
+
+
+def has_tables(rdb: RDBStorage) -> bool:
+    """Whether they are there.
+
+    Raises:
+        StorageError: if a newer version of this library has made them.
+    """
+    engine = rdb.engine
+    if engine in _prepared:
+        return True
+    if not read(rdb, lambda connection: _has_table(connection, version.name)):
+        return False
+    _check_version(rdb)
+    _prepared.add(engine)
+    return True
+
+
+def make_tables(rdb: RDBStorage) -> None:
+    """Make those that are missing, and say so.
+
+    Raises:
+        StorageError: as :func:`has_tables`; if they cannot be made.
+    """
+    with _preparing:
+        if has_tables(rdb):
+            return
+        retry_while_busy(lambda: _create_tables(rdb), patience=patience_of(rdb))
+        if not has_tables(rdb):
+            raise StorageError(
+                f"The table {version.name} is still missing after it was made. Check that "
+                "this database user may create tables."
+            )
+
+
+def _create_tables(rdb: RDBStorage) -> None:
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            # The version comes last: where it is, everything is.
+            TABLES.create_all(rdb.engine, tables=[blobs, chunks])
+            TABLES.create_all(rdb.engine, tables=[version])
+        except (OperationalError, ProgrammingError, IntegrityError) as error:
+            # Another worker makes them in this very moment, or we may not.
+            if not left or is_lost(error) or is_busy(error):
+                raise
+            time.sleep(0.1)
+        else:
+            break
+    try:
+        with transaction(rdb.engine) as connection:
+            connection.execute(version.insert(), {"id": 1, "schema_version": SCHEMA_VERSION})
+    except IntegrityError:
+        return  # another worker's row
+    _optuna.logger.info(
+        f"Made the tables {', '.join(TABLES.tables)} in {without_password(rdb.engine.url)}."
+    )
+
+
+def _check_version(rdb: RDBStorage) -> None:
+    query = sa.select(version.c.schema_version)
+    found = read(rdb, lambda connection: connection.execute(query).scalar())
+    if found is not None and type(found) is not int:
+        raise StorageError(
+            f"The schema version in the table {version.name} is {str(found)[:60]!r} and not a number. "
+            "Something has changed the row; restore it from a backup."
+        )
+    if found is not None and found > SCHEMA_VERSION:
+        raise StorageError(
+            f"The tensor tables in {without_password(rdb.engine.url)} have schema version "
+            f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
+            "newer optuna_hypergrad; nothing was changed."
+        )
+
+
+def _has_table(connection: Connection, name: str) -> bool:
+    return bool(sa.inspect(connection).has_table(name))
