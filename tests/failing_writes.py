@@ -44,8 +44,8 @@ class WriteError(Exception):
 
 
 @contextmanager
-def failing(storage: RDBStorage, k: int) -> Iterator[None]:
-    """Have the ``k``-th write of ``storage`` fail, counted from 1.
+def failing(storage: RDBStorage, k: int, writes: str | tuple[str, ...] = WRITES) -> Iterator[None]:
+    """Have the ``k``-th of the ``writes`` of ``storage`` fail, counted from 1.
 
     Raises:
         WriteError: at the end, if there were fewer.
@@ -56,7 +56,7 @@ def failing(storage: RDBStorage, k: int) -> Iterator[None]:
         connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
     ) -> None:
         nonlocal count
-        if statement.lstrip().upper().startswith(WRITES):
+        if statement.lstrip().upper().startswith(writes):
             with lock:
                 count += 1
                 now = count == k
@@ -73,9 +73,15 @@ def failing(storage: RDBStorage, k: int) -> Iterator[None]:
         raise WriteError(f"there were {count} writes, and {k} wanted")
 
 
-def _fails(study: optuna.Study, objective: Any, trials: int, k: int) -> list[str]:
+def _fails(
+    study: optuna.Study,
+    objective: Any,
+    trials: int,
+    k: int,
+    writes: str | tuple[str, ...] = WRITES,
+) -> list[str]:
     """Run until the ``k``-th write has failed; what is wrong with how it did."""
-    with failing(study._storage._backend, k):
+    with failing(study._storage._backend, k, writes):
         try:
             study.optimize(objective, n_trials=trials)
         except Exception as error:
@@ -86,13 +92,15 @@ def _fails(study: optuna.Study, objective: Any, trials: int, k: int) -> list[str
     return []  # tried again, by Optuna or here
 
 
-def study_with_failing_write(path: Path, k: int) -> list[str]:
+def study_with_failing_write(
+    path: Path, k: int, writes: str | tuple[str, ...] = WRITES
+) -> list[str]:
     """Trials with tensors, of which one write fails, and further trials; what was wrong.
 
     They go on in the same study object where ``k`` is even, and in a new one where it is odd.
     """
     study = faults.study_in(open_database(path))
-    wrong = _fails(study, faults.small_objective, STEPS, k)
+    wrong = _fails(study, faults.small_objective, STEPS, k, writes)
     faults.stored(study)
     if k % 2:
         study._storage._backend.engine.dispose()

@@ -25,3 +25,10 @@ def test_kth_write_fails_and_nothing_is_lost(
 ) -> None:
     path = failing_writes.new_database(template, tmp_path)
     assert not failing_writes.WITH_FAILING_WRITE[what](path, k)
+
+
+def test_a_trial_whose_end_cannot_be_written_is_done_again_at_once(
+    template: Path, tmp_path: Path
+) -> None:
+    path = failing_writes.new_database(template, tmp_path)
+    assert not failing_writes.study_with_failing_write(path, 4, "UPDATE TRIALS SET STATE")
