@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, TrialState
 from torch import Tensor, nn
 
-from optuna_hypergrad import MissingTensorError
+from optuna_hypergrad import HyperparameterError, MissingTensorError
 from optuna_hypergrad.studies import (
     DifferentiableTrial,
     HypergradientSampler,
@@ -43,6 +43,30 @@ def everything(trial: Any) -> Tensor:
     like = trial.suggest_tensor_like("like", {"w/0": torch.zeros(3), "b": torch.ones(1)}, -1.0, 2.0)
     loss = (x.log() - 1) ** 2 + (y - 2) ** 2 + (decay.log() + 1).pow(2).mean() + coarse
     return loss + sum((v - 0.3).pow(2).sum() for v in like.values()) + (kind == "b") + 0.1 * width
+
+
+def test_each_entry_of_a_dict_may_have_bounds_of_its_own() -> None:
+    low, high = {"a": -1.0, "b": 0.1}, {"a": 1.0, "b": 0.3}
+    like = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
+
+    @differentiable
+    def objective(trial: DifferentiableTrial) -> Tensor:
+        tree = trial.suggest_tensor_like("d", like, low, high)
+        return tree["a"].sum() * 1e3 - tree["b"].sum() * 1e3
+
+    study = make_study()
+    study.optimize(objective, n_trials=6)
+    for trial in study.trials[-2:]:
+        found = load_tensors(trial, study=study)["d"]
+        assert all(bool(((found[k] >= low[k]) & (found[k] <= high[k])).all()) for k in like)
+    assert torch.equal(found["a"], torch.full((3,), -1.0))
+    assert torch.equal(found["b"], torch.tensor(0.3).nextafter(torch.tensor(0.0)).expand(2, 2))
+    high["b"] = 0.2
+    with pytest.raises(HyperparameterError, match="'d' is defined otherwise"):
+        study.optimize(objective, n_trials=1)
+    del high["b"]
+    with pytest.raises(HyperparameterError, match=r"high and params differ in \['b'\]"):
+        study.optimize(objective, n_trials=1)
 
 
 def test_floats_are_leaves_and_the_rest_is_plain() -> None:

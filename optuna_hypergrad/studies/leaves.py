@@ -101,7 +101,7 @@ def tensor_start(
 
 
 def tree_start(
-    name: str, domain: Domain, params: Mapping[str, Tensor], init: Any
+    name: str, low: Any, high: Any, log: bool, params: Mapping[str, Tensor], init: Any
 ) -> tuple[Definition, Params]:
     """A tensor like each of ``params``, at its start."""
     if isinstance(params, nn.Module):
@@ -117,18 +117,30 @@ def tree_start(
                 f"Hyperparameter {name!r}: entry {key!r} is a {type(value).__name__}; give tensors by "
                 "name."
             )
-    if isinstance(init, Mapping) and init.keys() != params.keys():
-        odd = sorted(init.keys() ^ params.keys())[:3]
-        raise HyperparameterError(
-            f"Hyperparameter {name!r}: init and params differ in {odd}; give init the keys of params."
-        )
-    values = {}
+    lows, highs, starts = (
+        _by_entry(name, label, given, params)
+        for label, given in (("low", low), ("high", high), ("init", init))
+    )
+    values, domains = {}, {}
     for key, value in params.items():
-        start = init[key] if isinstance(init, Mapping) else init
+        entry = f"{name}/{key}"
+        domains[key] = checked_domain(entry, lows[key], highs[key], log)
         values[key] = tensor_start(
-            f"{name}/{key}", domain, tuple(value.shape), start, value.dtype, value.device
+            entry, domains[key], tuple(value.shape), starts[key], value.dtype, value.device
         )
-    return tree_definition(name, dict.fromkeys(values, domain), values), values
+    return tree_definition(name, domains, values), values
+
+
+def _by_entry(name: str, label: str, given: Any, params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One for all entries, or a dict with one for each."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(params, given)
+    if given.keys() != params.keys():
+        odd = sorted(map(str, given.keys() ^ params.keys()))[:3]
+        raise HyperparameterError(
+            f"Hyperparameter {name!r}: {label} and params differ in {odd}; give {label} the keys of params."
+        )
+    return dict(given)
 
 
 def module_start(name: str, module: nn.Module) -> tuple[Definition, Params]:

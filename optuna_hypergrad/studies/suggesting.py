@@ -123,8 +123,8 @@ class Suggesting:
         self,
         name: str,
         params: Mapping[str, Tensor],
-        low: float,
-        high: float,
+        low: float | Mapping[str, float],
+        high: float | Mapping[str, float],
         *,
         log: bool = False,
         init: float | Mapping[str, Tensor] | None = None,
@@ -134,8 +134,8 @@ class Suggesting:
         Args:
             name: Of the whole dict.
             params: Gives keys, shapes, dtypes and devices; ``dict(model.named_parameters())``.
-            low: Lower bound of every entry.
-            high: Upper bound of every entry.
+            low: Lower bound of all entries, or a dict with one for each of ``params``.
+            high: Upper bound, likewise.
             log: Move in the logarithm.
             init: Start: one number, or a dict like ``params``.
 
@@ -143,7 +143,11 @@ class Suggesting:
             HyperparameterError: naming the hyperparameter and the remedy.
             StorageError: if the study's storage cannot hold tensors.
         """
-        definition, start = tree_start(name, checked_domain(name, low, high, log), params, init)
+        if isinstance(low, Mapping) or isinstance(high, Mapping):
+            checked_domain(name, -math.inf, math.inf, False)
+        else:
+            checked_domain(name, low, high, log)
+        definition, start = tree_start(name, low, high, log, params, init)
         return cast(Params, self._suggest_start(definition, start))
 
     def suggest_module(self, name: str, module: nn.Module) -> Params:
