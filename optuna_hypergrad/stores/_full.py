@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from optuna.exceptions import StorageInternalError
 
 from .._errors import HypergradError, NoSpaceError
-from ._retrying import _chain, _codes, _kind
+from ._retrying import causes, codes_of, kind_of
 
 _ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _SQLITE = ("database or disk is full", "disk i/o error")
@@ -26,13 +26,13 @@ _MYSQL_ERRNOS = tuple(
 def is_full(error: BaseException) -> bool:
     """Whether a write failed for want of room. (SQLite calls a file-size limit an I/O error, as it does a
     broken disk.)"""
-    return any(map(_is_full, _chain(error)))
+    return any(map(_is_full, causes(error)))
 
 
 def is_of_storage(error: BaseException) -> bool:
     """Whether it is the study's storage that failed, and not what was computed."""
     kinds = (StorageInternalError, sa.exc.SQLAlchemyError)
-    return any(isinstance(e, kinds) for e in _chain(error)) or is_full(error)
+    return any(isinstance(e, kinds) for e in causes(error)) or is_full(error)
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def saying_what_has_no_room(what: str) -> Iterator[None]:
             raise
         raise NoSpaceError(
             f"{what} cannot be stored: there is no room left on the disk or in the database "
-            f"({_kind(error)}: {_cause(error)}). What was stored before is still there. Free some space, or "
+            f"({kind_of(error)}: {_cause(error)}). What was stored before is still there. Free some space, or "
             "raise the limit (a quota, a file-size limit, max_page_count), and run again; "
             "`optuna-hypergrad sweep` removes tensors that nothing refers to."
         ) from error
@@ -62,13 +62,13 @@ def _is_full(error: BaseException) -> bool:
         return False
     if isinstance(original, sqlite3.OperationalError):
         return _is_full(original)
-    codes = _codes(original)
+    codes = codes_of(original)
     if codes & (_POSTGRESQL | _MYSQL):
         return True
     return bool(codes & _MYSQL_FILE_ERRORS) and any(n in str(original) for n in _MYSQL_ERRNOS)
 
 
 def _cause(error: BaseException) -> str:
-    found = next(e for e in _chain(error) if _is_full(e))
+    found = next(e for e in causes(error) if _is_full(e))
     original = getattr(found, "orig", None) or found
     return getattr(original, "strerror", None) or str(original.args[-1] if original.args else "")

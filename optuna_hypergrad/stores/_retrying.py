@@ -117,11 +117,11 @@ def _note_loss(error: Exception, lost_at: float | None, patience: float) -> floa
         lost_at = now
         if patience > 0:
             _optuna.logger.warning(
-                f"The connection to the database is lost ({_kind(error)}). Trying again for {patience:g} s."
+                f"The connection to the database is lost ({kind_of(error)}). Trying again for {patience:g} s."
             )
     if now - lost_at >= patience:
         raise ConnectionLostError(
-            f"The database has not answered for {patience:g} s ({_kind(error)}). Nothing that was stored "
+            f"The database has not answered for {patience:g} s ({kind_of(error)}). Nothing that was stored "
             "is lost: run again when it is back, or wait longer with RetryingStorage(..., patience=...)."
         ) from error
     return lost_at
@@ -129,17 +129,17 @@ def _note_loss(error: Exception, lost_at: float | None, patience: float) -> floa
 
 def is_busy(error: BaseException) -> bool:
     """Whether the database was only busy, and has written nothing."""
-    for e in _chain(error):
+    for e in causes(error):
         if isinstance(e, sqlite3.OperationalError) and "locked" in str(e):
             return True
-        if isinstance(e, DBAPIError) and e.orig is not None and _BUSY & _codes(e.orig):
+        if isinstance(e, DBAPIError) and e.orig is not None and _BUSY & codes_of(e.orig):
             return True
     return False
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether the connection to the database was lost, or could not be made at the moment."""
-    errors = list(_chain(error))
+    errors = list(causes(error))
     given_up = any(isinstance(e, ConnectionLostError) for e in errors)
     return not given_up and any(map(_is_lost, errors))
 
@@ -164,20 +164,20 @@ def _driver_lost(error: BaseException) -> bool:
     text = str(error).lower()
     if driver == "sqlite3" or any(words in text for words in _NEVER):
         return False
-    codes = _codes(error)
+    codes = codes_of(error)
     if driver.startswith("psycopg"):
         states = {c for c in codes if isinstance(c, str) and len(c) == 5}
         return bool(states & _POSTGRESQL_LOST) or getattr(error, "sqlstate", "-") is None
     return bool(codes & _MYSQL_LOST) or "packet sequence" in text or 0 in codes
 
 
-def _codes(error: BaseException) -> set[object]:
+def codes_of(error: BaseException) -> set[object]:
     """What a driver calls an error: MySQL's number, PostgreSQL's SQLSTATE."""
     found = [*error.args[:1], *(getattr(error, a, None) for a in ("errno", "sqlstate", "pgcode"))]
     return {code for code in found if isinstance(code, (int, str))}
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     # Not what was being handled meanwhile: that may be an older loss, in the caller's own hands.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -186,7 +186,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _kind(error: BaseException) -> str:
+def kind_of(error: BaseException) -> str:
     """The driver's name for it; its text could show more than a log should have."""
-    found = [type(e).__name__ for e in _chain(error) if not isinstance(e, SQLAlchemyError)]
+    found = [type(e).__name__ for e in causes(error) if not isinstance(e, SQLAlchemyError)]
     return found[-1] if found else type(error).__name__
