@@ -197,6 +197,8 @@ def study_with(poison: Poison) -> list[str]:
 
 def run_with(poison: Poison) -> list[str]:
     """A run of outer steps of which one meets the poison, and another one; what was wrong."""
+    if poison.place in ("product", "linear solver") and poison.estimator != "unroll":
+        poison.step += 1  # products are on the inner batch with which the next step begins
 
     def objective(trial: optuna.Trial) -> float:
         problem = ohg.BilevelProblem(poison.inner, poison.outer, poison.inner_batch, int)

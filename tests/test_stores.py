@@ -1108,6 +1108,27 @@ def test_retention_keeps_the_newest_the_best_and_every_kth(desk: Desk) -> None:
     assert desk.survivors() == [3, 9]
 
 
+def test_retention_keeps_a_bounded_number_that_is_spread_over_the_study() -> None:
+    def kept(count: int, **settings: Any) -> list[int]:
+        trials = [create_trial(value=0.0) for _ in range(count)]
+        for number, trial in enumerate(trials):
+            trial.number = number
+        policy = Retention(newest=1, best=0, **settings)
+        return sorted(policy.keeps("value", trials, [StudyDirection.MINIMIZE]))
+
+    assert kept(31) == [0, 10, 20, 30]
+    assert kept(201, at_most=20) == [*range(0, 200, 20), 200]
+    before: list[int] = []
+    for count in range(1, 3000, 37):
+        now = kept(count)
+        assert 10 <= len(now) <= 21 or count < 200
+        assert set(now) - {count - 1} <= set(before) | set(range(count - 37, count))
+        before = now
+    assert len(kept(3000, at_most=None)) == 301
+    assert len(kept(3000, every=1)) == 3000
+    assert kept(3000, every=0) == [2999]
+
+
 def test_retention_maximizes_where_the_study_does(storage: BaseStorage) -> None:
     desk = Desk(storage, direction="maximize")
     for value in (1.0, 9.0, math.inf, 2.0, -math.inf, 3.0):
@@ -1161,7 +1182,9 @@ def test_states_are_kept_for_each_open_trajectory(desk: Desk) -> None:
     assert desk.survivors("step_state") == [6]
 
 
-@pytest.mark.parametrize("bad", [{"newest": 0}, {"best": -1}, {"every": 1.5}, {"newest": True}])
+@pytest.mark.parametrize(
+    "bad", [{"newest": 0}, {"best": -1}, {"every": 1.5}, {"newest": True}, {"at_most": 0}]
+)
 def test_a_policy_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"Retention: {next(iter(bad))} must be an integer"):
         Retention(**bad)

@@ -19,7 +19,7 @@ _GRACE = datetime.timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Retention:
-    """Keep the tensors of the newest trials, of the best, and of every k-th.
+    """Keep the tensors of the newest trials, of the best, and of some that are spread over the study.
 
     The tensors of a trial that has not finished are always kept, and those of a failed trial for an
     hour, so that a retry finds them.
@@ -29,6 +29,8 @@ class Retention:
         best: how many of the best completed trials keep theirs: the best of all, and the best
             among those that satisfy the constraints. For each objective.
         every: trials whose number is divisible by this keep theirs; 1 keeps all, 0 turns it off.
+        at_most: keep no more than so many because of ``every`` (unless that is 1): when there would be
+            more, only those whose number is divisible by twice as much, and so on. ``None`` for no limit.
         transient: roles that only serve to go on from: of these, ``best`` and ``every`` keep
             nothing, and ``newest`` counts within each trajectory that is not over.
     """
@@ -36,6 +38,7 @@ class Retention:
     newest: int = 2
     best: int = 1
     every: int = 10
+    at_most: int | None = 20
     transient: frozenset[str] = frozenset({"gradient", "step_state", "checkpoint"})
 
     def __post_init__(self) -> None:
@@ -43,6 +46,10 @@ class Retention:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"Retention: {name} must be an integer >= {least}, not {value!r}.")
+        if self.at_most is not None and (type(self.at_most) is not int or self.at_most < 1):
+            raise ValueError(
+                f"Retention: at_most must be an integer >= 1 or None, not {self.at_most!r}."
+            )
         object.__setattr__(self, "transient", frozenset(self.transient))
 
     def keeps(
@@ -56,7 +63,8 @@ class Retention:
         kept = {t.number for t in trials if not _is_settled(t)}
         if role not in self.transient:
             kept.update(_newest(trials, self.newest))
-            kept.update(t.number for t in trials if self.every and t.number % self.every == 0)
+            spacing = self._spacing(max((t.number for t in trials), default=0))
+            kept.update(t.number for t in trials if spacing and t.number % spacing == 0)
             kept.update(_best(trials, directions, self.best))
             return frozenset(kept)
         groups: dict[Hashable, list[FrozenTrial]] = {}
@@ -68,6 +76,13 @@ class Retention:
             kept.update(_newest(members, self.newest))
         return frozenset(kept)
 
+    def _spacing(self, last: int) -> int:
+        spacing = self.every
+        if self.at_most is not None and spacing > 1:
+            while last // spacing + 1 > self.at_most:
+                spacing *= 2
+        return spacing
+
     def explain(self, role: str) -> str:
         """One clause: what this policy keeps of ``role``."""
         newest = "the newest trial" if self.newest == 1 else f"the newest {self.newest} trials"
@@ -75,6 +90,8 @@ class Retention:
             return f"keeps {role!r} of {newest} of each open trajectory (Retention(newest=...))"
         best = f", the best {self.best}" if self.best else ""
         every = f" and every trial whose number is divisible by {self.every}" if self.every else ""
+        if self.every > 1 and self.at_most is not None:
+            every += f" (or, above {self.at_most} of them, by twice as much, and so on)"
         return f"keeps {role!r} of {newest}{best}{every} (Retention(newest=, best=, every=))"
 
 
