@@ -17,7 +17,7 @@ from optuna.storages import RDBStorage
 
 WRITES = ("INSERT", "UPDATE", "DELETE", "CREATE")
 CAUSES = ("disk I/O error", "database or disk is full", "unable to open database file")
-STEPS = 12
+STEPS = 13
 ENTRIES = 50
 
 

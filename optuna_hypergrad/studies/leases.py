@@ -163,7 +163,7 @@ def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
     """
     storage, trial_id = _optuna.storage_of(study), _optuna.trial_id_of(trial)
     lease = Lease.of(storage.get_trial(trial_id))
-    if lease is not None and not lease.is_over:
+    if lease is not None and not lease.is_over and not _was_given_up(trial):
         return False
     try:
         set_trial_attribute(storage, trial_id, CUT_OFF, True)
