@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH = 100
-_UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _GAP = "  "
 
 
 def plain(text: str) -> str:
-    """``text`` with escapes such as ``\\x1b`` for everything that is no visible character."""
-    return "".join(
-        c if unicodedata.category(c) not in _UNPRINTABLE else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    """``text`` with escapes such as ``\\x1b`` for all but visible characters and the space."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def fit(text: str, width: int, right: bool = False) -> str:
