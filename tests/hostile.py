@@ -217,6 +217,11 @@ def _plain_optimize(storage: RDBStorage, directory: Path) -> None:
     study.optimize(plain, n_trials=2)
 
 
+def _plain_suggest(storage: RDBStorage, directory: Path) -> None:
+    study = optuna.load_study(storage=storage, study_name="mixed", sampler=RandomSampler(0))
+    study.optimize(plain, n_trials=2)
+
+
 def _plain_resume(storage: RDBStorage, directory: Path) -> None:
     study = optuna.load_study(storage=storage, study_name="run", sampler=RandomSampler(0))
     trial = optuna.Trial(study, study.get_trials(deepcopy=False)[0]._trial_id)
@@ -226,7 +231,14 @@ def _plain_resume(storage: RDBStorage, directory: Path) -> None:
 
 PLAIN = {
     function.__name__: function
-    for function in (_plain_reading, _plain_trials, _plain_best, _plain_optimize, _plain_resume)
+    for function in (
+        _plain_reading,
+        _plain_trials,
+        _plain_best,
+        _plain_optimize,
+        _plain_suggest,
+        _plain_resume,
+    )
 }
 """What somebody does who has never heard of this library."""
 

@@ -110,6 +110,11 @@ def _is_settled(trial: FrozenTrial) -> bool:
     return trial.state.is_finished()
 
 
+def _is_number(value: object) -> bool:
+    """SQLite lets any type into any column."""
+    return isinstance(value, (int, float)) and not math.isnan(value)
+
+
 def _newest(trials: Iterable[FrozenTrial], count: int) -> list[int]:
     return heapq.nlargest(count, (t.number for t in trials))
 
@@ -128,7 +133,7 @@ def _best(
                 for t in candidates
                 if t.values is not None
                 and len(t.values) == len(directions)
-                and not math.isnan(t.values[objective])
+                and _is_number(t.values[objective])
             ]
             best.update(number for _, number in heapq.nsmallest(count, ranked))
     return best
