@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
@@ -94,6 +94,16 @@ def is_multi_objective(study: Study) -> bool:
 def sign_of(study: Study) -> float:
     """+1 where the study minimizes, -1 where it maximizes."""
     return -1.0 if study.directions[0] == StudyDirection.MAXIMIZE else 1.0
+
+
+def is_sound(distribution: BaseDistribution) -> bool:
+    """Whether its fields are of their types. (Optuna reads them from a storage as they are there.)"""
+    if not isinstance(distribution, (FloatDistribution, IntDistribution)):
+        return True
+    numbers = (distribution.low, distribution.high, distribution.step)
+    return type(distribution.log) is bool and all(
+        n is None or (isinstance(n, (int, float)) and not isinstance(n, bool)) for n in numbers
+    )
 
 
 def is_continuous(distribution: BaseDistribution) -> bool:

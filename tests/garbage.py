@@ -167,6 +167,8 @@ KNOWN = (
     "UPDATE studies SET study_name = x'ff' WHERE study_id = 2",
     "UPDATE trials SET number = 9007199254740993 WHERE trial_id = 3",
     "UPDATE trial_values SET value = x'fffe' WHERE trial_id = 3",
+    "UPDATE trial_params SET distribution_json = json_set(distribution_json, '$.attributes.log', 'x')"
+    " WHERE trial_id > 1 AND param_name = 'n'",
     "UPDATE trials SET number = x'ff' WHERE study_id = 2",
     "DELETE FROM trial_values WHERE trial_id = 2",
     "INSERT INTO trial_system_attributes VALUES (NULL, 4, 'constraints', '{\"c\": null}')",

@@ -184,6 +184,9 @@ class Ledger:
 
     def _place(self, trial: FrozenTrial) -> bool:
         _check_names(trial)
+        for name, distribution in trial.distributions.items():
+            if not _optuna.is_sound(distribution):
+                raise damaged(trial, f"distribution of {name}", "a field has another type")
         claim, outcome = self._claim_of(trial), Outcome.of(trial)
         if outcome is not None and outcome.kind == "good" and trial.state != TrialState.COMPLETE:
             outcome = None  # cut off just before its end
