@@ -18,7 +18,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("what", "k"),
-    [("study", 5), ("study", 14), ("study", 33), ("run", 4), ("run", 11), ("run", 22)],
+    [
+        ("study", 4),
+        ("study", 5),
+        ("study", 14),
+        ("study", 33),
+        ("run", 4),
+        ("run", 11),
+        ("run", 22),
+    ],
 )
 def test_kth_write_fails_and_nothing_is_lost(
     what: str, k: int, template: Path, tmp_path: Path

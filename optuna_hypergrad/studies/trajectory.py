@@ -17,7 +17,7 @@ from .._errors import StorageError
 from .._typing import Params
 from ..step_rules import AbstractStepRule, StepState
 from .events import CLAIM, OUTCOME, Claim, Outcome, damaged, gradient_of
-from .leases import CUT_OFF, Lease, is_abandoned
+from .leases import CUT_OFF, OWNER, Lease, is_abandoned
 from .points import Definition, PointSpace, domain_of
 
 MAX_CUT_OFF = 5
@@ -90,6 +90,13 @@ class Trajectory:
         if step.good and (self.best is None or step.value < self.best.value):
             self.best = step
         self.curve.append(math.inf if self.best is None else self.best.value)
+
+
+def _ended_before_it_had_begun(trial: FrozenTrial) -> bool:
+    """Whether a trial without a claim failed for no reason of its own: killed, or its claim not stored."""
+    if trial.state != TrialState.FAIL:
+        return False
+    return CUT_OFF in trial.system_attrs or (OWNER in trial.system_attrs and not trial.params)
 
 
 def setting_key(setting: Mapping[str, Any]) -> str:
@@ -193,8 +200,7 @@ class Ledger:
         if outcome is None and claim is not None:
             self._count_cut_off(claim)
         if outcome is None or outcome.kind == "void":
-            cut_off = trial.state == TrialState.FAIL and CUT_OFF in trial.system_attrs
-            if CLAIM in trial.system_attrs or cut_off:
+            if CLAIM in trial.system_attrs or _ended_before_it_had_begun(trial):
                 self.lost.add(trial.number)
             elif trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
                 self.foreign.append(trial.number)
