@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_code_of_the_readme_runs(capsys) -> None:
+def test_the_code_of_the_readme_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     code = (
         "\n".join(blocks)
@@ -27,6 +31,8 @@ def test_the_code_of_the_readme_runs(capsys) -> None:
     finally:
         optuna.logging.set_verbosity(verbosity)
     assert names["study"].best_value < 0.4
+    assert (tmp_path / "study.db").exists()
+    assert len(names["runs"].trials) == 3
     weights = names["weights"]
     assert float(weights[:100].mean()) < 0.6 * float(weights[100:].mean())
     assert capsys.readouterr().out
