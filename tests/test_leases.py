@@ -226,6 +226,41 @@ def test_a_killed_process_is_gone_before_its_parent_knows() -> None:
         assert leases.is_dead(name)
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="becomes another user")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_process_of_another_user_lives() -> None:
+    name = leases.this_process()
+    child = os.fork()
+    if child == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        os._exit(leases.is_dead(name))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_that_is_hidden_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, _, birth = leases.this_process().split("|")
+    name = f"{machine}|4194305|{birth}"
+    assert leases.is_dead(name)
+
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not leases.is_dead(name)
+
+
+def test_processes_are_compared_within_one_boot_of_one_machine() -> None:
+    machine, _, birth = leases.this_process().split("|")
+    host, _, boot = machine.partition("/")
+    assert boot or not Path("/proc/sys/kernel/random/boot_id").exists()
+    assert leases.is_dead(f"{machine}|4194305|{birth}")
+    assert leases.is_dead(f"{host}|4194305|{birth}")  # as written before there were boots
+    assert not leases.is_dead(f"{host}/another-boot|4194305|{birth}")
+    lease = Lease(f"{host}/another-boot|12|{birth}", None)
+    assert (lease.pid, lease.host) == ("12", host)
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_an_enqueued_trial_whose_process_dies_is_done_by_the_next(
     begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
