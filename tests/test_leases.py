@@ -29,6 +29,7 @@ from optuna_hypergrad.stores import _retrying
 from optuna_hypergrad.studies import leases, succession
 from optuna_hypergrad.studies.events import CLAIM
 from optuna_hypergrad.studies.leases import CUT_OFF, OWNER, Lease, LeaseKeeper
+from optuna_hypergrad.studies.recording import Recorder
 
 KINDS = ("sqlite", "journal")
 _count = itertools.count()
@@ -185,6 +186,41 @@ def test_a_lease_is_renewed_while_the_trial_runs(
         assert leases.cut_off(study.trials, [0]) == []
     study.tell(trial, 1.0)
     assert not study.sampler._leases._held
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_leaves_its_parents_trials_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_ended", {})
+    study = study_in(open_storage("sqlite", tmp_path))
+    done, running = study.ask(), study.ask()
+    study.tell(done, 1.0)
+    keeper = study.sampler._leases
+    assert len(keeper._held) == len(leases._ended) == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(len(keeper._held) + len(leases._ended) + (keeper._thread is not None))
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(keeper._held) == [(id(study._storage), running._trial_id)]
+
+
+def test_a_lease_is_renewed_while_the_outcome_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    keeper, held = study.sampler._leases, []
+    record = Recorder.record
+
+    def watched(*args: Any) -> None:
+        held.append(len(keeper._held))
+        record(*args)
+
+    monkeypatch.setattr(Recorder, "record", watched)
+    study.optimize(objective, n_trials=1)
+    assert held == [1]
+    assert not keeper._held
 
 
 def test_a_late_renewal_says_that_the_trial_is_lost(tmp_path: Path, warned: list[str]) -> None:

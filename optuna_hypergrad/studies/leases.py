@@ -217,11 +217,13 @@ class LeaseKeeper:
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self._forget()
+        _keepers.add(self)
 
     def _forget(self) -> None:
+        """Hold no lease, as in a process that was just forked: the trials are its parent's."""
         self._lock = threading.Lock()
         self._held: dict[tuple[int, int], BaseStorage] = {}
-        self._thread: tuple[int, threading.Thread] | None = None
+        self._thread: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -242,15 +244,14 @@ class LeaseKeeper:
             return
         with self._lock:
             self._held[id(storage), trial_id] = storage
-            if self._thread is None or self._thread[0] != os.getpid():
-                thread = threading.Thread(
+            if self._thread is None:
+                self._thread = threading.Thread(
                     target=_renew,
                     args=(weakref.ref(self), seconds / _RENEWALS),
                     name="hypergrad-leases",
                     daemon=True,
                 )
-                self._thread = os.getpid(), thread
-                thread.start()
+                self._thread.start()
 
     def end(self, study: Study, trial: FrozenTrial) -> None:
         """The trial is finished, or about to be, or could not begin.
@@ -290,6 +291,19 @@ class LeaseKeeper:
             finally:
                 storage.remove_session()
         return True
+
+
+_keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    _ended.clear()
+    for keeper in list(_keepers):
+        keeper._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _renew(reference: weakref.ref[LeaseKeeper], interval: float) -> None:
