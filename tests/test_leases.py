@@ -29,6 +29,7 @@ from optuna_hypergrad.stores import _retrying
 from optuna_hypergrad.studies import leases, succession
 from optuna_hypergrad.studies.events import CLAIM
 from optuna_hypergrad.studies.leases import CUT_OFF, OWNER, Lease, LeaseKeeper
+from optuna_hypergrad.studies.recording import Recorder
 
 KINDS = ("sqlite", "journal")
 _count = itertools.count()
@@ -187,6 +188,41 @@ def test_a_lease_is_renewed_while_the_trial_runs(
     assert not study.sampler._leases._held
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_leaves_its_parents_trials_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_ended", {})
+    study = study_in(open_storage("sqlite", tmp_path))
+    done, running = study.ask(), study.ask()
+    study.tell(done, 1.0)
+    keeper = study.sampler._leases
+    assert len(keeper._held) == len(leases._ended) == 1
+    child = os.fork()
+    if child == 0:
+        os._exit(len(keeper._held) + len(leases._ended) + (keeper._thread is not None))
+    assert os.waitpid(child, 0)[1] == 0
+    assert list(keeper._held) == [(id(study._storage), running._trial_id)]
+
+
+def test_a_lease_is_renewed_while_the_outcome_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path))
+    keeper, held = study.sampler._leases, []
+    record = Recorder.record
+
+    def watched(*args: Any) -> None:
+        held.append(len(keeper._held))
+        record(*args)
+
+    monkeypatch.setattr(Recorder, "record", watched)
+    study.optimize(objective, n_trials=1)
+    assert held == [1]
+    assert not keeper._held
+
+
 def test_a_late_renewal_says_that_the_trial_is_lost(tmp_path: Path, warned: list[str]) -> None:
     study = study_in(open_storage("sqlite", tmp_path), lease=30.0)
     trial = study.ask()
@@ -224,6 +260,41 @@ def test_a_killed_process_is_gone_before_its_parent_knows() -> None:
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
         assert leases.is_dead(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="becomes another user")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_process_of_another_user_lives() -> None:
+    name = leases.this_process()
+    child = os.fork()
+    if child == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        os._exit(leases.is_dead(name))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_that_is_hidden_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, _, birth = leases.this_process().split("|")
+    name = f"{machine}|4194305|{birth}"
+    assert leases.is_dead(name)
+
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not leases.is_dead(name)
+
+
+def test_processes_are_compared_within_one_boot_of_one_machine() -> None:
+    machine, _, birth = leases.this_process().split("|")
+    host, _, boot = machine.partition("/")
+    assert boot or not Path("/proc/sys/kernel/random/boot_id").exists()
+    assert leases.is_dead(f"{machine}|4194305|{birth}")
+    assert leases.is_dead(f"{host}|4194305|{birth}")  # as written before there were boots
+    assert not leases.is_dead(f"{host}/another-boot|4194305|{birth}")
+    lease = Lease(f"{host}/another-boot|12|{birth}", None)
+    assert (lease.pid, lease.host) == ("12", host)
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -195,8 +195,7 @@ def _worker(trial: FrozenTrial) -> Worker:
     lease = Lease.of(trial)
     if lease is None:
         return Worker(trial.number, "?", "?", is_gone=False)
-    host, _, rest = lease.process.partition("|")
-    return Worker(trial.number, host or "?", rest.partition("|")[0] or "?", lease.is_over)
+    return Worker(trial.number, lease.host or "?", lease.pid or "?", lease.is_over)
 
 
 def _tensors(

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,12 @@ class Lease:
         return {"process": self.process, "until": self.until}
 
     @property
-    def who(self) -> str:
-        machine, _, rest = self.process.partition("|")
-        return f"{rest.partition('|')[0]} on {machine}"
+    def host(self) -> str:
+        return self.process.partition("|")[0].partition("/")[0]
+
+    @property
+    def pid(self) -> str:
+        return self.process.partition("|")[2].partition("|")[0]
 
     @property
     def is_over(self) -> bool:
@@ -178,7 +182,7 @@ def mark_as_failed(study: Study, trial: FrozenTrial) -> bool:
             if _was_given_up(trial)
             else "process was gone before it had begun."
             if lease is None
-            else f"process ({lease.who}) is gone, or has not renewed its lease."
+            else f"process ({lease.pid} on {lease.host}) is gone, or has not renewed its lease."
         )
     )
     return True
@@ -213,11 +217,13 @@ class LeaseKeeper:
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self._forget()
+        _keepers.add(self)
 
     def _forget(self) -> None:
+        """Hold no lease, as in a process that was just forked: the trials are its parent's."""
         self._lock = threading.Lock()
         self._held: dict[tuple[int, int], BaseStorage] = {}
-        self._thread: tuple[int, threading.Thread] | None = None
+        self._thread: threading.Thread | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -238,15 +244,14 @@ class LeaseKeeper:
             return
         with self._lock:
             self._held[id(storage), trial_id] = storage
-            if self._thread is None or self._thread[0] != os.getpid():
-                thread = threading.Thread(
+            if self._thread is None:
+                self._thread = threading.Thread(
                     target=_renew,
                     args=(weakref.ref(self), seconds / _RENEWALS),
                     name="hypergrad-leases",
                     daemon=True,
                 )
-                self._thread = os.getpid(), thread
-                thread.start()
+                self._thread.start()
 
     def end(self, study: Study, trial: FrozenTrial) -> None:
         """The trial is finished, or about to be, or could not begin.
@@ -288,6 +293,19 @@ class LeaseKeeper:
         return True
 
 
+_keepers: weakref.WeakSet[LeaseKeeper] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    _ended.clear()
+    for keeper in list(_keepers):
+        keeper._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def _renew(reference: weakref.ref[LeaseKeeper], interval: float) -> None:
     while True:
         time.sleep(interval)
@@ -298,8 +316,14 @@ def _renew(reference: weakref.ref[LeaseKeeper], interval: float) -> None:
 
 
 def this_process() -> str:
-    """Names this process among all that ever ran on this machine, where the system can tell."""
-    return f"{socket.gethostname()}|{os.getpid()}|{_birth(os.getpid())}"
+    """Names this process among all that ever ran, where the system can tell: machine, PID and birth.
+
+    The machine is its host name and, where there is one, the identifier of its boot: copies of a virtual
+    machine share the name.
+    """
+    boot = _boot()
+    machine = socket.gethostname() + (f"/{boot}" if boot else "")
+    return f"{machine}|{os.getpid()}|{_birth()}"
 
 
 def is_dead(process: str) -> bool:
@@ -307,22 +331,57 @@ def is_dead(process: str) -> bool:
     parts = process.split("|")
     if len(parts) != 3 or not parts[1].isdigit():
         return False
-    machine, pid, (birth, _, space) = parts[0], parts[1], parts[2].partition("@")
-    here = _birth(os.getpid()).partition("@")[2]
-    if machine != socket.gethostname() or not birth or space != here:
+    host, _, boot = parts[0].partition("/")
+    begun, _, space = parts[2].partition("@")
+    if host != socket.gethostname() or (boot and boot != _boot()):
         return False
-    return _birth(pid) != parts[2]
+    if not begun or not space or space != _space():
+        return False
+    return _has_ended(parts[1], begun)
 
 
-def _birth(pid: int | str) -> str:
-    """Start time and namespace of a process; empty where there is none, or no /proc.
+def _has_ended(pid: str, begun: str) -> bool:
+    """Whether no process with that PID and start time is left.
 
-    A process that was killed stays in /proc until its parent asks for its end: there is none any more.
+    A process that was killed stays a zombie until its parent asks for its end. One that this user may not
+    look at (``hidepid``) is there.
     """
     try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError, ValueError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    stat = _stat(pid)
+    return stat is not None and (stat[0] in "ZX" or stat[1] != begun)
+
+
+def _stat(pid: int | str) -> tuple[str, str] | None:
+    """State and start time of a process; ``None`` where they cannot be read."""
+    try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        space = os.readlink(f"/proc/{pid}/ns/pid")
         state, *others = stat.rsplit(")", 1)[1].split()
-        return "" if state in "ZX" else f"{others[18]}@{space}"
+        return state, others[18]
     except (OSError, IndexError, ValueError):
+        return None
+
+
+def _birth() -> str:
+    """Start time and PID namespace of this process; empty where there is no /proc."""
+    stat, space = _stat(os.getpid()), _space()
+    return f"{stat[1]}@{space}" if stat is not None and space else ""
+
+
+def _space() -> str:
+    try:
+        return os.readlink(f"/proc/{os.getpid()}/ns/pid")
+    except OSError:
+        return ""
+
+
+@cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
         return ""

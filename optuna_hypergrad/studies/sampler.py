@@ -258,8 +258,19 @@ class HypergradientSampler(BaseSampler):
     ) -> None:
         if _optuna.is_multi_objective(study):
             return
+        try:
+            self._end(study, trial, state, values)
+        finally:
+            self._leases.end(study, trial)
+
+    def _end(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
         memory = self._memory(study)
-        self._leases.end(study, trial)
         with memory.lock:
             plan = memory.plans.pop(_optuna.trial_id_of(trial), None) or Plan()
             claim = Claim.of(trial)
