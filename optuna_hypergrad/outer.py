@@ -111,7 +111,10 @@ def minimize_bilevel(
         trial: The Optuna trial that this run is: values are reported to it, its pruner is asked (a
             study's default pruner prunes; warm values flatter, so pass ``NopPruner`` unless meant), and
             checkpoints go to the tensor store of its study. A trial that has a checkpoint is continued
-            from it, bit for bit. The final ``lam`` is stored there as ``name``, for ``load_tensors``. In a
+            from it, bit for bit; one whose run was interrupted (its process was killed, Ctrl-C, no room for a
+            checkpoint) passes it on to the next trial that begins, where the study's sampler is a
+            :class:`HypergradientSampler`. With another one, a killed run is continued only where the
+            storage has Optuna's heartbeat with ``RetryHeartbeatStaleTrialCallback``. The final ``lam`` is stored there as ``name``, for ``load_tensors``. In a
             study with several objectives nothing is reported and nothing pruned.
         checkpoint_every: Outer steps between checkpoints; with a trial, about twenty in all by default.
             0 for none.
@@ -160,56 +163,63 @@ def minimize_bilevel(
     reported = _report_again(judged, run.history, report_every) if judged is not None else set()
     bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
     result = SUCCESS
-    with bar, checkpoints or contextlib.nullcontext():
-        while run.step < num_steps:
-            given = run.inner_params if warm_start else _tree.detach(inner_params)
-            state = run.state if warm_start else EstimatorState()
-            estimate = estimator.estimate(
-                problem, inner_solver, given, run.outer_params, run.step, state
-            )
-            if not estimate.result:
-                result = replace(
-                    estimate.result,
-                    message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
+    with checkpoints or contextlib.nullcontext():
+        with bar:
+            while run.step < num_steps:
+                given = run.inner_params if warm_start else _tree.detach(inner_params)
+                state = run.state if warm_start else EstimatorState()
+                estimate = estimator.estimate(
+                    problem, inner_solver, given, run.outer_params, run.step, state
                 )
-                break
-            if checkpoints is not None:
-                checkpoints.wait()  # no more than one step that was taken can be lost
-            result = run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
-            if not result:
-                break
-            record = {"outer_value": float(estimate.outer_value), **run.last_norm, **estimate.stats}
-            run.history.append(record)
-            bar.set_postfix_str(
-                f"value {record['outer_value']:.5g}, |hypergradient| {record['hypergradient_norm']:.2g}",
-                refresh=False,
-            )
-            bar.update()
-            is_new = run.step - 1 not in reported
-            if judged is not None and is_new and (run.step - 1) % report_every == 0:
-                _report(judged, record["outer_value"], run.step - 1)
-            due = checkpoint_every and (run.step % checkpoint_every == 0 or run.step == num_steps)
-            if checkpoints is not None and due:
-                checkpoints.save(run.step, *run.snapshot())
-            if judged is not None and judged.should_prune():
-                from optuna import TrialPruned
+                if not estimate.result:
+                    result = replace(
+                        estimate.result,
+                        message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
+                    )
+                    break
+                if checkpoints is not None:
+                    checkpoints.wait()  # no more than one step that was taken can be lost
+                result = run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
+                if not result:
+                    break
+                record = {
+                    "outer_value": float(estimate.outer_value),
+                    **run.last_norm,
+                    **estimate.stats,
+                }
+                run.history.append(record)
+                bar.set_postfix_str(
+                    f"value {record['outer_value']:.5g}, |hypergradient| {record['hypergradient_norm']:.2g}",
+                    refresh=False,
+                )
+                bar.update()
+                is_new = run.step - 1 not in reported
+                if judged is not None and is_new and (run.step - 1) % report_every == 0:
+                    _report(judged, record["outer_value"], run.step - 1)
+                due = checkpoint_every and (
+                    run.step % checkpoint_every == 0 or run.step == num_steps
+                )
+                if checkpoints is not None and due:
+                    checkpoints.save(run.step, *run.snapshot())
+                if judged is not None and judged.should_prune():
+                    from optuna import TrialPruned
 
-                raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
-    if not result and throw:
-        raise SolverError(result.message, result)
-    return _finish(
-        problem,
-        inner_solver,
-        inner_params,
-        run,
-        warm_start,
-        final_eval,
-        retrain_steps,
-        result,
-        trial,
-        num_steps,
-        stored,
-    )
+                    raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
+        if not result and throw:
+            raise SolverError(result.message, result)
+        return _finish(
+            problem,
+            inner_solver,
+            inner_params,
+            run,
+            warm_start,
+            final_eval,
+            retrain_steps,
+            result,
+            trial,
+            num_steps,
+            stored,
+        )
 
 
 def _take_name(trial: optuna.Trial, name: str) -> None:
