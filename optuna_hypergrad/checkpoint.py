@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 import optuna
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.study import Study
 
 from . import _optuna
 from ._errors import CorruptTensorError, HyperparameterError, StorageError
 from ._typing import Params
-from .stores import Pointer, Retention, TensorStore
+from .stores import Pointer, Retention, TensorStore, set_trial_attribute
 from .stores._encoding import check_text
+
+INTERRUPTED = "hypergrad:interrupted"
+"""System attribute: whether a run of the trial ended by no fault of its own, and is to be gone on with."""
+
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, StorageError, StorageInternalError)
 
 _NUMBERS = "numbers.json"
 _MAX_NAME_LENGTH = 2_500
@@ -35,7 +42,7 @@ class Checkpoints:
 
     Two, so that a run whose newest checkpoint was damaged goes on from the one before. Writing overlaps
     with the steps that follow; as a context manager it ends only when the last checkpoint is whole, or
-    raises why it is not.
+    raises why it is not, and tells the trial that follows whether the run was interrupted.
 
     Args:
         trial: A running trial.
@@ -62,6 +69,7 @@ class Checkpoints:
         return cls(trial, sampler.store_of(trial.study), name)
 
     def __enter__(self) -> Checkpoints:
+        self._mark(False)
         return self
 
     def __exit__(
@@ -70,7 +78,20 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.wait()
+        try:
+            self.wait()
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            if isinstance(error, INTERRUPTIONS):
+                with suppress(Exception):  # the storage may be what failed
+                    self._mark(True)
+
+    def _mark(self, interrupted: bool) -> None:
+        """Written at the start too: where there is no room for a row, one can still be changed."""
+        storage = _optuna.storage_of(self.trial.study)
+        set_trial_attribute(storage, _optuna.trial_id_of(self.trial), INTERRUPTED, interrupted)
 
     def save(self, step: int, tensors: Params, numbers: dict[str, Any]) -> None:
         """Store a state: tensors bit for bit, and JSON numbers (``repr`` floats, so bit for bit too)."""

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,8 @@ OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 ValueKind = Literal["cold", "warm", "retrained"]
 MAX_REPORTS = 200
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.Adam, lr=0.1)
+_names_of: weakref.WeakKeyDictionary[optuna.Trial, set[str]] = weakref.WeakKeyDictionary()
+"""Of the runs that each trial object has begun."""
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,22 @@ def minimize_bilevel(
         trial: The Optuna trial that this run is: values are reported to it, its pruner is asked (a
             study's default pruner prunes; warm values flatter, so pass ``NopPruner`` unless meant), and
             checkpoints go to the tensor store of its study. A trial that has a checkpoint is continued
-            from it, bit for bit. The final ``lam`` is stored there as ``name``, for ``load_tensors``.
+            from it, bit for bit; one whose run was interrupted (its process was killed, Ctrl-C, no room for a
+            checkpoint) passes it on to the next trial that begins, where the study's sampler is a
+            :class:`HypergradientSampler`. With another one, a killed run is continued only where the
+            storage has Optuna's heartbeat with ``RetryHeartbeatStaleTrialCallback``. The final ``lam`` is stored there as ``name``, for ``load_tensors``. In a
+            study with several objectives nothing is reported and nothing pruned.
         checkpoint_every: Outer steps between checkpoints; with a trial, about twenty in all by default.
             0 for none.
-        name: Of the run, where one trial has several; of its checkpoint and final values.
+        name: Of the run, where one trial has several, each of which needs its own; of its checkpoint
+            and final values.
         progress: Show a progress bar.
         throw: Raise when a solve fails; otherwise stop there and say so in ``result``.
 
     Raises:
-        HyperparameterError: bounds that cannot be used, or a start outside of them.
+        HyperparameterError: bounds that cannot be used, a start outside of them, or the name of another run
+            of this trial.
+        ValueError: for a negative number of steps.
         SolverError: if a solve failed and ``throw`` is set.
         StorageError: if a checkpoint cannot be stored (:class:`NoSpaceError`: for want of room); the one
             before it is still there.
@@ -127,15 +137,21 @@ def minimize_bilevel(
     check_problem(problem, inner_params, outer_params)
     estimator.check(problem, inner_solver, inner_params, outer_params)
     _check_start(outer_params, domains)
-    if num_steps < 0 or burn_in < 0:
-        raise ValueError("minimize_bilevel needs num_steps >= 0 and burn_in >= 0.")
+    for label, number in (
+        ("num_steps", num_steps),
+        ("burn_in", burn_in),
+        ("checkpoint_every", checkpoint_every),
+    ):
+        if number is not None and number < 0:
+            raise ValueError(f"minimize_bilevel needs {label} >= 0, and it is {number}.")
 
     run = _Run.start(inner_params, outer_params, domains, optimizer)
     if checkpoint_every is None:
         checkpoint_every = max(1, num_steps // 20) if trial is not None else 0
-    checkpoints = (
-        Checkpoints.of_trial(trial, name) if trial is not None and checkpoint_every else None
-    )
+    stored = Checkpoints.of_trial(trial, name) if trial is not None else None
+    checkpoints = stored if checkpoint_every else None
+    if trial is not None:
+        _take_name(trial, name)
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
         run.restore(*saved)
@@ -143,59 +159,77 @@ def minimize_bilevel(
         run.burn_in(problem, inner_solver, burn_in)
 
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
-    reported = _report_again(trial, run.history, report_every) if trial is not None else set()
+    judged = None if trial is None or _optuna.is_multi_objective(trial.study) else trial
+    reported = _report_again(judged, run.history, report_every) if judged is not None else set()
     bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
     result = SUCCESS
-    with bar, checkpoints or contextlib.nullcontext():
-        while run.step < num_steps:
-            given = run.inner_params if warm_start else _tree.detach(inner_params)
-            state = run.state if warm_start else EstimatorState()
-            estimate = estimator.estimate(
-                problem, inner_solver, given, run.outer_params, run.step, state
-            )
-            if not estimate.result:
-                result = replace(
-                    estimate.result,
-                    message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
+    with checkpoints or contextlib.nullcontext():
+        with bar:
+            while run.step < num_steps:
+                given = run.inner_params if warm_start else _tree.detach(inner_params)
+                state = run.state if warm_start else EstimatorState()
+                estimate = estimator.estimate(
+                    problem, inner_solver, given, run.outer_params, run.step, state
                 )
-                break
-            if checkpoints is not None:
-                checkpoints.wait()  # no more than one step that was taken can be lost
-            result = run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
-            if not result:
-                break
-            record = {"outer_value": float(estimate.outer_value), **run.last_norm, **estimate.stats}
-            run.history.append(record)
-            bar.set_postfix_str(
-                f"value {record['outer_value']:.5g}, |hypergradient| {record['hypergradient_norm']:.2g}",
-                refresh=False,
-            )
-            bar.update()
-            is_new = run.step - 1 not in reported
-            if trial is not None and is_new and (run.step - 1) % report_every == 0:
-                _report(trial, record["outer_value"], run.step - 1)
-            due = checkpoint_every and (run.step % checkpoint_every == 0 or run.step == num_steps)
-            if checkpoints is not None and due:
-                checkpoints.save(run.step, *run.snapshot())
-            if trial is not None and trial.should_prune():
-                from optuna import TrialPruned
+                if not estimate.result:
+                    result = replace(
+                        estimate.result,
+                        message=f"Outer step {run.step} of {name!r}: {estimate.result.message}",
+                    )
+                    break
+                if checkpoints is not None:
+                    checkpoints.wait()  # no more than one step that was taken can be lost
+                result = run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
+                if not result:
+                    break
+                record = {
+                    "outer_value": float(estimate.outer_value),
+                    **run.last_norm,
+                    **estimate.stats,
+                }
+                run.history.append(record)
+                bar.set_postfix_str(
+                    f"value {record['outer_value']:.5g}, |hypergradient| {record['hypergradient_norm']:.2g}",
+                    refresh=False,
+                )
+                bar.update()
+                is_new = run.step - 1 not in reported
+                if judged is not None and is_new and (run.step - 1) % report_every == 0:
+                    _report(judged, record["outer_value"], run.step - 1)
+                due = checkpoint_every and (
+                    run.step % checkpoint_every == 0 or run.step == num_steps
+                )
+                if checkpoints is not None and due:
+                    checkpoints.save(run.step, *run.snapshot())
+                if judged is not None and judged.should_prune():
+                    from optuna import TrialPruned
 
-                raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
-    if not result and throw:
-        raise SolverError(result.message, result)
-    return _finish(
-        problem,
-        inner_solver,
-        inner_params,
-        run,
-        warm_start,
-        final_eval,
-        retrain_steps,
-        result,
-        trial,
-        num_steps,
-        checkpoints,
-    )
+                    raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
+        if not result and throw:
+            raise SolverError(result.message, result)
+        return _finish(
+            problem,
+            inner_solver,
+            inner_params,
+            run,
+            warm_start,
+            final_eval,
+            retrain_steps,
+            result,
+            trial,
+            num_steps,
+            stored,
+        )
+
+
+def _take_name(trial: optuna.Trial, name: str) -> None:
+    names = _names_of.setdefault(trial, set())
+    if name in names:
+        raise HyperparameterError(
+            f"name={name!r} has been used by another run of trial {trial.number}, whose checkpoint and final "
+            "values have that name; give each run of a trial a name= of its own."
+        )
+    names.add(name)
 
 
 def _report_again(
@@ -408,7 +442,7 @@ def _finish(
     result: Result,
     trial: optuna.Trial | None,
     num_steps: int,
-    checkpoints: Checkpoints | None,
+    stored: Checkpoints | None,
 ) -> BilevelResult:
     kind: ValueKind = "warm" if warm_start else "cold"
     given = run.inner_params if warm_start else _tree.detach(first_params)
@@ -427,8 +461,8 @@ def _finish(
         result = again.result
         retrained_params = again.inner_params
         retrained = outer_value_at(problem, retrained_params, run.outer_params, num_steps)
-    if checkpoints is not None:
-        checkpoints.save_values(run.step, run.outer_params)
+    if stored is not None:
+        stored.save_values(run.step, run.outer_params)
     if trial is not None:
         with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
             trial.set_user_attr("value_kind", kind if retrained is None else "retrained")

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad import checkpoint
 from optuna_hypergrad.stores import _retrying
 from optuna_hypergrad.studies import leases, succession
 from optuna_hypergrad.studies.events import CLAIM
@@ -490,7 +493,112 @@ def test_a_second_one_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.Mon
     assert sorted(seen) == sorted([2, 3, 4, 5, 6, 7, 6, 7])
 
 
-@pytest.mark.parametrize("done", range(7))
+def no_room(*args: Any) -> None:
+    raise ohg.NoSpaceError("There is no room.")
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("cause", ["keyboard", "a checkpoint that is not whole", "no room"])
+def test_a_run_that_was_interrupted_goes_on_in_the_next_trial_once(
+    cause: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]
+) -> None:
+    study = study_in(open_storage(kind, tmp_path))
+    write = checkpoint.Checkpoints.save
+    with monkeypatch.context() as patch, patched_cut(KeyboardInterrupt):
+        if cause == "no room":
+            patch.setattr(
+                checkpoint.Checkpoints,
+                "save",
+                lambda self, step, *rest: (no_room if step == 6 else write)(self, step, *rest),
+            )
+        elif cause == "a checkpoint that is not whole":
+            wait, left = checkpoint.Checkpoints.wait, iter(range(9))
+            patch.setattr(
+                checkpoint.Checkpoints,
+                "wait",
+                lambda self: wait(self) if next(left, None) is not None else no_room(),
+            )
+        with pytest.raises((KeyboardInterrupt, ohg.NoSpaceError)):
+            study.optimize(
+                lambda trial: long_run(trial, 5 if cause == "keyboard" else None), n_trials=1
+            )
+    assert [t.state.name for t in study.trials] == ["FAIL"]
+    saved = max(p.step for p in ohg.TensorStore.of_study(study).pointers(study.trials[0]))
+    assert saved in (4, 6)
+    fresh = study_in(study._storage)
+    seen: list[int] = []
+    fresh.optimize(lambda trial: long_run(trial, None, seen), n_trials=2)
+    assert seen == [*range(saved, 8), *range(8)]
+    failed, heir, other = fresh.trials
+    assert heir.params == failed.params
+    assert heir.system_attrs["retry_history"] == [0]
+    assert "retry_history" not in other.system_attrs
+    assert "Trial 1 goes on where trial 0 was interrupted." in warned
+    whole = optuna.create_study(sampler=ohg.HypergradientSampler(seed=1))
+    whole.enqueue_trial(failed.params)
+    whole.optimize(lambda trial: long_run(trial, None), n_trials=1)
+    assert heir.value == whole.best_value
+    assert heir.intermediate_values == whole.trials[0].intermediate_values
+
+
+def test_an_heir_that_is_interrupted_before_its_run_passes_on(tmp_path: Path) -> None:
+    study = study_in(open_storage("memory", tmp_path))
+
+    def stopped(trial: Any) -> float:
+        raise KeyboardInterrupt
+
+    def interrupted(trial: Any) -> float:
+        with patched_cut(KeyboardInterrupt):
+            return long_run(trial, 5)
+
+    for objective in (interrupted, stopped, stopped):
+        with pytest.raises(KeyboardInterrupt):
+            study.optimize(objective, n_trials=1)
+    seen: list[int] = []
+    study.optimize(lambda trial: long_run(trial, None, seen), n_trials=1)
+    assert seen == [4, 5, 6, 7]
+    assert study.trials[3].system_attrs["retry_history"] == [0, 1, 2]
+
+
+def test_a_run_that_failed_by_its_own_fault_is_not_gone_on_with(tmp_path: Path) -> None:
+    study = study_in(open_storage("memory", tmp_path))
+
+    def pruned(trial: Any) -> float:
+        with patched_cut(optuna.TrialPruned):
+            return long_run(trial, 5)
+
+    with patched_cut(ArithmeticError):
+        study.optimize(lambda trial: long_run(trial, 5), n_trials=1, catch=(ArithmeticError,))
+    study.optimize(pruned, n_trials=1)
+    seen: list[int] = []
+    study.optimize(lambda trial: long_run(trial, None, seen), n_trials=1)
+    assert [t.state.name for t in study.trials] == ["FAIL", "PRUNED", "COMPLETE"]
+    assert seen == list(range(8))
+
+
+def test_of_two_trials_that_begin_one_goes_on_with_an_interrupted_run(tmp_path: Path) -> None:
+    storage = open_storage("memory", tmp_path)
+    study = study_in(storage)
+    with patched_cut(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        study.optimize(lambda trial: long_run(trial, 5), n_trials=1)
+    rival = storage.create_new_trial(study._study_id)
+    storage.set_trial_system_attr(rival, succession.HEIR_OF, [0])
+    study.ask()
+    assert "retry_history" not in study.trials[-1].system_attrs
+    storage.set_trial_state_values(rival, TrialState.FAIL)
+    study.ask()
+    assert study.trials[-1].system_attrs["retry_history"] == [0]
+
+
+@contextmanager
+def patched_cut(error: type[BaseException]) -> Iterator[None]:
+    """What :func:`long_run` raises."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "Cut", error)
+        yield
+
+
+@pytest.mark.parametrize("done", range(8))
 def test_an_heir_that_dies_before_it_has_inherited_all_passes_on(
     done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,6 +246,22 @@ def test_reports_are_thinned() -> None:
     assert study.trials[0].user_attrs["value_kind"] == "warm"
 
 
+def test_final_values_are_stored_without_checkpoints_too() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    found = run(trial=trial, num_steps=2, checkpoint_every=0)
+    study.tell(trial, found.outer_value)
+    loaded = ohg.load_tensors(study)["bilevel"]["log_decay"]
+    assert torch.equal(loaded, found.outer_params["log_decay"])
+    assert not ohg.TensorStore.of_study(study).pointers(study.trials[0], role="checkpoint")
+
+
+def test_a_study_of_two_objectives_is_not_reported_to() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    study.optimize(lambda trial: (run(trial=trial, num_steps=2).outer_value, 0.0), n_trials=1)
+    assert study.trials[0].state == optuna.trial.TrialState.COMPLETE
+
+
 # refusals ---------------------------------------------------------------------------------------
 
 
@@ -274,12 +290,25 @@ def test_reports_are_thinned() -> None:
             "'log_decay'.* starts outside its bounds",
         ),
         ({"num_steps": -1}, ValueError, "num_steps >= 0"),
+        ({"burn_in": -1}, ValueError, "burn_in >= 0"),
+        ({"checkpoint_every": -5}, ValueError, "checkpoint_every >= 0, and it is -5"),
         ({"estimator": ohg.Unroll()}, ohg.RequirementError, "LBFGS cannot be unrolled"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(settings, error, message) -> None:
     with pytest.raises(error, match=message):
         run(**settings)
+
+
+@pytest.mark.parametrize("checkpoint_every", [None, 0])
+def test_a_second_run_of_the_same_name_is_refused(checkpoint_every: int | None) -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    first = run(trial=trial, num_steps=1, checkpoint_every=checkpoint_every)
+    with pytest.raises(ohg.HyperparameterError, match=r"used by another run of trial 0.*its own"):
+        run(trial=trial, num_steps=2, checkpoint_every=checkpoint_every)
+    other = run(trial=trial, num_steps=1, checkpoint_every=checkpoint_every, name="fold 1")
+    assert other.outer_value == first.outer_value
 
 
 def with_objectives(inner=None, outer=None, **kwargs):

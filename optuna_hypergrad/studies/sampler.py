@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _optuna
 from .._errors import HyperparameterError
 from .._typing import Params
+from ..checkpoint import INTERRUPTED
 from ..step_rules import AbstractStepRule, make_step_rule
 from ..stores import Retention, TensorStore
 from .events import (
@@ -274,6 +275,8 @@ class HypergradientSampler(BaseSampler):
         with memory.lock:
             plan = memory.plans.pop(_optuna.trial_id_of(trial), None) or Plan()
             claim = Claim.of(trial)
+            if state == TrialState.FAIL and trial.system_attrs.get(INTERRUPTED) is True:
+                plan.void = True
             if claim is not None:
                 self._recorder.record(
                     memory, plan, claim, study, trial, state, values, self.store_of

@@ -1,4 +1,4 @@
-"""A trial that was cut off is gone on with by the next one that begins.
+"""A trial that was cut off, or whose long run was interrupted, is gone on with by the next one that begins.
 
 What passes on is what Optuna's ``RetryHeartbeatStaleTrialCallback`` passes on (parameters, user attributes,
 ``failed_trial`` and ``retry_history``), the checkpoints of ``minimize_bilevel``, and the claim.
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from .. import _optuna
+from ..checkpoint import INTERRUPTED
 from ..stores import checkpoint_attributes, set_trial_attribute
 from .events import CLAIM
-from .leases import cut_off, mark_as_failed
+from .leases import CUT_OFF, cut_off, mark_as_failed
 
 HEIR_OF = "hypergrad:heir_of"
 _RESUMED_AT = "hypergrad:resumed_at"
@@ -25,15 +27,18 @@ _FIXED = "fixed_params"
 MAX_FUTILE = 3
 """So many times in a row a checkpoint is continued that gets no further: it kills its process."""
 
+_told: set[tuple[int, datetime | None]] = set()
+"""The trials of which this process has said that they are not continued again."""
+
 
 def succeed(
     study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial], unfinished: Iterable[int]
 ) -> bool:
     """Mark trials that were cut off as failed, and let ``trial`` go on with one that has a checkpoint, or
-    that was enqueued with parameters.
+    that was enqueued with parameters, or with a failed one whose run was interrupted.
 
     Further ones are enqueued. Where the storage has a callback for stale trials, that
-    is called instead.
+    is called instead for those that were cut off.
 
     Args:
         trial: A trial that begins; its attributes are changed along with the stored ones.
@@ -41,28 +46,55 @@ def succeed(
         unfinished: Numbers of the trials to look at.
 
     Returns:
-        Whether any trial was marked.
+        Whether any trial was marked or is gone on with.
     """
     ended = [t for t in cut_off(trials, unfinished) if t.number != trial.number]
     callback = _optuna.stale_trial_callback(study)
     sources = [s for t in ended for s in _sources(t, trials)] if callback is None else []
-    if sources:  # before the marks: whoever takes over from this trial has to know
-        _set(study, trial, HEIR_OF, [s.number for s in sources])
+    interrupted = _interrupted(trial, trials)
+    if sources or interrupted:  # before the marks: whoever takes over from this trial has to know
+        _set(study, trial, HEIR_OF, [s.number for s in [*sources, *interrupted]])
+    if interrupted:
+        still = {t.number for t in _interrupted(trial, _optuna.all_trials(study))}
+        if len(still) < len(interrupted):  # of two that claim one at once, at most one has it
+            interrupted = [t for t in interrupted if t.number in still]
+            _set(study, trial, HEIR_OF, [s.number for s in [*sources, *interrupted]])
     marked = [t for t in ended if mark_as_failed(study, t)]
     if callback is not None:
         for one in marked:
             callback(study, copy.deepcopy(one))
-        return bool(marked)
-    for one in marked:
-        for source in _sources(one, trials):
-            attributes = _legacy(source)
-            if attributes is None:
-                continue
-            if trial.params or _optuna.fixed_params(trial):
-                _enqueue(study, source, attributes)
-            else:
-                _adopt(study, trial, source, attributes)
-    return bool(marked)
+    else:
+        sources = [s for t in marked for s in _sources(t, trials)]
+    taken = bool(trial.params or _optuna.fixed_params(trial) or _history(trial))
+    for source in [*sources, *interrupted]:
+        attributes = _legacy(source)
+        if attributes is None:
+            continue
+        if taken:
+            _enqueue(study, source, attributes)
+        else:
+            _adopt(study, trial, source, attributes)
+            taken = True
+    return bool(marked or interrupted)
+
+
+def _interrupted(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Failed trials whose run was interrupted, and that no other trial goes on with, or is about to."""
+    found = [
+        t
+        for t in trials
+        if t.state == TrialState.FAIL
+        and t.system_attrs.get(INTERRUPTED) is True
+        and CUT_OFF not in t.system_attrs  # whoever has marked it goes on with it
+        and checkpoint_attributes(t)
+    ]
+    if not found:
+        return []
+    passed_on = {n for t in trials for n in _history(t)}
+    for other in trials:
+        if other.state == TrialState.RUNNING and other.number != trial.number:
+            passed_on |= set(_heir_of(other))
+    return [t for t in found if t.number not in passed_on and _legacy(t) is not None]
 
 
 def keep_given_params(study: Study, trial: FrozenTrial) -> None:
@@ -74,13 +106,12 @@ def keep_given_params(study: Study, trial: FrozenTrial) -> None:
 def _sources(ended: FrozenTrial, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Trials that are to be gone on with, and that nobody goes on with once ``ended`` is over: it, and
     those that it was about to pass on."""
-    before = ended.system_attrs.get(HEIR_OF)
-    numbers = before if isinstance(before, list) else []
+    numbers = _heir_of(ended)
     half = _RESUMED_AT not in ended.system_attrs and any(n in numbers for n in _history(ended))
     found = [ended] if _is_passed_on(ended) and not half else []
     passed_on = {n for t in trials if t is not ended or found for n in _history(t)}
     for number in numbers:
-        if type(number) is int and 0 <= number < len(trials) and number not in passed_on:
+        if 0 <= number < len(trials) and number not in passed_on:
             source = trials[number]
             if source.state == TrialState.FAIL and _is_passed_on(source):
                 found.append(source)
@@ -92,8 +123,15 @@ def _is_passed_on(trial: FrozenTrial) -> bool:
 
 
 def _history(trial: FrozenTrial) -> list[int]:
-    numbers = trial.system_attrs.get("retry_history")
-    return [n for n in numbers if type(n) is int] if isinstance(numbers, list) else []
+    return _numbers(trial.system_attrs.get("retry_history"))
+
+
+def _heir_of(trial: FrozenTrial) -> list[int]:
+    return _numbers(trial.system_attrs.get(HEIR_OF))
+
+
+def _numbers(value: Any) -> list[int]:
+    return [n for n in value if type(n) is int] if isinstance(value, list) else []
 
 
 def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
@@ -105,6 +143,10 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
     resumed = [*(before if isinstance(before, list) else []), step]
     if len(resumed) > MAX_FUTILE and resumed[-MAX_FUTILE - 1 :] == [step] * (MAX_FUTILE + 1):
         when = f"after step {step} of its checkpoint" if step >= 0 else "with no checkpoint"
+        key = _optuna.trial_id_of(source), source.datetime_start
+        if key in _told:
+            return None
+        _told.add(key)
         _optuna.logger.warning(
             f"Trial {source.number} was cut off for the {MAX_FUTILE + 1}th time {when}; it is not continued "
             "again. Look for what kills its process (memory?)."
@@ -117,6 +159,7 @@ def _legacy(source: FrozenTrial) -> dict[str, Any] | None:
         _FIXED: _optuna.fixed_params(source) | _named(source.params),
         **{k: v for k, v in attributes.items() if str(k).startswith(CLAIM)},
         **dict(newest_first),
+        **({INTERRUPTED: True} if checkpoints else {}),  # until its run begins
         _RESUMED_AT: resumed,
     }
 
@@ -140,7 +183,8 @@ def _adopt(
         trial.user_attrs[key] = value
     for key, value in attributes.items():
         _set(study, trial, key, value)
-    _optuna.logger.warning(f"Trial {trial.number} goes on where trial {failed.number} was cut off.")
+    how = "interrupted" if failed.system_attrs.get(INTERRUPTED) is True else "cut off"
+    _optuna.logger.warning(f"Trial {trial.number} goes on where trial {failed.number} was {how}.")
 
 
 def _enqueue(study: Study, failed: FrozenTrial, attributes: dict[str, Any]) -> None:
