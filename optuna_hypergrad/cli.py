@@ -25,7 +25,13 @@ from optuna.trial import FrozenTrial
 from . import _optuna, _terminal
 from ._errors import HypergradError, StorageError
 from ._show import overview, study_at_a_glance, to_json
-from .stores import AbstractArtifactStore, AtomicFileSystemArtifactStore, TensorStore
+from .stores import (
+    AbstractArtifactStore,
+    AtomicFileSystemArtifactStore,
+    RDBArtifactStore,
+    SweepReport,
+    TensorStore,
+)
 from .stores import default_artifact_store as artifacts_of
 from .stores._database import unwrap_rdb
 from .stores._opening import open_existing, reason
@@ -86,8 +92,8 @@ def _run(options: argparse.Namespace) -> int:
             f"environment variable {STORAGE_VARIABLE}."
         )
     with _opened(options.storage) as storage:
-        store = _tensor_store(storage, options.tensor_store)
-        status: int = options.run(options, storage, store)
+        with _tensor_store(storage, options.tensor_store) as store:
+            status: int = options.run(options, storage, store)
         sys.stdout.flush()
         return status
 
@@ -157,11 +163,37 @@ def _verify(options: argparse.Namespace, storage: BaseStorage, store: TensorStor
 
 
 def _sweep(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
+    if not options.force:
+        _refuse_strangers(store.sweep(dry_run=True, min_age=options.min_age), options.dry_run)
     report = store.sweep(options.dry_run, min_age=options.min_age)
     for problem in report.unreadable:
         _optuna.logger.warning(f"{problem} Nothing of its study was removed.")
     _print([str(report)])
     return 0
+
+
+def _refuse_strangers(report: SweepReport, dry_run: bool) -> None:
+    """Tensors of no study in the storage are those of deleted studies, unless another storage puts its own
+    here.
+
+    Raises:
+        StorageError: if all are such, and not only a dry run was asked for.
+    """
+    if report.has_known or not report.strange:
+        return
+    listed = [
+        f"{study} ({len(blobs)} blobs, {sum(b.size for b in blobs) / 1e6:.1f} MB)"
+        for study, blobs in report.strange.items()
+    ]
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    problem = (
+        f"No study in this storage has tensors here, and all that would be removed belongs to studies that "
+        f"are not in it: {', '.join(listed[:5])}{more}. If they are in another storage, sweep that one, "
+        "and give this one as its --tensor-store; if they are deleted, say --force."
+    )
+    if not dry_run:
+        raise StorageError(f"{problem} Nothing was removed.")
+    _optuna.logger.warning(problem)
 
 
 @contextlib.contextmanager
@@ -176,12 +208,19 @@ def _opened(location: str) -> Iterator[BaseStorage]:
             database.engine.dispose()
 
 
-def _tensor_store(storage: BaseStorage, directory: str | None) -> TensorStore:
-    if directory is None:
-        return TensorStore(artifacts_of(storage), storage, exclusive=True)
-    if not Path(directory).is_dir():
-        raise StorageError(f"There is no directory {directory!r}. Check --tensor-store.")
-    return TensorStore(AtomicFileSystemArtifactStore(directory), storage)
+@contextlib.contextmanager
+def _tensor_store(storage: BaseStorage, location: str | None) -> Iterator[TensorStore]:
+    if location is None:
+        yield TensorStore(artifacts_of(storage), storage, exclusive=True)
+    elif "://" in location:
+        with _opened(location) as database:
+            yield TensorStore(RDBArtifactStore(database), storage)
+    elif location and Path(location).is_dir():
+        yield TensorStore(AtomicFileSystemArtifactStore(location), storage)
+    else:
+        raise StorageError(
+            f"There is no directory {location!r}. Give --tensor-store a directory, or the URL of a database."
+        )
 
 
 def _sizes(store: TensorStore) -> dict[str, int]:
@@ -251,7 +290,7 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
     common.add_argument(
         "--tensor-store",
         metavar="DIR",
-        help="Directory of the tensors, if the sampler was given one.",
+        help="Directory of the tensors, or URL of a database, if the sampler was given one.",
     )
     one = _Parser(add_help=False)
     one.add_argument("--study", metavar="NAME", help="Needed where there are several.")
@@ -292,6 +331,11 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
         help="Remove tensors that no trial refers to.",
         description="Remove tensors that no trial of any study refers to: those of deleted studies "
         "and of writes that were cut off.",
+    )
+    sweep.add_argument(
+        "--force",
+        action="store_true",
+        help="Also where all tensors belong to studies that are not in STORAGE.",
     )
     sweep.add_argument("--dry-run", action="store_true", help="Only say what would be removed.")
     sweep.add_argument(

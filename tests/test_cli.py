@@ -26,7 +26,7 @@ from torch import Tensor
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad import _terminal, cli
-from optuna_hypergrad.stores import TensorStore, _verifying
+from optuna_hypergrad.stores import RDBArtifactStore, TensorStore, _verifying
 from optuna_hypergrad.studies import events, exporting, leases
 from optuna_hypergrad.studies.inspection import summarize
 
@@ -557,12 +557,36 @@ def test_sweep(command: Command, url: str) -> None:
     blobs = {a.artifact_id for a in store.artifact_store.stored()}  # type: ignore[attr-defined]
     assert command("sweep", url, "--min-age", "0") == "Removed 0 blobs (0.0 MB).\n"
     study._storage.delete_study(study._study_id)
-    assert command("sweep", url) == "Removed 0 blobs (0.0 MB).\n"  # too young
+    text = command("sweep", url)
+    assert text.startswith(f"Removed 0 blobs (0.0 MB). {len(blobs)} more (")
+    assert "younger than 3600 seconds" in text
     text = command("sweep", url, "--min-age", "0", "--dry-run")
     assert text.startswith(f"Would remove {len(blobs)} blobs")
-    text = command("sweep", url, "--min-age", "0")
+    assert "--force" in command.error
+    text = command("sweep", url, "--min-age", "0", "--force")
     assert text.startswith(f"Removed {len(blobs)} blobs")
     assert list(store.artifact_store.stored()) == []  # type: ignore[attr-defined]
+
+
+def test_tensors_in_a_database_of_their_own(command: Command, tmp_path: Path) -> None:
+    url, tensors = f"sqlite:///{tmp_path}/study.db", f"sqlite:///{tmp_path}/tensors.db"
+    store = RDBArtifactStore(RDBStorage(tensors))
+    sampler = ohg.HypergradientSampler(seed=0, tensor_store=store)
+    study = optuna.create_study(storage=url, study_name="decays", sampler=sampler)
+    study.optimize(objective, n_trials=2)
+    count = len(list(store.stored()))
+    command("sweep", tensors, "--min-age", "0", status=2)
+    (uuid,) = {a.artifact_id.split("-")[1] for a in store.stored()}
+    for part in (f"{uuid} ({count} blobs", "--force", "--tensor-store", "Nothing was removed"):
+        assert part in command.error
+    assert f"Would remove {count}" in command("sweep", tensors, "--min-age", "0", "--dry-run")
+    elsewhere = ("--tensor-store", tensors)
+    assert "0 damaged" in command("verify", url, *elsewhere)
+    assert "Removed 0 blobs" in command("sweep", url, "--min-age", "0", *elsewhere)
+    command("show", url, "--tensor-store", f"sqlite:///{tmp_path}/nowhere.db", status=2)
+    assert "There is no file" in command.error
+    assert set(snapshot(tmp_path)) == {"study.db", "tensors.db"}
+    assert len(list(store.stored())) == count
 
 
 def test_sweep_says_what_it_could_not_read(command: Command, url: str) -> None:
