@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from . import _optuna, _terminal
+from . import __version__, _optuna, _terminal
 from ._errors import HypergradError, StorageError
 from ._show import overview, study_at_a_glance, to_json
 from .stores import (
@@ -36,8 +36,9 @@ from .stores import default_artifact_store as artifacts_of
 from .stores._database import unwrap_rdb
 from .stores._opening import open_existing, reason
 from .stores._secrets import Secrets
-from .studies.exporting import best_with_tensors, export_tensors
+from .studies.exporting import export_tensors
 from .studies.inspection import summarize
+from .studies.tensors import best_with_tensors
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 DAMAGE, FAILURE = 1, 2
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    default = os.environ.get(STORAGE_VARIABLE)
+    default = os.environ.get(STORAGE_VARIABLE) or None
     secrets = Secrets(*arguments, *([] if default is None else [default]))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.storage is None:
+    if not options.storage:
         raise _UsageError(
             f"Say which storage: a URL such as sqlite:///study.db, the path of a Journal file, or the "
             f"environment variable {STORAGE_VARIABLE}."
@@ -121,6 +122,8 @@ def _show(options: argparse.Namespace, storage: BaseStorage, store: TensorStore)
 
 def _export(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
     study = _study(options.study, storage)
+    if not options.output:
+        raise _UsageError("-o needs the name of a file, and was given an empty one.")
     trial = _chosen_trial(options.trial, study, store)
     path = Path(options.output)
     tensors = export_tensors(study, trial, path, store, options.name, options.force)
@@ -281,6 +284,7 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
         description="Look at the trajectories and tensors of Optuna studies.",
         epilog="Nothing is created by looking, and no table of a database is migrated.",
     )
+    parser.add_argument("--version", action="version", version=f"optuna-hypergrad {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     common = _Parser(add_help=False)
@@ -350,7 +354,10 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0.0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
     return seconds

@@ -353,15 +353,24 @@ def test_usage(command: Command, url: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert "'shwo'" in command.error
     command("sweep", url, "--min-age", "-1", status=2)
     command("sweep", url, "--min-age", "nan", status=2)
+    command("sweep", url, "--min-age", "abc", status=2)
+    assert "'abc' is not a number of seconds" in command.error
+    command("export", url, "-o", "", status=2)
+    assert "name of a file" in command.error
     command("export", url, status=2)
     command("show", url, "--tensor-store", "/nowhere", status=2)
     expected = command("show", "--study", "decays", url, "--all")
     assert command("show", "--all", "--study", "decays", url) == expected
     assert command("show", url, "--all", "--study", "decays") == expected
+    monkeypatch.setenv(cli.STORAGE_VARIABLE, "")
+    command("show", status=2)
+    assert "Say which storage" in command.error
     monkeypatch.setenv(cli.STORAGE_VARIABLE, url)
     assert command("show", "--all", "--study", "decays") == expected
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
 
 
 def test_export_the_best_trial(command: Command, url: str, tmp_path: Path) -> None:
@@ -389,6 +398,28 @@ def test_export_the_best_trial(command: Command, url: str, tmp_path: Path) -> No
     decay = ohg.load_tensors(study.trials[0], study=study)["decay"]
     assert torch.equal(safetensors.torch.load_file(output)["decay"], decay)
     assert set(snapshot(tmp_path)) == {"study.db", "best.safetensors"}
+
+
+def test_export_replaces_regular_files_only(command: Command, url: str, tmp_path: Path) -> None:
+    target, link, loop = tmp_path / "target", tmp_path / "link", tmp_path / "loop"
+    target.write_text("old")
+    link.symlink_to("target")
+    loop.symlink_to("loop")
+    command("export", url, "-o", str(link), status=2)
+    assert target.read_text() == "old"
+    command("export", url, "-o", str(link), "--force")
+    assert link.is_symlink()
+    assert set(safetensors.torch.load_file(target)) == {"decay", "tree.w"}
+    os.mkfifo(tmp_path / "pipe")
+    for path, complaint in (
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path, "is a directory"),
+        (loop, "Cannot write"),
+    ):
+        command("export", url, "-o", str(path), "--force", status=2)
+        assert complaint in command.error
+    assert (tmp_path / "pipe").is_fifo()
+    assert loop.is_symlink()
 
 
 def test_export_what_is_not_there(command: Command, url: str, tmp_path: Path) -> None:
