@@ -112,8 +112,9 @@ class TensorStore:
 
         Raises:
             HyperparameterError: for names or tensors that cannot be stored. Nothing is written.
-            StorageError: if the trial has finished, or the names need more than an attribute holds.
-                What was stored before is still there.
+            TakenOverError: if the trial has finished.
+            StorageError: if the names need more than an attribute holds. What was stored before is
+                still there.
         """
         return self.save_all(study_id, trial_id, step, {(name, role): tensors})[0]
 
