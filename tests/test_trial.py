@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,41 @@ def test_load_tensors_of_one_trial() -> None:
         load_tensors(study.trials[0], "y", study=study)
     with pytest.raises(TypeError, match="study="):
         load_tensors(study.trials[0])
+
+
+def test_load_tensors_of_a_study_whose_best_trial_has_none(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @differentiable
+    def objective(trial: Any) -> Tensor:
+        return (trial.suggest_tensor("x", (2,), 0.0, 1.0) ** 2).sum()
+
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
+    study = make_study()
+    with pytest.raises(MissingTensorError, match="no trial is completed yet"):
+        load_tensors(study)
+    study.add_trial(optuna.create_trial(value=-1.0))
+    with pytest.raises(MissingTensorError, match="No completed trial"):
+        load_tensors(study)
+    study.optimize(objective, n_trials=2)
+    caplog.clear()
+    found = load_tensors(study)
+    assert torch.equal(found["x"], load_tensors(study.trials[2], study=study)["x"])
+    [told] = [r.getMessage() for r in caplog.records]
+    assert "Trial 0 " in told
+    assert "those of trial 2 " in told
+    study.add_trial(optuna.create_trial(value=-2.0, system_attrs=study.trials[2].system_attrs))
+    store = study.sampler.store_of(study)  # type: ignore[attr-defined]
+    store.discard(*store.pointers(study.trials[2]))
+    assert torch.equal(
+        load_tensors(study, "x")["x"], load_tensors(study.trials[1], study=study)["x"]
+    )
+    store.discard(*store.pointers(study.trials[1]))
+    with pytest.raises(MissingTensorError, match=r"of trial [23]"):
+        load_tensors(study)
+    several = optuna.create_study(directions=["minimize"] * 2)
+    with pytest.raises(MissingTensorError, match="several objectives"):
+        load_tensors(several)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
