@@ -22,16 +22,23 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from . import _optuna, _terminal
+from . import __version__, _optuna, _terminal
 from ._errors import HypergradError, StorageError
 from ._show import overview, study_at_a_glance, to_json
-from .stores import AbstractArtifactStore, AtomicFileSystemArtifactStore, TensorStore
+from .stores import (
+    AbstractArtifactStore,
+    AtomicFileSystemArtifactStore,
+    RDBArtifactStore,
+    SweepReport,
+    TensorStore,
+)
 from .stores import default_artifact_store as artifacts_of
 from .stores._database import unwrap_rdb
 from .stores._opening import open_existing, reason
 from .stores._secrets import Secrets
-from .studies.exporting import best_with_tensors, export_tensors
+from .studies.exporting import export_tensors
 from .studies.inspection import summarize
+from .studies.tensors import best_with_tensors
 
 STORAGE_VARIABLE = "OPTUNA_STORAGE"
 DAMAGE, FAILURE = 1, 2
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    default = os.environ.get(STORAGE_VARIABLE)
+    default = os.environ.get(STORAGE_VARIABLE) or None
     secrets = Secrets(*arguments, *([] if default is None else [default]))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -80,14 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.storage is None:
+    if not options.storage:
         raise _UsageError(
             f"Say which storage: a URL such as sqlite:///study.db, the path of a Journal file, or the "
             f"environment variable {STORAGE_VARIABLE}."
         )
     with _opened(options.storage) as storage:
-        store = _tensor_store(storage, options.tensor_store)
-        status: int = options.run(options, storage, store)
+        with _tensor_store(storage, options.tensor_store) as store:
+            status: int = options.run(options, storage, store)
         sys.stdout.flush()
         return status
 
@@ -115,6 +122,8 @@ def _show(options: argparse.Namespace, storage: BaseStorage, store: TensorStore)
 
 def _export(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
     study = _study(options.study, storage)
+    if not options.output:
+        raise _UsageError("-o needs the name of a file, and was given an empty one.")
     trial = _chosen_trial(options.trial, study, store)
     path = Path(options.output)
     tensors = export_tensors(study, trial, path, store, options.name, options.force)
@@ -157,11 +166,37 @@ def _verify(options: argparse.Namespace, storage: BaseStorage, store: TensorStor
 
 
 def _sweep(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
+    if not options.force:
+        _refuse_strangers(store.sweep(dry_run=True, min_age=options.min_age), options.dry_run)
     report = store.sweep(options.dry_run, min_age=options.min_age)
     for problem in report.unreadable:
         _optuna.logger.warning(f"{problem} Nothing of its study was removed.")
     _print([str(report)])
     return 0
+
+
+def _refuse_strangers(report: SweepReport, dry_run: bool) -> None:
+    """Tensors of no study in the storage are those of deleted studies, unless another storage puts its own
+    here.
+
+    Raises:
+        StorageError: if all are such, and not only a dry run was asked for.
+    """
+    if report.has_known or not report.strange:
+        return
+    listed = [
+        f"{study} ({len(blobs)} blobs, {sum(b.size for b in blobs) / 1e6:.1f} MB)"
+        for study, blobs in report.strange.items()
+    ]
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    problem = (
+        f"No study in this storage has tensors here, and all that would be removed belongs to studies that "
+        f"are not in it: {', '.join(listed[:5])}{more}. If they are in another storage, sweep that one, "
+        "and give this one as its --tensor-store; if they are deleted, say --force."
+    )
+    if not dry_run:
+        raise StorageError(f"{problem} Nothing was removed.")
+    _optuna.logger.warning(problem)
 
 
 @contextlib.contextmanager
@@ -176,12 +211,19 @@ def _opened(location: str) -> Iterator[BaseStorage]:
             database.engine.dispose()
 
 
-def _tensor_store(storage: BaseStorage, directory: str | None) -> TensorStore:
-    if directory is None:
-        return TensorStore(artifacts_of(storage), storage, exclusive=True)
-    if not Path(directory).is_dir():
-        raise StorageError(f"There is no directory {directory!r}. Check --tensor-store.")
-    return TensorStore(AtomicFileSystemArtifactStore(directory), storage)
+@contextlib.contextmanager
+def _tensor_store(storage: BaseStorage, location: str | None) -> Iterator[TensorStore]:
+    if location is None:
+        yield TensorStore(artifacts_of(storage), storage, exclusive=True)
+    elif "://" in location:
+        with _opened(location) as database:
+            yield TensorStore(RDBArtifactStore(database), storage)
+    elif location and Path(location).is_dir():
+        yield TensorStore(AtomicFileSystemArtifactStore(location), storage)
+    else:
+        raise StorageError(
+            f"There is no directory {location!r}. Give --tensor-store a directory, or the URL of a database."
+        )
 
 
 def _sizes(store: TensorStore) -> dict[str, int]:
@@ -242,6 +284,7 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
         description="Look at the trajectories and tensors of Optuna studies.",
         epilog="Nothing is created by looking, and no table of a database is migrated.",
     )
+    parser.add_argument("--version", action="version", version=f"optuna-hypergrad {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     common = _Parser(add_help=False)
@@ -251,7 +294,7 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
     common.add_argument(
         "--tensor-store",
         metavar="DIR",
-        help="Directory of the tensors, if the sampler was given one.",
+        help="Directory of the tensors, or URL of a database, if the sampler was given one.",
     )
     one = _Parser(add_help=False)
     one.add_argument("--study", metavar="NAME", help="Needed where there are several.")
@@ -293,6 +336,11 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
         description="Remove tensors that no trial of any study refers to: those of deleted studies "
         "and of writes that were cut off.",
     )
+    sweep.add_argument(
+        "--force",
+        action="store_true",
+        help="Also where all tensors belong to studies that are not in STORAGE.",
+    )
     sweep.add_argument("--dry-run", action="store_true", help="Only say what would be removed.")
     sweep.add_argument(
         "--min-age",
@@ -306,7 +354,10 @@ def _parser(storage: str | None) -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0.0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
     return seconds

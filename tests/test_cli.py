@@ -26,7 +26,7 @@ from torch import Tensor
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad import _terminal, cli
-from optuna_hypergrad.stores import TensorStore, _verifying
+from optuna_hypergrad.stores import RDBArtifactStore, TensorStore, _verifying
 from optuna_hypergrad.studies import events, exporting, leases
 from optuna_hypergrad.studies.inspection import summarize
 
@@ -353,15 +353,24 @@ def test_usage(command: Command, url: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert "'shwo'" in command.error
     command("sweep", url, "--min-age", "-1", status=2)
     command("sweep", url, "--min-age", "nan", status=2)
+    command("sweep", url, "--min-age", "abc", status=2)
+    assert "'abc' is not a number of seconds" in command.error
+    command("export", url, "-o", "", status=2)
+    assert "name of a file" in command.error
     command("export", url, status=2)
     command("show", url, "--tensor-store", "/nowhere", status=2)
     expected = command("show", "--study", "decays", url, "--all")
     assert command("show", "--all", "--study", "decays", url) == expected
     assert command("show", url, "--all", "--study", "decays") == expected
+    monkeypatch.setenv(cli.STORAGE_VARIABLE, "")
+    command("show", status=2)
+    assert "Say which storage" in command.error
     monkeypatch.setenv(cli.STORAGE_VARIABLE, url)
     assert command("show", "--all", "--study", "decays") == expected
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
 
 
 def test_export_the_best_trial(command: Command, url: str, tmp_path: Path) -> None:
@@ -389,6 +398,28 @@ def test_export_the_best_trial(command: Command, url: str, tmp_path: Path) -> No
     decay = ohg.load_tensors(study.trials[0], study=study)["decay"]
     assert torch.equal(safetensors.torch.load_file(output)["decay"], decay)
     assert set(snapshot(tmp_path)) == {"study.db", "best.safetensors"}
+
+
+def test_export_replaces_regular_files_only(command: Command, url: str, tmp_path: Path) -> None:
+    target, link, loop = tmp_path / "target", tmp_path / "link", tmp_path / "loop"
+    target.write_text("old")
+    link.symlink_to("target")
+    loop.symlink_to("loop")
+    command("export", url, "-o", str(link), status=2)
+    assert target.read_text() == "old"
+    command("export", url, "-o", str(link), "--force")
+    assert link.is_symlink()
+    assert set(safetensors.torch.load_file(target)) == {"decay", "tree.w"}
+    os.mkfifo(tmp_path / "pipe")
+    for path, complaint in (
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path, "is a directory"),
+        (loop, "Cannot write"),
+    ):
+        command("export", url, "-o", str(path), "--force", status=2)
+        assert complaint in command.error
+    assert (tmp_path / "pipe").is_fifo()
+    assert loop.is_symlink()
 
 
 def test_export_what_is_not_there(command: Command, url: str, tmp_path: Path) -> None:
@@ -557,12 +588,36 @@ def test_sweep(command: Command, url: str) -> None:
     blobs = {a.artifact_id for a in store.artifact_store.stored()}  # type: ignore[attr-defined]
     assert command("sweep", url, "--min-age", "0") == "Removed 0 blobs (0.0 MB).\n"
     study._storage.delete_study(study._study_id)
-    assert command("sweep", url) == "Removed 0 blobs (0.0 MB).\n"  # too young
+    text = command("sweep", url)
+    assert text.startswith(f"Removed 0 blobs (0.0 MB). {len(blobs)} more (")
+    assert "younger than 3600 seconds" in text
     text = command("sweep", url, "--min-age", "0", "--dry-run")
     assert text.startswith(f"Would remove {len(blobs)} blobs")
-    text = command("sweep", url, "--min-age", "0")
+    assert "--force" in command.error
+    text = command("sweep", url, "--min-age", "0", "--force")
     assert text.startswith(f"Removed {len(blobs)} blobs")
     assert list(store.artifact_store.stored()) == []  # type: ignore[attr-defined]
+
+
+def test_tensors_in_a_database_of_their_own(command: Command, tmp_path: Path) -> None:
+    url, tensors = f"sqlite:///{tmp_path}/study.db", f"sqlite:///{tmp_path}/tensors.db"
+    store = RDBArtifactStore(RDBStorage(tensors))
+    sampler = ohg.HypergradientSampler(seed=0, tensor_store=store)
+    study = optuna.create_study(storage=url, study_name="decays", sampler=sampler)
+    study.optimize(objective, n_trials=2)
+    count = len(list(store.stored()))
+    command("sweep", tensors, "--min-age", "0", status=2)
+    (uuid,) = {a.artifact_id.split("-")[1] for a in store.stored()}
+    for part in (f"{uuid} ({count} blobs", "--force", "--tensor-store", "Nothing was removed"):
+        assert part in command.error
+    assert f"Would remove {count}" in command("sweep", tensors, "--min-age", "0", "--dry-run")
+    elsewhere = ("--tensor-store", tensors)
+    assert "0 damaged" in command("verify", url, *elsewhere)
+    assert "Removed 0 blobs" in command("sweep", url, "--min-age", "0", *elsewhere)
+    command("show", url, "--tensor-store", f"sqlite:///{tmp_path}/nowhere.db", status=2)
+    assert "There is no file" in command.error
+    assert set(snapshot(tmp_path)) == {"study.db", "tensors.db"}
+    assert len(list(store.stored())) == count
 
 
 def test_sweep_says_what_it_could_not_read(command: Command, url: str) -> None:

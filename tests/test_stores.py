@@ -44,6 +44,7 @@ from optuna_hypergrad import (
     HyperparameterError,
     MissingTensorError,
     StorageError,
+    TakenOverError,
     stores,
 )
 from optuna_hypergrad.stores import (
@@ -416,7 +417,7 @@ def test_while_the_caller_computes(desk: Desk) -> None:
     desk.store.retention = Retention(newest=1, best=0, every=0)
     [removed] = desk.store.apply_retention_soon(desk.study._study_id).result(timeout=60)
     assert removed == pointer
-    with pytest.raises(StorageError, match="Trial 0 has finished"):
+    with pytest.raises(TakenOverError, match="Trial 0 has finished"):
         desk.store.save_all_soon(
             desk.study._study_id, trial._trial_id, 0, {("x", "value"): {"x": tensor}}
         ).result(timeout=60)
@@ -525,7 +526,7 @@ def test_a_finished_trial_takes_nothing_more(desk: Desk) -> None:
     trial = desk.running()
     pointer = desk.save(trial)
     desk.study.tell(trial, 1.0)
-    with pytest.raises(StorageError, match="Trial 0 has finished, so 'decay'"):
+    with pytest.raises(TakenOverError, match="Trial 0 has finished, so 'decay'"):
         desk.save(trial)
     assert [a.artifact_id for a in desk.stored()] == [pointer.blob]
     assert desk.store.load(pointer)["decay"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
@@ -709,7 +710,7 @@ def test_what_only_finished_meanwhile_is_not_written(
         return found
 
     monkeypatch.setattr(_writing, "read_running_trial", finish_after)
-    with pytest.raises(StorageError, match="Trial 0 has finished, so 'decay'"):
+    with pytest.raises(TakenOverError, match="Trial 0 has finished, so 'decay'"):
         desk.save(trial)
     assert [a.artifact_id for a in desk.stored()] == [old.blob]
     assert desk.store.load(old)

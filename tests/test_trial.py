@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, TrialState
 from torch import Tensor, nn
 
-from optuna_hypergrad import HyperparameterError, MissingTensorError
+from optuna_hypergrad import HyperparameterError, MissingTensorError, StorageError, _optuna
+from optuna_hypergrad.stores import AtomicFileSystemArtifactStore, TensorStore
 from optuna_hypergrad.studies import (
     DifferentiableTrial,
     HypergradientSampler,
@@ -288,10 +290,103 @@ def test_load_tensors_of_one_trial() -> None:
         load_tensors(study.trials[0])
 
 
+def test_load_tensors_of_a_study_whose_best_trial_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @differentiable
+    def objective(trial: Any) -> Tensor:
+        return (trial.suggest_tensor("x", (2,), 0.0, 1.0) ** 2).sum()
+
+    warned: list[str] = []
+    monkeypatch.setattr(_optuna.logger, "warning", warned.append)
+    study = make_study()
+    with pytest.raises(MissingTensorError, match="no trial is completed yet"):
+        load_tensors(study)
+    study.add_trial(optuna.create_trial(value=-1.0))
+    with pytest.raises(MissingTensorError, match="No completed trial"):
+        load_tensors(study)
+    study.optimize(objective, n_trials=2)
+    warned.clear()
+    found = load_tensors(study)
+    assert torch.equal(found["x"], load_tensors(study.trials[2], study=study)["x"])
+    [told] = warned
+    assert "Trial 0 " in told
+    assert "those of trial 2 " in told
+    study.add_trial(optuna.create_trial(value=-2.0, system_attrs=study.trials[2].system_attrs))
+    store = study.sampler.store_of(study)  # type: ignore[attr-defined]
+    store.discard(*store.pointers(study.trials[2]))
+    assert torch.equal(
+        load_tensors(study, "x")["x"], load_tensors(study.trials[1], study=study)["x"]
+    )
+    store.discard(*store.pointers(study.trials[1]))
+    with pytest.raises(MissingTensorError, match=r"of trial [23]"):
+        load_tensors(study)
+    several = optuna.create_study(directions=["minimize"] * 2)
+    with pytest.raises(MissingTensorError, match="several objectives"):
+        load_tensors(several)
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_base_sampler_that_counts_branches_is_refused() -> None:
     with pytest.raises(ValueError, match="Use GridSampler"):
         HypergradientSampler(optuna.samplers.BruteForceSampler())
+
+
+@pytest.mark.parametrize("path", ["", "file", "file/below"])
+def test_a_tensor_store_that_can_be_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file' is not a directory" if path else "empty path"):
+        HypergradientSampler(tensor_store=path)
+
+
+@pytest.mark.parametrize(
+    "cause", [NotADirectoryError(20, "Not a directory"), PermissionError(13, "")]
+)
+def test_a_tensor_store_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: OSError
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise cause
+
+    store = AtomicFileSystemArtifactStore(tmp_path / "tensors")
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(StorageError, match="cannot be written to the directory"):
+        store.write("x", io.BytesIO())
+
+
+def test_a_relative_tensor_store_stays_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @differentiable
+    def objective(trial: Any) -> Tensor:
+        return trial.suggest_tensor("x", (2,), 0.0, 1.0).sum()
+
+    monkeypatch.chdir(tmp_path)
+    study = make_study(tensor_store="tensors")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    study.optimize(objective, n_trials=1)
+    assert any((tmp_path / "tensors").iterdir())
+
+
+def test_a_tensor_store_of_another_storage_is_refused(tmp_path: Path) -> None:
+    @differentiable
+    def objective(trial: Any) -> Tensor:
+        return trial.suggest_tensor("x", (2,), 0.0, 1.0).sum()
+
+    url, other = f"sqlite:///{tmp_path}/study.db", f"sqlite:///{tmp_path}/other.db"
+    study = optuna.create_study(storage=url)
+    foreign = optuna.create_study(storage=other)
+    study.sampler = HypergradientSampler(tensor_store=TensorStore.of_study(foreign))
+    with pytest.raises(StorageError, match="made for another storage"):
+        study.optimize(objective, n_trials=1)
+    same = optuna.load_study(study_name=study.study_name, storage=url)
+    study.sampler = HypergradientSampler(tensor_store=TensorStore.of_study(same))
+    study.optimize(objective, n_trials=1)
+    assert load_tensors(study)["x"].shape == (2,)
 
 
 def test_tensor_store_of_the_users_choice(tmp_path: Path) -> None:

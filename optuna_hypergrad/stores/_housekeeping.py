@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.storages import BaseStorage
@@ -30,6 +30,13 @@ class SweepReport:
     """Whether they were removed (``False`` for a dry run)."""
     unreadable: tuple[str, ...]
     """Pointers that could not be read; every blob of their studies was left alone."""
+    young: tuple[StoredArtifact, ...] = ()
+    """Blobs that would be orphans, were they not younger than ``min_age``."""
+    min_age: float = 3600.0
+    strange: Mapping[str, tuple[StoredArtifact, ...]] = field(default_factory=dict)
+    """Those of the orphans whose study is not in the storage (any more), by study."""
+    has_known: bool = True
+    """Whether any blob in the store belongs to a study that is in the storage."""
 
     @property
     def num_bytes(self) -> int:
@@ -38,6 +45,12 @@ class SweepReport:
     def __str__(self) -> str:
         verb = "Removed" if self.removed else "Would remove"
         text = f"{verb} {len(self.orphans)} blobs ({self.num_bytes / 1e6:.1f} MB)."
+        if self.young:
+            size = sum(blob.size for blob in self.young) / 1e6
+            text += (
+                f" {len(self.young)} more ({size:.1f} MB), to which no trial refers either, are younger "
+                f"than {self.min_age:.0f} seconds and were left alone."
+            )
         if self.unreadable:
             text += f" {len(self.unreadable)} pointers are damaged; their studies were left alone."
         return text
@@ -104,7 +117,7 @@ def find_orphans(
     """
     latest = time.time() - min_age
     # Listed before the pointers are read: a blob that gets its pointer meanwhile is no orphan.
-    listed = [a for a in store.stored(BLOB_PREFIX) if a.written <= latest]
+    listed = list(store.stored(BLOB_PREFIX))
     used: set[str] = set()
     unreadable: list[str] = []
     untouchable: set[str] = set()
@@ -117,14 +130,27 @@ def find_orphans(
                     unreadable.append(f"Study {study.study_name!r}: {error}")
                     untouchable |= uuids_in(study.user_attrs)
     known = _uuids(storage)
-    orphans = tuple(
+    unused = [
         a
         for a in listed
         if a.artifact_id not in used
         and (exclusive or study_of_blob(a.artifact_id) in known)
         and study_of_blob(a.artifact_id) not in untouchable
+    ]
+    orphans = tuple(a for a in unused if a.written <= latest)
+    strange: dict[str, tuple[StoredArtifact, ...]] = {}
+    for orphan in orphans:
+        if (owner := study_of_blob(orphan.artifact_id)) not in known:
+            strange[str(owner)] = (*strange.get(str(owner), ()), orphan)
+    return SweepReport(
+        orphans,
+        removed=False,
+        unreadable=tuple(unreadable),
+        young=tuple(a for a in unused if a.written > latest),
+        min_age=min_age,
+        strange=strange,
+        has_known=any(study_of_blob(a.artifact_id) in known for a in listed),
     )
-    return SweepReport(orphans, removed=False, unreadable=tuple(unreadable))
 
 
 def pointer_attributes(trial: FrozenTrial) -> Iterator[tuple[str, Any]]:

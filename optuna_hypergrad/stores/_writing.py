@@ -14,7 +14,7 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 
-from .._errors import CorruptTensorError, HyperparameterError, StorageError
+from .._errors import CorruptTensorError, HyperparameterError, TakenOverError
 from .._typing import Params
 from ._attributes import check_attribute, set_trial_attribute
 from ._database import unwrap_rdb
@@ -65,8 +65,8 @@ class Writer:
         first, pointers second and removals last, so that no pointer is ever without its blob.
 
         Raises:
-            StorageError: if the trial has finished, the names need more than an attribute holds, or
-                there is no room left.
+            TakenOverError: if the trial has finished.
+            StorageError: if the names need more than an attribute holds, or there is no room left.
         """
         study = study_uuid(self.storage, study_id)
         number, previous = self._trial(trial_id, [attribute_key(*claim) for claim in blobs])
@@ -191,10 +191,11 @@ def _sentence_start(number: int, step: int, blobs: Encoded) -> str:
     return f"Trial {number}, step {step}: the tensors {', '.join(named[:3])}{more} ({size:.2g} MB)"
 
 
-def _too_late(pointer: Pointer) -> StorageError:
-    return StorageError(
-        f"Trial {pointer.trial} has finished, so {pointer.name!r} (role {pointer.role!r}) cannot be "
-        "stored in it any more. Save tensors while the trial is running."
+def _too_late(pointer: Pointer) -> TakenOverError:
+    return TakenOverError(
+        f"Trial {pointer.trial} has finished, so {pointer.name!r} (role {pointer.role!r}) is not stored in "
+        "it any more. Another worker has taken the trial over because this process had not renewed its lease "
+        "(was it paused? see lease=), or it was told before its tensors were saved."
     )
 
 

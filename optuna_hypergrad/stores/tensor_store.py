@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial
 from .. import _optuna
 from .._errors import CorruptTensorError, MissingTensorError, StorageError
 from .._typing import Params
-from ._database import is_for_threads
+from ._database import is_for_threads, unwrap_rdb
 from ._encoding import DecodeError, decode, specs_of
 from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
+from ._identity import ATTRIBUTE_PREFIX, study_uuid
 from ._pointer import Pointer, attribute_key, pointers_in
 from ._retention import Retention, Trajectory
 from ._retrying import retry_while_busy
@@ -99,6 +100,23 @@ class TensorStore:
             artifact_store = AtomicFileSystemArtifactStore(artifact_store)
         return cls(artifact_store, storage, retention)
 
+    def check_serves(self, study: Study) -> None:
+        """Raises :class:`StorageError` if this store is not made for the storage of ``study``."""
+        storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
+        if (unwrap_rdb(storage) or storage) is (unwrap_rdb(self._storage) or self._storage):
+            return
+        own = ATTRIBUTE_PREFIX + study_uuid(storage, study_id)
+        try:
+            is_there = own in self._storage.get_study_user_attrs(study_id)
+        except KeyError:
+            is_there = False
+        if not is_there:
+            raise StorageError(
+                f"The TensorStore given as tensor_store= was made for another storage, in which there is no "
+                f"study {study.study_name!r}. Give the artifact store alone (tensor_store=store.artifact_store), or "
+                "TensorStore.of_study(study, ...)."
+            )
+
     def save(
         self, study_id: int, trial_id: int, name: str, role: str, step: int, tensors: Params
     ) -> Pointer:
@@ -112,8 +130,9 @@ class TensorStore:
 
         Raises:
             HyperparameterError: for names or tensors that cannot be stored. Nothing is written.
-            StorageError: if the trial has finished, or the names need more than an attribute holds.
-                What was stored before is still there.
+            TakenOverError: if the trial has finished.
+            StorageError: if the names need more than an attribute holds. What was stored before is
+                still there.
         """
         return self.save_all(study_id, trial_id, step, {(name, role): tensors})[0]
 

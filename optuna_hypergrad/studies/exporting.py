@@ -10,49 +10,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 
-from .. import _optuna
-from .._errors import HyperparameterError, MissingTensorError, StorageError
+from .._errors import HyperparameterError, StorageError
 from .._typing import Params
 from ..stores import TensorStore
 from ..stores._encoding import encode
-from ..stores._retention import is_feasible
 from .tensors import load_tensors
-
-
-def best_with_tensors(study: Study, store: TensorStore, stored: Collection[str]) -> FrozenTrial:
-    """The best completed trial whose values are all in the store; feasible ones come first.
-
-    Args:
-        stored: identifiers of everything that is in ``store``.
-
-    Raises:
-        MissingTensorError: if there is none.
-    """
-    if _optuna.is_multi_objective(study):
-        raise MissingTensorError(
-            f"Study {study.study_name!r} has several objectives and no best trial: say which one."
-        )
-    sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
-    complete = [
-        t
-        for t in _optuna.all_trials(study)
-        if t.state is TrialState.COMPLETE and t.values is not None
-    ]
-
-    def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
-        return not is_feasible(trial), sign * trial.values[0], trial.number
-
-    for trial in sorted(complete, key=rank):
-        pointers = store.pointers(trial, role="value")
-        if pointers and all(p.blob in stored for p in pointers):
-            return trial
-    raise MissingTensorError(
-        f"No completed trial of study {study.study_name!r} has tensors in this store. They are stored "
-        "when a trial that suggests tensors is finished; if they are elsewhere, say where (--tensor-store)."
-    )
 
 
 def export_tensors(
@@ -70,7 +35,7 @@ def export_tensors(
 
     Args:
         names: Only these hyperparameters.
-        overwrite: Replace a file that is there.
+        overwrite: Replace a file that is there; the target of a link, not the link.
 
     Returns:
         What the file holds.
@@ -79,10 +44,9 @@ def export_tensors(
         MissingTensorError: if the trial has no such tensors, or retention has removed them.
         CorruptTensorError: if stored bytes are not what was written.
         HyperparameterError: if two tensors would have the same name in the file.
-        StorageError: if the file exists, or cannot be written.
+        StorageError: if the file exists, is a directory or a device, or cannot be written.
     """
-    if not overwrite and (path.exists() or path.is_symlink()):
-        raise _exists(path)
+    target = _target(path, overwrite)
     found: dict[str, Any] = {}
     wanted: list[str | None] = [*names] or [None]
     for name in wanted:
@@ -101,8 +65,28 @@ def export_tensors(
     if trial.values is not None:
         metadata["value"] = ", ".join(map(repr, trial.values))
     data, _ = encode(tensors)
-    _write(path, _with_metadata(data, metadata), overwrite)
+    _write(target, _with_metadata(data, metadata), overwrite)
     return tensors
+
+
+def _target(path: Path, overwrite: bool) -> Path:
+    """What is written for ``path``: for a link, what it leads to."""
+    try:
+        if path.is_dir():
+            raise StorageError(f"{str(path)!r} is a directory. Give the name of a file in it.")
+        if not overwrite and (path.exists() or path.is_symlink()):
+            raise _exists(path)
+        target = path.resolve() if path.is_symlink() else path
+        if target.exists() and not target.is_file():
+            raise StorageError(
+                f"{str(path)!r} is no regular file but a device, a pipe or a socket, and is not replaced. "
+                "Give the name of a file."
+            )
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise _cannot_write(path, error) from error
+    return target
 
 
 def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -132,10 +116,7 @@ def _write(path: Path, data: bytes, overwrite: bool) -> None:
     except FileExistsError as error:
         raise _exists(path) from error
     except OSError as error:
-        raise StorageError(
-            f"Cannot write {str(path)!r}: {error.strerror or error}. Nothing was left there; choose "
-            "another place, or make room."
-        ) from error
+        raise _cannot_write(path, error) from error
 
 
 def _move(source: Path, target: Path) -> None:
@@ -148,6 +129,13 @@ def _move(source: Path, target: Path) -> None:
         if target.exists():
             raise FileExistsError(target) from None
         os.replace(source, target)
+
+
+def _cannot_write(path: Path, error: Exception) -> StorageError:
+    cause = getattr(error, "strerror", None) or error
+    return StorageError(
+        f"Cannot write {str(path)!r}: {cause}. Nothing was left there; choose another place, or make room."
+    )
 
 
 def _exists(path: Path) -> StorageError:

@@ -21,7 +21,7 @@ from .._errors import HyperparameterError
 from .._typing import Params
 from ..checkpoint import INTERRUPTED
 from ..step_rules import AbstractStepRule, make_step_rule
-from ..stores import Retention, TensorStore
+from ..stores import AtomicFileSystemArtifactStore, Retention, TensorStore
 from .events import (
     CLAIM,
     GRADIENT,
@@ -106,6 +106,7 @@ class HypergradientSampler(BaseSampler):
 
     Raises:
         ValueError: for settings out of range.
+        StorageError: if the path ``tensor_store`` is not that of a directory.
     """
 
     def __init__(
@@ -162,6 +163,8 @@ class HypergradientSampler(BaseSampler):
         drawn = secrets.randbits(31) if drawn is None else drawn
         self._planner = Planner(pristine, drawn, race, start)
         self._leases = LeaseKeeper(lease)
+        if isinstance(tensor_store, (str, os.PathLike)):
+            tensor_store = AtomicFileSystemArtifactStore(tensor_store)
         self._tensor_store = tensor_store
         self._retention = retention
         self._recorder = Recorder(rule, race, drawn)
@@ -299,13 +302,15 @@ class HypergradientSampler(BaseSampler):
         """The store of the study's tensors.
 
         Raises:
-            StorageError: if the study's storage has no place for tensors and none was given.
+            StorageError: if the study's storage has no place for tensors and none was given, or if a
+                ``TensorStore`` was given that was made for another storage.
         """
         memory = self._memory(study)
         with memory.lock:
             store = memory.store
             if store is None:
                 if isinstance(self._tensor_store, TensorStore):
+                    self._tensor_store.check_serves(study)
                     store = self._tensor_store
                 else:
                     store = TensorStore.of_study(study, self._tensor_store, self._retention)
