@@ -31,6 +31,7 @@ from optuna_hypergrad import checkpoint
 from optuna_hypergrad.stores import _retrying
 from optuna_hypergrad.studies import leases, succession
 from optuna_hypergrad.studies.events import CLAIM
+from optuna_hypergrad.studies.inspection import _worker
 from optuna_hypergrad.studies.leases import CUT_OFF, OWNER, Lease, LeaseKeeper
 from optuna_hypergrad.studies.recording import Recorder
 
@@ -380,6 +381,43 @@ def test_a_keeper_can_be_pickled(tmp_path: Path) -> None:
     assert copied._leases.seconds == 120.0
     assert not copied._leases._held
     assert isinstance(copied._leases, LeaseKeeper)
+
+
+@pytest.mark.parametrize("lease", [None, math.inf])
+def test_a_trial_is_kept_for_another_process_to_tell(
+    lease: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_in(open_storage("sqlite", tmp_path), lease=lease)
+    machine, _, birth = leases.this_process().split("|")
+    with monkeypatch.context() as patch:  # it has ended since
+        patch.setattr(leases, "this_process", lambda: f"{machine}|4194305|{birth}")
+        asked = study.ask()
+        asked.suggest_float("x", -3.0, 3.0)
+    other = study_in(open_storage("sqlite", tmp_path))
+    other.optimize(objective, n_trials=1)
+    if lease is None:
+        assert other.trials[0].state == TrialState.RUNNING
+        told = Lease.of(other.trials[0])
+        assert told is not None
+        assert (told.pid, told.host, told.is_kept) == ("4194305", machine.split("/")[0], True)
+        assert str(_worker(other.trials[0])).startswith("trial 0 is to be told, asked for by")
+        assert other.tell(0, 2.0).value == 2.0
+    else:
+        assert other.trials[0].state == TrialState.FAIL
+
+
+@pytest.mark.parametrize("lease", [math.inf, 1e12])
+def test_a_lease_may_be_longer_than_a_thread_can_sleep(
+    lease: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(leases, "_renew", lambda _, interval: slept.append(interval))
+    study = study_in(open_storage("sqlite", tmp_path), lease=lease)
+    study.optimize(objective, n_trials=1)
+    assert slept == ([] if lease == math.inf else [3600.0])
+    stored = Lease.of(study.trials[0])
+    assert stored is not None
+    assert (stored.until is None, stored.is_kept) == (lease == math.inf, False)
 
 
 def test_leases_may_never_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

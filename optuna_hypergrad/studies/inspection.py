@@ -33,8 +33,14 @@ class Worker:
     pid: str
     is_gone: bool
     """Whether the process is known to have ended, or has not renewed its lease."""
+    is_kept: bool = False
+    """Whether the process has only asked for it (``lease=None``): any other may tell it."""
 
     def __str__(self) -> str:
+        if self.is_kept:
+            return (
+                f"trial {self.trial} is to be told, asked for by process {self.pid} on {self.host}"
+            )
         verb = "was left by" if self.is_gone else "by"
         return f"trial {self.trial} {verb} process {self.pid} on {self.host}"
 
@@ -195,7 +201,7 @@ def _worker(trial: FrozenTrial) -> Worker:
     lease = Lease.of(trial)
     if lease is None:
         return Worker(trial.number, "?", "?", is_gone=False)
-    return Worker(trial.number, lease.host or "?", lease.pid or "?", lease.is_over)
+    return Worker(trial.number, lease.host or "?", lease.pid or "?", lease.is_over, lease.is_kept)
 
 
 def _tensors(

@@ -12,6 +12,7 @@ twice, never a result.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -40,6 +41,9 @@ _RETRIED = "retry_history"
 _RENEWALS = 4
 """A lease is renewed so many times before it would run out."""
 
+_LONGEST = 3600.0
+"""Seconds between two renewals, at most."""
+
 _MOMENT = 60.0
 """Seconds between the creation of a trial and its lease, at most, for a process that lives."""
 
@@ -57,7 +61,8 @@ _ended: dict[tuple[int, int, datetime | None], threading.Thread] = {}
 @dataclass(frozen=True)
 class Lease:
     """Args:
-    process: :func:`this_process` of whoever works on the trial.
+    process: :func:`this_process` of whoever works on the trial; without the birth where the trial is
+        kept for whoever tells it, because such a process is never known to be gone.
     until: Seconds since the epoch; ``None`` for a lease that never runs out.
     """
 
@@ -78,7 +83,10 @@ class Lease:
 
     @classmethod
     def new(cls, seconds: float | None) -> Lease:
-        return cls(this_process(), None if seconds is None else time.time() + seconds)
+        process = this_process()
+        if seconds is None:
+            return cls(f"{process.rpartition('|')[0]}|", None)
+        return cls(process, time.time() + seconds if math.isfinite(seconds) else None)
 
     def to_json(self) -> dict[str, Any]:
         return {"process": self.process, "until": self.until}
@@ -90,6 +98,11 @@ class Lease:
     @property
     def pid(self) -> str:
         return self.process.partition("|")[2].partition("|")[0]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether any process may tell the trial, also when that which asked for it has ended."""
+        return self.until is None and self.process.endswith("|")
 
     @property
     def is_over(self) -> bool:
@@ -211,7 +224,8 @@ class LeaseKeeper:
     """Gives leases to the trials of this process and renews them.
 
     Args:
-        seconds: Of a lease; ``None`` for leases that never run out.
+        seconds: Of a lease; infinite for leases that end with their process, ``None`` for trials that are
+            kept for whoever tells them.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -240,14 +254,14 @@ class LeaseKeeper:
         lease = Lease.new(seconds)
         if Lease.of(trial) != lease:
             set_trial_attribute(storage, trial_id, OWNER, lease.to_json())
-        if seconds is None or not is_for_threads(storage):
+        if lease.until is None or seconds is None or not is_for_threads(storage):
             return
         with self._lock:
             self._held[id(storage), trial_id] = storage
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=_renew,
-                    args=(weakref.ref(self), seconds / _RENEWALS),
+                    args=(weakref.ref(self), min(seconds / _RENEWALS, _LONGEST)),
                     name="hypergrad-leases",
                     daemon=True,
                 )

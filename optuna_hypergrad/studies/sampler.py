@@ -102,7 +102,13 @@ class HypergradientSampler(BaseSampler):
         lease: Seconds after which a worker that has not been heard of counts as gone (at once, where
             its process is known to have ended on the same machine). Its trial is then marked as failed,
             its step is done again, and nothing that it still does is stored. Renewed by a thread while
-            a trial runs. ``None``: only processes that are known to have ended.
+            a trial runs. ``math.inf``: only processes that are known to have ended. ``None``: none; a
+            trial is kept until it is told, by whichever process, also when the one that asked for it
+            has ended.
+
+    A trial that was asked for and is not told blocks its trajectory: the others wait for its outcome as
+    long as its process lives, or for good with ``lease=None``. Give it up with
+    ``study.tell(number, state=TrialState.FAIL)``.
 
     Raises:
         ValueError: for settings out of range.
@@ -150,7 +156,9 @@ class HypergradientSampler(BaseSampler):
             if number is not None and (type(number) is not int or number < least):
                 raise ValueError(f"{name}={number!r} must be an integer of at least {least}.")
         if lease is not None and not lease > 0:
-            raise ValueError(f"lease={lease!r} must be a positive number of seconds or None.")
+            raise ValueError(
+                f"lease={lease!r} must be a positive number of seconds, math.inf or None."
+            )
         if seed is not None and (type(seed) is not int or seed < 0):
             raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
         if base_sampler is None:
