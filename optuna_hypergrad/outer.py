@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import hashlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -124,8 +125,10 @@ def minimize_bilevel(
         throw: Raise when a solve fails; otherwise stop there and say so in ``result``.
 
     Raises:
-        HyperparameterError: bounds that cannot be used, a start outside of them, or the name of another run
-            of this trial.
+        HyperparameterError: bounds that cannot be used, a start outside of them, the name of another run
+            of this trial, or a checkpoint that was begun otherwise: with other bounds, another
+            ``outer_params`` (and, for cold starts, ``inner_params``), class of inner solver or optimizer,
+            or with more steps done than ``num_steps``.
         ValueError: for a negative number of steps.
         SolverError: if a solve failed and ``throw`` is set.
         StorageError: if a checkpoint cannot be stored (:class:`NoSpaceError`: for want of room); the one
@@ -152,8 +155,11 @@ def minimize_bilevel(
     checkpoints = stored if checkpoint_every else None
     if trial is not None:
         _take_name(trial, name)
+    if checkpoints is not None:
+        run.settings = _settings(run, domains, inner_solver, warm_start)
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
+        _check_same(run.settings, saved[1], num_steps, name)
         run.restore(*saved)
     elif burn_in and warm_start:
         run.burn_in(problem, inner_solver, burn_in)
@@ -232,6 +238,46 @@ def _take_name(trial: optuna.Trial, name: str) -> None:
     names.add(name)
 
 
+def _settings(
+    run: _Run, domains: dict[str, Domain], inner_solver: AbstractInnerSolver, warm_start: bool
+) -> dict[str, str]:
+    """What a run that begins must have in common with the checkpoint that it goes on from."""
+    found = {
+        "inner_solver": type(inner_solver).__name__,
+        "optimizer": run.optimizer_class,
+        "warm_start": str(warm_start),
+    }
+    for k, domain in domains.items():
+        unit = "log=True" if domain.log else f"unit={float(domain.scale)}"
+        found[f"bounds[{k!r}]"] = f"[{float(domain.low)}, {float(domain.high)}], {unit}"
+    found |= {f"outer_params[{k!r}]": _digest(v) for k, v in run.outer_params.items()}
+    if not warm_start:
+        found |= {f"inner_params[{k!r}]": _digest(v) for k, v in run.inner_params.items()}
+    return found
+
+
+def _digest(value: Tensor) -> str:
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return "sha256 " + hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+
+
+def _check_same(settings: dict[str, str], saved: dict[str, Any], num_steps: int, name: str) -> None:
+    before, step = saved.get("settings"), saved["step"]
+    changed = [
+        f"{k} (then {str(before[k])[:80]}, now {v})"
+        for k, v in settings.items()
+        if isinstance(before, dict) and k in before and before[k] != v
+    ]
+    if num_steps < step:
+        changed.append(f"num_steps (now {num_steps})")
+    if changed:
+        raise HyperparameterError(
+            f"The run {name!r} has a checkpoint of outer step {step}, and cannot go on from it, because these "
+            f"have changed: {'; '.join(changed[:5])}. Use what it was begun with, or run it under another "
+            "name= or in a new trial."
+        )
+
+
 def _report_again(
     trial: optuna.Trial, history: list[dict[str, float]], report_every: int
 ) -> set[int]:
@@ -262,6 +308,7 @@ class _Run:
         self.state = EstimatorState()
         self.history: list[dict[str, float]] = []
         self.last_norm: dict[str, float] = {}
+        self.settings: dict[str, str] = {}
         self._internal: Params = {}
         self._domains: dict[str, Domain] = {}
 
@@ -285,6 +332,10 @@ class _Run:
         return run
 
     _optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizer_class(self) -> str:
+        return type(self._optimizer).__name__
 
     def burn_in(
         self, problem: BilevelProblem, inner_solver: AbstractInnerSolver, num_steps: int
@@ -348,6 +399,7 @@ class _Run:
             "solver_roles": {r: list(t) for r, t in (self.state.solver_state or {}).items()},
             "has_solver_state": self.state.solver_state is not None,
             "history": self.history,
+            "settings": self.settings,
             "optimizer": {},
         }
         for i, entry in self._optimizer.state_dict()["state"].items():

@@ -12,16 +12,17 @@ import torch
 from problems import F64, relative_error
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad import outer
 
 ADAM = functools.partial(torch.optim.Adam, lr=0.1)
 
 
-def run(**settings):
+def run(shift=0.0, inner_shift=0.0, **settings):
     case = cases.case("ridge")
     return ohg.minimize_bilevel(
         case.problem,
-        case.inner_params,
-        case.outer_params,
+        {k: v + inner_shift for k, v in case.inner_params.items()},
+        {k: v + shift for k, v in case.outer_params.items()},
         **{
             "inner_solver": ohg.LBFGS(),
             "num_steps": 15,
@@ -309,6 +310,59 @@ def test_a_second_run_of_the_same_name_is_refused(checkpoint_every: int | None) 
         run(trial=trial, num_steps=2, checkpoint_every=checkpoint_every)
     other = run(trial=trial, num_steps=1, checkpoint_every=checkpoint_every, name="fold 1")
     assert other.outer_value == first.outer_value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bounds": {"log_decay": (-6.0, 3.0)}}, r"bounds\['log_decay'\] \(then .*2.0.*now .*3.0"),
+        ({"bounds": {"log_decay": ohg.Domain(-6.0, 2.0, unit=1.0)}}, r"bounds\['log_decay'\]"),
+        ({"num_steps": 1}, r"num_steps \(now 1\)"),
+        ({"shift": 0.25}, r"outer_params\['log_decay'\]"),
+        ({"inner_solver": ohg.GradientDescent(0.1, max_steps=3)}, r"then LBFGS, now Grad"),
+        ({"optimizer": torch.optim.SGD}, r"then Adam, now SGD"),
+        ({"warm_start": False}, r"warm_start"),
+    ],
+)
+def test_a_checkpoint_is_not_continued_under_other_settings(settings, message: str) -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    run(trial=trial, num_steps=2, checkpoint_every=1)
+    again = functools.partial(run, num_steps=3, checkpoint_every=1)
+    with pytest.raises(ohg.HyperparameterError, match=message):
+        again(**{"trial": optuna.trial.Trial(study, trial._trial_id), **settings})
+    assert len(again(trial=optuna.trial.Trial(study, trial._trial_id)).history) == 3
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_another_inner_start_matters_to_cold_runs_only(warm_start: bool) -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    settings = {"checkpoint_every": 1, "warm_start": warm_start}
+    run(trial=trial, num_steps=1, **settings)
+    settings |= {"trial": optuna.trial.Trial(study, trial._trial_id), "num_steps": 2}
+    if warm_start:
+        assert len(run(inner_shift=0.1, **settings).history) == 2
+    else:
+        with pytest.raises(ohg.HyperparameterError, match="inner_params"):
+            run(inner_shift=0.1, **settings)
+
+
+def test_a_checkpoint_without_settings_is_continued() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    with pytest.MonkeyPatch.context() as patch:
+        snapshot = outer._Run.snapshot
+
+        def older(self):
+            tensors, numbers = snapshot(self)
+            del numbers["settings"]
+            return tensors, numbers
+
+        patch.setattr(outer._Run, "snapshot", older)
+        run(trial=trial, num_steps=2, checkpoint_every=1)
+    again = optuna.trial.Trial(study, trial._trial_id)
+    assert len(run(trial=again, num_steps=3, checkpoint_every=1).history) == 3
 
 
 def with_objectives(inner=None, outer=None, **kwargs):

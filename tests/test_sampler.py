@@ -36,6 +36,7 @@ from optuna_hypergrad.studies import (
     HypergradientSampler,
     differentiable,
     load_tensors,
+    recording,
     report_hypergradient,
 )
 
@@ -446,6 +447,49 @@ def test_a_sampler_can_be_copied_and_pickled() -> None:
             again.add_trial(trial)
         again.optimize(mixed, n_trials=3)
         assert [t.params for t in again.trials] == [t.params for t in reference.trials]
+
+
+@differentiable
+def of_tensors(trial: Any) -> Tensor:
+    return (trial.suggest_tensor("t", 3, -1.0, 1.0) - 0.3).pow(4).sum()
+
+
+def test_another_optimizer_begins_another_trajectory_of_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sgd(tensors: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(tensors, lr=0.1)
+
+    said: list[str] = []
+    study = optuna.create_study(sampler=HypergradientSampler(seed=0, optimizer=sgd))
+    study.optimize(of_tensors, n_trials=2)
+    study.sampler = HypergradientSampler(seed=0, optimizer=torch.optim.SGD)
+    study.optimize(of_tensors, n_trials=1)
+    assert trajectories(study) == [0, 0, 0]
+    logger = logging.getLogger("optuna.hypergradients")
+    monkeypatch.setattr(logger, "warning", lambda text, *a, **k: said.append(str(text)))
+    study.sampler = HypergradientSampler(seed=0)
+    study.optimize(of_tensors, n_trials=2)
+    assert trajectories(study) == [0, 0, 0, 3, 3]
+    (warning,) = said
+    assert (
+        "taken by 'TorchOptimizer (SGD)', and optimizer= of this sampler is 'TrustRegion'"
+        in warning
+    )
+    assert "damaged" not in warning
+
+
+def test_an_outcome_that_does_not_name_its_rule_is_gone_on_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = optuna.create_study(sampler=HypergradientSampler(seed=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "name_of", lambda rule: None)
+        study.optimize(of_tensors, n_trials=2)
+    assert all("rule" not in t.system_attrs["hypergrad:outcome"] for t in study.trials)
+    study.sampler = HypergradientSampler(seed=0)
+    study.optimize(of_tensors, n_trials=1)
+    assert trajectories(study) == [0, 0, 0]
 
 
 # Workers

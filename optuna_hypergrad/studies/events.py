@@ -94,6 +94,7 @@ class Outcome:
         numbers: Numbers of the step rule's state, where the trajectory has tensors.
         definitions: Hyperparameters that are tensors, in the trial that opened the trajectory.
         held: Numbers that a sampler around ours kept in place, and that therefore do not move.
+        rule: The step rule that ``numbers`` are of; ``None`` in rows of earlier versions.
     """
 
     kind: Literal["good", "bad", "void"]
@@ -104,6 +105,7 @@ class Outcome:
     numbers: dict[str, Any] | None = None
     definitions: dict[str, Any] = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
+    rule: str | None = None
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> Outcome | None:
@@ -116,13 +118,16 @@ class Outcome:
 
     @classmethod
     def _parse(cls, data: dict[str, Any]) -> Outcome:
-        found = cls(**_checked(data, _OUTCOME_FIELDS))
+        found = cls(**_checked({"rule": None, **data}, _OUTCOME_FIELDS))
         if (found.kind == "good") != (found.value is not None):
             raise ValueError(f"its kind is {found.kind!r} and its value {found.value}")
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data = asdict(self)
+        if self.rule is None:
+            del data["rule"]
+        return data
 
 
 def damaged(trial: FrozenTrial, key: str, cause: object) -> StorageError:
@@ -198,6 +203,7 @@ _OUTCOME_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an object of objects",
     ),
     "held": (_is_texts, "a list of text"),
+    "rule": (lambda v: v is None or _is_text(v), "text or null"),
 }
 
 

@@ -22,7 +22,7 @@ from .events import OUTCOME, Claim, Outcome, gradient_of, write_event
 from .plan import Memory, Plan
 from .points import Definition, PointSpace, domain_of, nested
 from .racing import Race
-from .stored_state import cursor_after
+from .stored_state import LostTrajectoryError, cursor_after, name_of
 from .trajectory import Cursor, Trajectory, advance
 
 StoreOf = Callable[[Study], TensorStore]
@@ -30,10 +30,6 @@ StoreOf = Callable[[Study], TensorStore]
 STATE = "trajectory"
 _JITTER = 0.3
 _TENSOR_CURSORS = 2
-
-
-class LostTrajectoryError(Exception):
-    """The tensors that a trajectory needs to go on are gone."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Recorder:
         """Fill in where the trajectory of ``plan`` goes next.
 
         Raises:
-            LostTrajectoryError: if its tensors cannot be read any more.
+            LostTrajectoryError: if its tensors cannot be read any more, or are another step rule's.
         """
         trajectory = plan.trajectory
         assert trajectory is not None
@@ -223,15 +219,15 @@ class Recorder:
             held,
         )
         self._remember(memory, cursor, claim.parent, bool(space.tensors))
-        numbers = None
+        numbers, rule = None, None
         if space.tensors:
-            numbers = dict(cursor.state.numbers)
+            numbers, rule = dict(cursor.state.numbers), name_of(self.rule)
             blob = {f"state/{k}": v for k, v in cursor.state.tensors.items()}
             blob |= {f"point/{k}": v for k, v in cursor.point.items()}
             stored[STATE, "step_state"] = blob
             self._save(memory, study, trial, step, stored, store_of)
         kind: Any = "good" if value is not None else "bad"
-        return Outcome(kind, identity, parent, value, cursor.stop, numbers, opened, held)
+        return Outcome(kind, identity, parent, value, cursor.stop, numbers, opened, held, rule)
 
     def _slope(
         self,

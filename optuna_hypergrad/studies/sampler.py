@@ -34,7 +34,8 @@ from .leases import LeaseKeeper
 from .plan import Memory, Plan, Planner, StartFrom
 from .points import Definition, domain_of
 from .racing import Race
-from .recording import LostTrajectoryError, Recorder
+from .recording import Recorder
+from .stored_state import LostTrajectoryError
 from .succession import keep_given_params, succeed
 from .trajectory import Ledger
 

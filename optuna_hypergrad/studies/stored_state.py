@@ -6,11 +6,24 @@ import torch
 from optuna.trial import FrozenTrial
 
 from .._errors import CorruptTensorError, MissingTensorError
-from ..step_rules import AbstractStepRule, StepState
+from ..step_rules import AbstractStepRule, StepState, TorchOptimizer
 from ..stores import TensorStore
 from .events import OUTCOME, Outcome, damaged
 from .points import place
 from .trajectory import Cursor, Trajectory
+
+
+class LostTrajectoryError(Exception):
+    """A trajectory that has tensors cannot go on."""
+
+
+def name_of(rule: AbstractStepRule) -> str:
+    """Of a step rule, as outcomes say whose state is stored."""
+    name = type(rule).__name__
+    if not isinstance(rule, TorchOptimizer):
+        return name
+    optimizer = rule.factory([torch.zeros(1, requires_grad=True)])
+    return f"{name} ({type(optimizer).__name__})"
 
 
 def cursor_after(
@@ -27,8 +40,17 @@ def cursor_after(
         name: Under which the state is stored, as ``"step_state"``.
 
     Raises:
+        LostTrajectoryError: if the state is another step rule's.
         StorageError: naming the row, if the state is damaged, not there, or no state of this trajectory.
     """
+    outcome = Outcome.of(trial)
+    before = None if outcome is None else outcome.rule
+    if before is not None and before != name_of(rule):
+        raise LostTrajectoryError(
+            f"Its steps were taken by {before[:60]!r}, and optimizer= of this sampler is {name_of(rule)!r}, "
+            "which cannot continue them, so another trajectory begins. To go on with it, give the "
+            "optimizer of before."
+        )
     pointers = store.pointers(trial, name, "step_state")
     if not pointers:
         raise MissingTensorError(
@@ -49,7 +71,6 @@ def cursor_after(
         raise CorruptTensorError(
             f"What is stored as {pointer} is no state of trajectory {trajectory.id}: {difference}."
         )
-    outcome = Outcome.of(trial)
     numbers = {} if outcome is None or outcome.numbers is None else outcome.numbers
     cursor = Cursor(trial.number, point, StepState(place(state, point), numbers))
     _try_out(rule, trajectory, cursor, trial)
