@@ -34,8 +34,8 @@ from .stores import (
 )
 from .stores import default_artifact_store as artifacts_of
 from .stores._database import unwrap_rdb
-from .stores._opening import open_existing, reason
-from .stores._secrets import Secrets
+from .stores._opening import how_to_recover, is_damaged_file, open_existing, reason
+from .stores._secrets import Secrets, without_password
 from .studies.exporting import export_tensors
 from .studies.inspection import summarize
 from .studies.tensors import best_with_tensors
@@ -93,8 +93,17 @@ def _run(options: argparse.Namespace) -> int:
             f"environment variable {STORAGE_VARIABLE}."
         )
     with _opened(options.storage) as storage:
-        with _tensor_store(storage, options.tensor_store) as store:
-            status: int = options.run(options, storage, store)
+        try:
+            with _tensor_store(storage, options.tensor_store) as store:
+                status: int = options.run(options, storage, store)
+        except Exception as error:
+            if not is_damaged_file(error):
+                raise
+            sentence = how_to_recover(without_password(options.storage))
+            if options.run is not _verify:
+                raise StorageError(sentence) from None
+            _print([f"Damaged: {sentence}"])
+            status = DAMAGE
         sys.stdout.flush()
         return status
 

@@ -550,6 +550,31 @@ def test_verify_finds_what_is_lost_and_what_is_no_pointer(command: Command, url:
     assert f"Damaged: The attribute '{pointer.key}'" in shown
 
 
+@pytest.mark.parametrize("table", ["trials", "hypergrad_chunks", "sqlite_master"])
+def test_a_damaged_page_of_the_database(
+    command: Command, url: str, tmp_path: Path, table: str
+) -> None:
+    path = tmp_path / "study.db"
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        size = connection.execute(sa.text("PRAGMA page_size")).scalar()
+        query = "SELECT rootpage FROM sqlite_master WHERE name = :t"
+        page = connection.execute(sa.text(query), {"t": table}).scalar() or 1
+    engine.dispose()
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * size + 100 * (page == 1) : page * size] = b"\xff" * (size - 100 * (page == 1))
+    path.write_bytes(data)
+    output = command("verify", url, status=2 if table == "sqlite_master" else 1)
+    told = output + command.error
+    assert "Damaged: " in output or "is damaged" in command.error
+    assert "malformed" in told
+    assert "backup" in told
+    if table == "trials":
+        assert ".recover" in told
+        command("show", url, status=2)
+        assert ".recover" in command.error
+
+
 def test_verify_beside_a_worker(url: str) -> None:
     """What is replaced between reading the pointer and reading the blob is not damage."""
     study, store = opened(url)

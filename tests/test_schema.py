@@ -134,3 +134,50 @@ def test_a_newer_schema_is_neither_read_nor_written(
         assert "schema version 99" in error
     assert rows(first) == before
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("statement", "complaint"),
+    [
+        ("DROP TABLE hypergrad_blobs", "hypergrad_blobs .* is missing"),
+        ("DROP TABLE hypergrad_chunks", "hypergrad_chunks .* is missing"),
+        (
+            "ALTER TABLE hypergrad_blobs RENAME num_bytes TO x",
+            "hypergrad_blobs .* no column 'num_b",
+        ),
+        ("ALTER TABLE hypergrad_version RENAME schema_version TO x", "no column 'schema_version'"),
+        ("UPDATE hypergrad_version SET schema_version = 0", "hypergrad_version is '0' and not a"),
+    ],
+)
+def test_tables_that_are_half_there(tmp_path: Path, statement: str, complaint: str) -> None:
+    first = opened("sqlite", tmp_path)
+    study = optuna.create_study(study_name="s", storage=first)
+    trial = study.ask()
+    save(study, trial)
+    with first.engine.begin() as connection:
+        connection.execute(sa.text(statement))
+    study = optuna.load_study(study_name="s", storage=opened("sqlite", tmp_path))
+    store = ohg.TensorStore.of_study(study)
+    for use in (
+        lambda: save(study, trial),
+        lambda: store.load(store.pointers(study.trials[0])[0]),
+        store.verify,
+    ):
+        with pytest.raises(ohg.StorageError, match=complaint):
+            use()
+
+
+@pytest.mark.parametrize("statement", ["DELETE FROM", "DROP TABLE"])
+def test_a_missing_version_is_read_and_made_again(tmp_path: Path, statement: str) -> None:
+    """As by a worker that was cut off while it made the tables."""
+    first = opened("sqlite", tmp_path)
+    study = optuna.create_study(study_name="s", storage=first)
+    trial = study.ask()
+    save(study, trial)
+    with first.engine.begin() as connection:
+        connection.execute(sa.text(f"{statement} hypergrad_version"))
+    study = optuna.load_study(study_name="s", storage=opened("sqlite", tmp_path))
+    assert len(ohg.TensorStore.of_study(study).verify().sound) == 1
+    save(study, trial)
+    with first.engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT * FROM hypergrad_version")).all() == [(1, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import urllib.parse
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from .._errors import StorageError
+from ._retrying import causes
 from ._secrets import Secrets, without_password
 
 _TABLES = ("studies", "trials")
@@ -39,6 +41,23 @@ def reason(error: Exception) -> str:
     numbered = len(original.args) == 2 and isinstance(original.args[0], int)  # MySQL, OSError
     text = str(original.args[1] if numbered else original)
     return " ".join(text.split()).rstrip(".?!") or type(error).__name__
+
+
+def is_damaged_file(error: Exception) -> bool:
+    """Whether SQLite has found a page that is not what it must be."""
+    return any(
+        isinstance(e, sqlite3.DatabaseError) and "malformed" in str(e).lower()
+        for e in causes(error)
+    )
+
+
+def how_to_recover(shown: str) -> str:
+    """What to say of a file for which :func:`is_damaged_file` holds."""
+    return (
+        f"The file of the database {shown!r} is damaged: a page of it is not what SQLite wrote (database disk "
+        "image is malformed). Stop all workers, copy the file, and save what can be read with `sqlite3 "
+        "study.db .recover | sqlite3 recovered.db`, or restore a backup."
+    )
 
 
 def _open_journal(path: Path) -> BaseStorage:
@@ -89,6 +108,8 @@ def _open_database(url: str) -> BaseStorage:
     except (sa.exc.SQLAlchemyError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, StorageError):
             raise
+        if is_damaged_file(error):
+            raise StorageError(how_to_recover(shown)) from None
         is_file = parsed.get_backend_name() == "sqlite"
         advice = "Check the file" if is_file else "Check the URL, and that the server runs"
         problem = f"{secrets.hide(reason(error))}. {advice}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -71,15 +72,18 @@ def has_tables(rdb: RDBStorage) -> bool:
     """Whether they are there.
 
     Raises:
-        StorageError: if a newer version of this library has made them.
+        StorageError: if a newer version of this library has made them, or some are missing or are not as it
+            makes them.
     """
     engine = rdb.engine
     if engine in _prepared:
         return True
-    if not read(rdb, lambda connection: _has_table(connection, version.name)):
-        return False
-    _check_version(rdb)
-    _prepared.add(engine)
+    present = read(rdb, _columns)
+    if not {blobs.name, chunks.name} <= present.keys() and version.name not in present:
+        return False  # or another worker is making them
+    _check_columns(rdb, present)
+    if version.name in present and _has_version(rdb):
+        _prepared.add(engine)
     return True
 
 
@@ -90,7 +94,7 @@ def make_tables(rdb: RDBStorage) -> None:
         StorageError: as :func:`has_tables`; if they cannot be made.
     """
     with _preparing:
-        if has_tables(rdb):
+        if has_tables(rdb) and rdb.engine in _prepared:
             return
         retry_while_busy(lambda: _create_tables(rdb), patience=patience_of(rdb))
         if not has_tables(rdb):
@@ -123,21 +127,46 @@ def _create_tables(rdb: RDBStorage) -> None:
     )
 
 
-def _check_version(rdb: RDBStorage) -> None:
+def _columns(connection: Connection) -> dict[str, set[str]]:
+    """Names of the columns of those tables that are there."""
+    inspector = sa.inspect(connection)
+    return {
+        name: {column["name"] for column in inspector.get_columns(name)}
+        for name in TABLES.tables
+        if inspector.has_table(name)
+    }
+
+
+def _check_columns(rdb: RDBStorage, present: Mapping[str, set[str]]) -> None:
+    for table in (blobs, chunks, version):
+        lacking = sorted({c.name for c in table.columns} - present.get(table.name, set()))
+        if table.name not in present and table is not version:
+            problem = "is missing, although the other tensor tables are there"
+        elif table.name in present and lacking:
+            problem = f"has no column {', '.join(map(repr, lacking))}"
+        else:
+            continue
+        raise StorageError(
+            f"The table {table.name} in {without_password(rdb.engine.url)} {problem}. Something else than "
+            "optuna_hypergrad has changed the database, or a copy of it is incomplete; restore it from a backup."
+        )
+
+
+def _has_version(rdb: RDBStorage) -> bool:
+    """Not if whoever made the tables has been cut off before the last row."""
     query = sa.select(version.c.schema_version)
     found = read(rdb, lambda connection: connection.execute(query).scalar())
-    if found is not None and type(found) is not int:
+    if found is None:
+        return False
+    if type(found) is not int or found < 1:
         raise StorageError(
-            f"The schema version in the table {version.name} is {str(found)[:60]!r} and not a number. "
-            "Something has changed the row; restore it from a backup."
+            f"The schema version in the table {version.name} is {str(found)[:60]!r} and not a number from 1 "
+            "on. Something has changed the row; restore it from a backup."
         )
-    if found is not None and found > SCHEMA_VERSION:
+    if found > SCHEMA_VERSION:
         raise StorageError(
             f"The tensor tables in {without_password(rdb.engine.url)} have schema version "
             f"{found} and this version of optuna_hypergrad knows {SCHEMA_VERSION}. Install a "
             "newer optuna_hypergrad; nothing was changed."
         )
-
-
-def _has_table(connection: Connection, name: str) -> bool:
-    return bool(sa.inspect(connection).has_table(name))
+    return True

@@ -20,7 +20,9 @@ from .._errors import StorageError
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_UNUSABLE = frozenset({errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS})
+_UNUSABLE = frozenset(
+    {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+)
 
 
 class AtomicFileSystemArtifactStore(AbstractArtifactStore):
