@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import Future
 from contextlib import suppress
@@ -12,10 +13,12 @@ import optuna
 import torch
 from optuna.exceptions import StorageInternalError
 from optuna.study import Study
+from torch import Tensor
 
 from . import _optuna
 from ._errors import CorruptTensorError, HyperparameterError, StorageError
 from ._typing import Params
+from .search_space import Domain
 from .stores import Pointer, Retention, TensorStore, set_trial_attribute
 from .stores._encoding import check_text
 
@@ -172,6 +175,49 @@ class Checkpoints:
                 "backup of the storage."
             ) from error
         return tensors, numbers
+
+
+def settings_of(
+    domains: dict[str, Domain], outer_params: Params, inner_params: Params | None, **others: str
+) -> dict[str, str]:
+    """What a run that begins must have in common with the checkpoint that it goes on from.
+
+    Args:
+        inner_params: Of a cold run, whose every step begins there.
+    """
+    found = dict(others)
+    for k, domain in domains.items():
+        unit = "log=True" if domain.log else f"unit={float(domain.scale)}"
+        found[f"bounds[{k!r}]"] = f"[{float(domain.low)}, {float(domain.high)}], {unit}"
+    found |= {f"outer_params[{k!r}]": _digest(v) for k, v in outer_params.items()}
+    return found | {f"inner_params[{k!r}]": _digest(v) for k, v in (inner_params or {}).items()}
+
+
+def check_same(settings: dict[str, str], saved: dict[str, Any], num_steps: int, name: str) -> None:
+    """Refuse a checkpoint that was begun otherwise; one without settings is an older one.
+
+    Raises:
+        HyperparameterError: naming what has changed.
+    """
+    before, step = saved.get("settings"), saved["step"]
+    changed = [
+        f"{k} (then {str(before[k])[:80]}, now {v})"
+        for k, v in settings.items()
+        if isinstance(before, dict) and k in before and before[k] != v
+    ]
+    if num_steps < step:
+        changed.append(f"num_steps (now {num_steps})")
+    if changed:
+        raise HyperparameterError(
+            f"The run {name!r} has a checkpoint of outer step {step}, and cannot go on from it, because these "
+            f"have changed: {'; '.join(changed[:5])}. Use what it was begun with, or run it under another "
+            "name= or in a new trial."
+        )
+
+
+def _digest(value: Tensor) -> str:
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return "sha256 " + hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
 
 
 def _check_name(name: str) -> None:

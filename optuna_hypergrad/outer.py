@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import hashlib
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from . import _optuna, _tree
 from ._errors import CorruptTensorError, HyperparameterError, SolverError
 from ._results import SUCCESS, Result, Status
 from ._typing import Params
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, check_same, settings_of
 from .hypergradients import AbstractHypergradientEstimator, EstimatorState, Implicit
 from .hypergradients._base import outer_value_at, run_inner
 from .inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
@@ -115,8 +114,9 @@ def minimize_bilevel(
             from it, bit for bit; one whose run was interrupted (its process was killed, Ctrl-C, no room for a
             checkpoint) passes it on to the next trial that begins, where the study's sampler is a
             :class:`HypergradientSampler`. With another one, a killed run is continued only where the
-            storage has Optuna's heartbeat with ``RetryHeartbeatStaleTrialCallback``. The final ``lam`` is stored there as ``name``, for ``load_tensors``. In a
-            study with several objectives nothing is reported and nothing pruned.
+            storage has Optuna's heartbeat with ``RetryHeartbeatStaleTrialCallback``. The final ``lam`` is
+            stored there as ``name``, for ``load_tensors``. In a study with several objectives nothing is
+            reported and nothing pruned.
         checkpoint_every: Outer steps between checkpoints; with a trial, about twenty in all by default.
             0 for none.
         name: Of the run, where one trial has several, each of which needs its own; of its checkpoint
@@ -156,10 +156,17 @@ def minimize_bilevel(
     if trial is not None:
         _take_name(trial, name)
     if checkpoints is not None:
-        run.settings = _settings(run, domains, inner_solver, warm_start)
+        run.settings = settings_of(
+            domains,
+            run.outer_params,
+            None if warm_start else run.inner_params,
+            inner_solver=type(inner_solver).__name__,
+            optimizer=run.optimizer_class,
+            warm_start=str(warm_start),
+        )
     saved = checkpoints.load() if checkpoints is not None else None
     if saved is not None:
-        _check_same(run.settings, saved[1], num_steps, name)
+        check_same(run.settings, saved[1], num_steps, name)
         run.restore(*saved)
     elif burn_in and warm_start:
         run.burn_in(problem, inner_solver, burn_in)
@@ -236,46 +243,6 @@ def _take_name(trial: optuna.Trial, name: str) -> None:
             "values have that name; give each run of a trial a name= of its own."
         )
     names.add(name)
-
-
-def _settings(
-    run: _Run, domains: dict[str, Domain], inner_solver: AbstractInnerSolver, warm_start: bool
-) -> dict[str, str]:
-    """What a run that begins must have in common with the checkpoint that it goes on from."""
-    found = {
-        "inner_solver": type(inner_solver).__name__,
-        "optimizer": run.optimizer_class,
-        "warm_start": str(warm_start),
-    }
-    for k, domain in domains.items():
-        unit = "log=True" if domain.log else f"unit={float(domain.scale)}"
-        found[f"bounds[{k!r}]"] = f"[{float(domain.low)}, {float(domain.high)}], {unit}"
-    found |= {f"outer_params[{k!r}]": _digest(v) for k, v in run.outer_params.items()}
-    if not warm_start:
-        found |= {f"inner_params[{k!r}]": _digest(v) for k, v in run.inner_params.items()}
-    return found
-
-
-def _digest(value: Tensor) -> str:
-    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return "sha256 " + hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
-
-
-def _check_same(settings: dict[str, str], saved: dict[str, Any], num_steps: int, name: str) -> None:
-    before, step = saved.get("settings"), saved["step"]
-    changed = [
-        f"{k} (then {str(before[k])[:80]}, now {v})"
-        for k, v in settings.items()
-        if isinstance(before, dict) and k in before and before[k] != v
-    ]
-    if num_steps < step:
-        changed.append(f"num_steps (now {num_steps})")
-    if changed:
-        raise HyperparameterError(
-            f"The run {name!r} has a checkpoint of outer step {step}, and cannot go on from it, because these "
-            f"have changed: {'; '.join(changed[:5])}. Use what it was begun with, or run it under another "
-            "name= or in a new trial."
-        )
 
 
 def _report_again(
