@@ -19,7 +19,7 @@ from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .hypergradients import HypergradientEstimate, Implicit, Unroll, hypergradient
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
-from .inner import LBFGS, Adam, GradientDescent, HeavyBall, NewtonCG, inner_solve
+from .inner import LBFGS, Adam, AdamW, GradientDescent, HeavyBall, NewtonCG, inner_solve
 from .operators import GaussNewton, Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
@@ -42,6 +42,7 @@ __all__ = [
     "CG",
     "LBFGS",
     "Adam",
+    "AdamW",
     "AtomicJournalFileBackend",
     "Batch",
     "BilevelProblem",

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import _tree
-from .._errors import ObjectiveError, ZeroHypergradientError
+from .._errors import ObjectiveError, RequirementError, ZeroHypergradientError
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
-from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
+from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
 from ..inner._base import InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem, check_problem
@@ -321,7 +321,18 @@ def _first_failure(*results: Result) -> Result:
 def refuse_solver_hyperparameters(
     method: str, inner_solver: AbstractInnerSolver | None, outer_params: Params
 ) -> None:
-    """Raise if an outer parameter steers the inner solver, which ``method`` cannot see."""
+    """Raise if an outer parameter steers the inner solver, which ``method`` cannot see.
+
+    Raises:
+        ZeroHypergradientError: naming it.
+        RequirementError: if the solver adds a weight decay to what the inner objective says.
+    """
+    if isinstance(inner_solver, AbstractStepSolver) and inner_solver.weight_decay != 0.0:
+        raise RequirementError(
+            f"{type(inner_solver).__name__}(weight_decay=...) ends where the inner objective plus its decay is "
+            f"smallest, and {method} differentiates the solution of the inner objective alone. Write the decay "
+            f"into inner_objective, or use Unroll."
+        )
     steering = sorted(
         (inner_solver.hyperparameters() if inner_solver is not None else frozenset())
         & outer_params.keys()

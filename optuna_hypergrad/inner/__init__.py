@@ -8,7 +8,7 @@ from ._base import (
     InnerSolution,
     inner_solve,
 )
-from .adam import Adam
+from .adam import Adam, AdamW
 from .gradient_descent import GradientDescent
 from .heavy_ball import HeavyBall
 from .lbfgs import LBFGS
@@ -23,6 +23,7 @@ __all__ = [
     "AbstractMinimizer",
     "AbstractStepSolver",
     "Adam",
+    "AdamW",
     "GradientDescent",
     "HeavyBall",
     "InnerSolution",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ from .._results import SUCCESS, Result, Status
 from .._typing import Params
 from ..operators import scalar
 from ..problem import BilevelProblem
+from ._settings import Setting, Value, check_number, resolve, times
 
 InnerState = dict[str, Params]
 """A solver's memory between steps, by role (``{"velocity": {...}}``). Empty for none."""
 
-StepSize = float | str | Callable[[Params, int], Tensor]
-"""A number; the name of an outer parameter; or ``(outer_params, step) -> 0-d tensor``."""
-
 InnerObjective = Callable[[Params], Tensor]
 """``w -> g(w)`` on one batch at one ``lam``."""
+
+StepFunction = Callable[[Params, InnerState, int], tuple[Params, InnerState, Tensor, Params]]
+"""``(w, state, index) -> (w', state', g(w), dg/dw)``: one step, taken in some way."""
 
 Evaluate = Callable[[Params], tuple[Tensor, Params]]
 """``w -> (g(w), dg/dw)`` on the current batch; differentiable where the loop asked for it."""
@@ -86,12 +87,20 @@ class AbstractStepSolver(AbstractInnerSolver):
         max_steps: At most this many steps; exactly this many where ``rtol = atol = 0``.
         rtol: Stop when the gradient norm falls below ``rtol`` times its first value.
         atol: Stop when the gradient norm falls below ``atol``.
+        weight_decay: Times ``w``, added to the gradient, as ``torch.optim`` does. It belongs to the solver
+            and not to the inner objective, so methods for inner *solutions* refuse it.
+        max_norm: The gradient is scaled down to this norm, over all entries, before anything is added.
     """
 
-    step_size: StepSize = 0.1
+    settings: ClassVar[tuple[str, ...]] = ("step_size", "weight_decay")
+    """Names of the fields that may be hyperparameters."""
+
+    step_size: Setting = 0.1
     max_steps: int = 100
     rtol: float = 0.0
     atol: float = 0.0
+    weight_decay: Setting = field(default=0.0, kw_only=True)
+    max_norm: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         label = type(self).__name__
@@ -101,12 +110,39 @@ class AbstractStepSolver(AbstractInnerSolver):
             self.step_size > 0 and math.isfinite(self.step_size)
         ):
             raise ValueError(f"{label} needs a positive finite step_size, got {self.step_size}.")
+        check_number(f"{label}: weight_decay", self.weight_decay, 0.0)
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(f"{label} needs max_norm > 0 or None, got {self.max_norm}.")
 
     def hyperparameters(self) -> frozenset[str]:
-        return frozenset({self.step_size}) if isinstance(self.step_size, str) else frozenset()
+        return frozenset(v for s in self.settings if isinstance(v := getattr(self, s), str))
 
     def fixed_step_size(self) -> float | None:
         return float(self.step_size) if isinstance(self.step_size, (int, float)) else None
+
+    def setting(self, name: str, outer_params: Params, index: int) -> Value:
+        """The value at a step of one of :attr:`settings`."""
+        return resolve(getattr(self, name), outer_params, index, name)
+
+    def clipped(self, gradient: Params) -> Params:
+        """The gradient after ``max_norm``; differentiable where its norm is zero, too."""
+        if self.max_norm is None:
+            return gradient
+        square = torch.stack([g.square().sum() for g in gradient.values()]).sum()
+        too_long = square > self.max_norm**2
+        shrink = self.max_norm * torch.where(too_long, square, torch.ones_like(square)).rsqrt()
+        factor = torch.where(too_long, shrink, torch.ones_like(shrink))
+        return {k: g * factor.to(g.dtype) for k, g in gradient.items()}
+
+    def regularized(
+        self, gradient: Params, inner_params: Params, outer_params: Params, index: int
+    ) -> Params:
+        """The gradient after ``max_norm`` and ``weight_decay``."""
+        gradient = self.clipped(gradient)
+        if self.weight_decay == 0.0:
+            return gradient
+        decay = times(inner_params, self.setting("weight_decay", outer_params, index))
+        return _tree.add(gradient, decay)
 
     @abc.abstractmethod
     def init(self, inner_params: Params) -> InnerState:
@@ -122,22 +158,6 @@ class AbstractStepSolver(AbstractInnerSolver):
         index: int,
     ) -> tuple[Params, InnerState, Tensor, Params]:
         """One step: ``(w', state', g(w), dg/dw)``."""
-
-
-def resolve(setting: StepSize, outer_params: Params, index: int) -> Any:
-    """A setting's value at a step: a number, or a tensor that carries its graph.
-
-    Raises:
-        RequirementError: if it names an outer parameter that does not exist.
-    """
-    if isinstance(setting, str):
-        if setting not in outer_params:
-            raise RequirementError(
-                f"The inner solver's step size is the outer parameter {setting!r}, which is not among "
-                f"{sorted(outer_params)}."
-            )
-        return outer_params[setting]
-    return setting(outer_params, index) if callable(setting) else setting
 
 
 def gradient_of(
@@ -167,6 +187,7 @@ def inner_solve(
     state: InnerState | None = None,
     num_steps: int | None = None,
     create_graph: bool = False,
+    take: StepFunction | None = None,
 ) -> InnerSolution:
     """Run an inner solver: ``max_steps`` steps, or fewer where a tolerance is met.
 
@@ -179,6 +200,7 @@ def inner_solve(
         state: The solver's memory from an earlier call; ``None`` for a fresh one.
         num_steps: Exactly this many steps instead of the solver's own limits.
         create_graph: Keep the graph from ``w_0`` and ``lam`` to the result.
+        take: How a step solver's steps are taken, in place of :func:`take_step`.
 
     Raises:
         RequirementError: if ``create_graph`` is asked of a solver that cannot be unrolled.
@@ -198,15 +220,15 @@ def inner_solve(
     w = inner_params if create_graph else _tree.detach(inner_params)
     lam = outer_params if create_graph else _tree.detach(outer_params)
     memory = solver.init(_tree.detach(inner_params)) if state is None else state
+    if take is None:
+        take = partial(take_step, problem, solver, lam, create_graph)
     budget = solver.max_steps if num_steps is None else num_steps
     tolerant = num_steps is None and (solver.rtol > 0 or solver.atol > 0)
     taken, norm, first = 0, math.nan, math.nan
     value = torch.tensor(math.nan)
     converged = not tolerant
     while taken < budget and not (tolerant and converged):
-        objective = _objective(problem, lam, start + taken)
-        evaluate = partial(gradient_of, objective, create_graph=create_graph)
-        w, memory, value, gradient = solver.step(evaluate, w, lam, memory, start + taken)
+        w, memory, value, gradient = take(w, memory, start + taken)
         taken += 1
         if tolerant:
             norm = float(_tree.norm(_tree.detach(gradient)))
@@ -222,6 +244,21 @@ def inner_solve(
         gradient_norm=norm,
         result=verdict(solver, w, float(value.detach()) if taken else 0.0, norm, converged),
     )
+
+
+def take_step(
+    problem: BilevelProblem,
+    solver: AbstractStepSolver,
+    outer_params: Params,
+    create_graph: bool,
+    inner_params: Params,
+    state: InnerState,
+    index: int,
+) -> tuple[Params, InnerState, Tensor, Params]:
+    """One step on inner batch ``index``: ``(w', state', g(w), dg/dw)``."""
+    objective = _objective(problem, outer_params, index)
+    evaluate = partial(gradient_of, objective, create_graph=create_graph)
+    return solver.step(evaluate, inner_params, outer_params, state, index)
 
 
 def _objective(problem: BilevelProblem, outer_params: Params, index: int) -> InnerObjective:

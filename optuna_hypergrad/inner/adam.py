@@ -1,42 +1,55 @@
-"""Adam, differentiable everywhere."""
+"""Adam and AdamW, differentiable everywhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import _tree
+from .._errors import RequirementError
 from .._typing import Params
-from ._base import AbstractStepSolver, Evaluate, InnerState, resolve
+from ._base import AbstractStepSolver, Evaluate, InnerState
+from ._settings import Setting, check_number, times
 
 
 @dataclass(frozen=True)
 class Adam(AbstractStepSolver):
     """Adam with ``eps`` inside the square root, so that it can be unrolled through a zero gradient.
 
-    ``m <- b1 m + (1-b1) g;  s <- b2 s + (1-b2) g^2;  w <- w - eta m_hat / sqrt(s_hat + eps^2)``.
+    ``m <- b1 m + (1-b1) g;  s <- b2 s + (1-b2) g^2;  w <- w - eta m_hat / sqrt(s_hat + eps^2)``. The
+    estimates are unbiased by the product of the betas so far (``b^t`` where they do not change).
 
     Reference: Kingma & Ba (2015), "Adam: a method for stochastic optimization", algorithm 1.
+
+    Args:
+        beta1: Of the mean; a number in [0, 1), the name of an outer parameter, or a schedule.
+        beta2: Of the mean square, likewise.
     """
 
     name: ClassVar[str] = "adam"
-    beta1: float = 0.9
-    beta2: float = 0.999
+    settings: ClassVar[tuple[str, ...]] = ("step_size", "weight_decay", "beta1", "beta2")
+    beta1: Setting = 0.9
+    beta2: Setting = 0.999
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
-            raise ValueError("Adam needs 0 <= beta1, beta2 < 1 and eps > 0.")
+        label = type(self).__name__
+        check_number(f"{label}: beta1", self.beta1, 0.0, 1.0)
+        check_number(f"{label}: beta2", self.beta2, 0.0, 1.0)
+        if not self.eps > 0:
+            raise ValueError(f"{label} needs eps > 0, got {self.eps}.")
 
     def init(self, inner_params: Params) -> InnerState:
-        some = next(iter(inner_params.values()))
+        device = next(iter(inner_params.values())).device
+        one = torch.ones((), dtype=torch.float64, device=device)
         return {
             "mean": _tree.zeros_like(inner_params),
             "square": _tree.zeros_like(inner_params),
-            "count": {"count": some.new_zeros(())},
+            "products": {"beta1": one, "beta2": one.clone()},
         }
 
     def step(
@@ -47,20 +60,57 @@ class Adam(AbstractStepSolver):
         state: InnerState,
         index: int,
     ) -> tuple[Params, InnerState, Tensor, Params]:
-        eta = resolve(self.step_size, outer_params, index)
         value, gradient = evaluate(inner_params)
-        count = state["count"]["count"] + 1
-        mean = {
-            k: self.beta1 * m + (1 - self.beta1) * gradient[k] for k, m in state["mean"].items()
+        direction = self.adjusted(gradient, inner_params, outer_params, index)
+        moments = {"beta1": state["mean"], "beta2": state["square"]}
+        products: Params = {}
+        for name, new in ("beta1", direction), ("beta2", _tree.tree_map(torch.square, direction)):
+            beta = self.setting(name, outer_params, index)
+            if isinstance(beta, dict):
+                raise RequirementError(
+                    f"{name} of Adam must be one number for all inner parameters."
+                )
+            products[name] = state["products"][name] * beta
+            moments[name] = {k: beta * m + (1 - beta) * new[k] for k, m in moments[name].items()}
+        unbias1, unbias2 = 1 - products["beta1"], 1 - products["beta2"]
+        scaled = {
+            k: (m / unbias1) / (moments["beta2"][k] / unbias2 + self.eps**2).sqrt()
+            for k, m in moments["beta1"].items()
         }
-        square = {
-            k: self.beta2 * s + (1 - self.beta2) * gradient[k] ** 2
-            for k, s in state["square"].items()
-        }
-        unbias1, unbias2 = 1 - self.beta1**count, 1 - self.beta2**count
-        moved = {
-            k: w - eta * (mean[k] / unbias1) / (square[k] / unbias2 + self.eps**2).sqrt()
-            for k, w in inner_params.items()
-        }
-        memory = {"mean": mean, "square": square, "count": {"count": count}}
+        eta = self.setting("step_size", outer_params, index)
+        moved = _tree.sub(self.decayed(inner_params, outer_params, index), times(scaled, eta))
+        memory = {"mean": moments["beta1"], "square": moments["beta2"], "products": products}
         return moved, memory, value, gradient
+
+    def adjusted(
+        self, gradient: Params, inner_params: Params, outer_params: Params, index: int
+    ) -> Params:
+        """What the moments are of."""
+        return self.regularized(gradient, inner_params, outer_params, index)
+
+    def decayed(self, inner_params: Params, outer_params: Params, index: int) -> Params:
+        """The point from which the step is taken."""
+        return inner_params
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay: ``w <- (1 - eta weight_decay) w - eta m_hat / sqrt(s_hat + eps^2)``.
+
+    Reference: Loshchilov & Hutter (2019), "Decoupled weight decay regularization", algorithm 2, as in
+    ``torch.optim.AdamW``.
+    """
+
+    name: ClassVar[str] = "adamw"
+    weight_decay: Setting = 1e-2
+
+    def adjusted(
+        self, gradient: Params, inner_params: Params, outer_params: Params, index: int
+    ) -> Params:
+        return self.clipped(gradient)
+
+    def decayed(self, inner_params: Params, outer_params: Params, index: int) -> Params:
+        if self.weight_decay == 0.0:
+            return inner_params
+        decay = times(inner_params, self.setting("weight_decay", outer_params, index))
+        return _tree.sub(inner_params, times(decay, self.setting("step_size", outer_params, index)))

@@ -7,8 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .. import _tree
 from .._typing import Params
-from ._base import AbstractStepSolver, Evaluate, InnerState, resolve
+from ._base import AbstractStepSolver, Evaluate, InnerState
+from ._settings import times
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class GradientDescent(AbstractStepSolver):
         state: InnerState,
         index: int,
     ) -> tuple[Params, InnerState, Tensor, Params]:
-        eta = resolve(self.step_size, outer_params, index)
         value, gradient = evaluate(inner_params)
-        return {k: w - eta * gradient[k] for k, w in inner_params.items()}, state, value, gradient
+        direction = self.regularized(gradient, inner_params, outer_params, index)
+        moved = _tree.sub(
+            inner_params, times(direction, self.setting("step_size", outer_params, index))
+        )
+        return moved, state, value, gradient

@@ -9,26 +9,31 @@ from torch import Tensor
 
 from .. import _tree
 from .._typing import Params
-from ._base import AbstractStepSolver, Evaluate, InnerState, StepSize, resolve
+from ._base import AbstractStepSolver, Evaluate, InnerState
+from ._settings import Setting, check_number, times
 
 
 @dataclass(frozen=True)
 class HeavyBall(AbstractStepSolver):
     """``v <- momentum * v + g_w(w);  w <- w - eta v``, as ``torch.optim.SGD`` does.
 
-    Reference: Polyak (1964), "Some methods of speeding up the convergence of iteration methods".
+    Reference: Polyak (1964), "Some methods of speeding up the convergence of iteration methods";
+    ``nesterov``: Nesterov (1983), in the form of Sutskever et al. (2013).
 
     Args:
         momentum: A number in [0, 1), the name of an outer parameter, or
             ``(outer_params, step) -> tensor``.
+        nesterov: Step along ``g_w + momentum * v`` instead of ``v``.
     """
 
     name: ClassVar[str] = "heavy_ball"
-    momentum: StepSize = 0.9
+    settings: ClassVar[tuple[str, ...]] = ("step_size", "weight_decay", "momentum")
+    momentum: Setting = 0.9
+    nesterov: bool = False
 
-    def hyperparameters(self) -> frozenset[str]:
-        own = {self.momentum} if isinstance(self.momentum, str) else set()
-        return super().hyperparameters() | own
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("HeavyBall: momentum", self.momentum, 0.0, 1.0)
 
     def init(self, inner_params: Params) -> InnerState:
         return {"velocity": _tree.zeros_like(inner_params)}
@@ -41,9 +46,18 @@ class HeavyBall(AbstractStepSolver):
         state: InnerState,
         index: int,
     ) -> tuple[Params, InnerState, Tensor, Params]:
-        eta = resolve(self.step_size, outer_params, index)
-        beta = resolve(self.momentum, outer_params, index)
+        momentum = self.setting("momentum", outer_params, index)
         value, gradient = evaluate(inner_params)
-        velocity = {k: beta * v + gradient[k] for k, v in state["velocity"].items()}
-        moved = {k: w - eta * velocity[k] for k, w in inner_params.items()}
-        return moved, {"velocity": velocity}, value, gradient
+        direction = self.regularized(gradient, inner_params, outer_params, index)
+        velocity = _tree.add(times(state["velocity"], momentum), direction)
+        if self.nesterov:
+            direction = _tree.add(direction, times(velocity, momentum))
+        else:
+            direction = velocity
+        eta = self.setting("step_size", outer_params, index)
+        return (
+            _tree.sub(inner_params, times(direction, eta)),
+            {"velocity": velocity},
+            value,
+            gradient,
+        )

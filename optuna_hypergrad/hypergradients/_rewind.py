@@ -1,0 +1,282 @@
+"""Inner steps, revisited in reverse order, with as much recomputation as the memory asks for.
+
+Two things are kept for the way back: *states* (``w`` and the solver's memory before some steps) and *tapes*
+(the double-backward graphs of some steps). The first pass keeps the state before every ``stride``-th step.
+A stretch between two of them is taken once more: with tapes if it is short enough, otherwise with states
+that are closer together, and so on: a tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._errors import RequirementError
+from .._typing import Params
+from ..inner import AbstractStepSolver
+from ..inner._base import InnerState, take_step
+from ..problem import BilevelProblem
+from ._base import Cotangents
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where an inner solve is between two steps."""
+
+    inner_params: Params
+    state: InnerState
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.inner_params.values(), *(v for s in self.state.values() for v in s.values())]
+
+    def map(self, function: Callable[[Params], Params]) -> Point:
+        state = {role: function(tree) for role, tree in self.state.items()}
+        return Point(function(self.inner_params), state)
+
+
+@dataclass(frozen=True)
+class Tape:
+    """One step with its graph, which starts at leaves of its own."""
+
+    before: Point
+    after: Point
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is kept.
+
+    Args:
+        tapes: At once.
+        slots: States at once, on each level of the tree; ``None`` for as many as one level needs.
+    """
+
+    tapes: int
+    slots: int | None = None
+
+    def stride(self, num_steps: int) -> int:
+        """Steps from one kept state to the next, in a stretch of ``num_steps``."""
+        if self.slots is None:
+            return self.tapes
+        return max(self.tapes, math.ceil(num_steps / self.slots))
+
+
+Planner = Callable[[int, int, int], Plan]
+"""``(number of steps, bytes of a tape, bytes of a state) -> Plan``."""
+
+
+def whole_tape(num_steps: int, tape: int, state: int) -> Plan:
+    """Nothing is computed twice."""
+    return Plan(num_steps)
+
+
+def square_root(num_steps: int, tape: int, state: int) -> Plan:
+    """Every step is taken twice; memory ``O(sqrt(num_steps))``, the least of all plans that do so.
+
+    Reference: Chen, Xu, Zhang & Guestrin (2016), "Training deep nets with sublinear memory cost".
+    """
+    return Plan(max(1, math.isqrt(num_steps * state // max(tape, 1))))
+
+
+def tree(num_steps: int, tape: int, state: int) -> Plan:
+    """Memory ``O(log(num_steps))``; every step is taken about ``log_8(num_steps)`` times more.
+
+    Reference: Griewank & Walther (2000), "Algorithm 799: Revolve"; Engstrom et al. (2025), "Optimizing ML
+    training with metagradient descent" (REPLAY).
+    """
+    return Plan(1, slots=8)
+
+
+def within(budget: float) -> Planner:
+    """The plan with the least recomputation that needs at most ``budget`` bytes.
+
+    The plan raises :class:`RequirementError` if there is none.
+    """
+
+    def choose(num_steps: int, tape: int, state: int) -> Plan:
+        if num_steps * tape <= budget:
+            return Plan(num_steps)
+        one_level = square_root(num_steps, tape, state)
+        if math.ceil(num_steps / one_level.tapes) * state + one_level.tapes * tape <= budget:
+            return one_level
+        for levels in range(2, 12):
+            slots = max(2, math.ceil(num_steps ** (1 / levels)))
+            if levels * slots * state + tape <= budget:
+                return Plan(1, slots)
+        raise RequirementError(
+            f"Unroll(memory_budget={budget:.3g}) bytes cannot hold {num_steps} steps of which one takes "
+            f"{tape / 1e6:.3g} MB and a state {state / 1e6:.3g} MB, in any way. Raise memory_budget, "
+            f"truncate, or use an estimator whose memory does not depend on the number of steps."
+        )
+
+    return choose
+
+
+@dataclass
+class _Cotangent:
+    """Of a point, entry by entry as in ``Point.tensors``, and of the outer parameters, summed up."""
+
+    point: list[Tensor | None]
+    outer: list[Tensor | None]
+
+
+class Rewinder:
+    """Takes the steps of one inner solve (:meth:`take`), and pulls cotangents of its end back (:meth:`pull`).
+
+    Args:
+        planner: Is asked when the first step has been taken.
+        num_steps: Steps there will be, at most.
+        exact: Whether there will be exactly so many; the last ones then keep their tapes at once.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        solver: AbstractStepSolver,
+        outer_params: Params,
+        planner: Planner,
+        num_steps: int,
+        exact: bool,
+    ) -> None:
+        self.num_recomputed = 0
+        self._problem, self._solver = problem, solver
+        self._lam = _tree.leaves(outer_params)
+        self._planner, self._num_steps, self._exact = planner, num_steps, exact
+        self._plan = Plan(1)
+        self._kept: list[tuple[int, Point]] = []
+        self._recorded: list[tuple[int, Tape]] = []
+        self._first = self._count = 0
+
+    def take(
+        self, inner_params: Params, state: InnerState, index: int
+    ) -> tuple[Params, InnerState, Tensor, Params]:
+        """A step of the first pass, without a graph."""
+        point, position = Point(inner_params, state), self._count
+        self._count += 1
+        if position == 0:
+            self._first = index
+            tape, value, gradient = self._begin(point)
+        elif self._keeps_tape(position):
+            tape, value, gradient = self._record(point, position)
+        else:
+            if position % self._plan.stride(self._num_steps) == 0:
+                self._kept.append((position, point))
+            return self._step(point, position)
+        if self._keeps_tape(position):
+            self._recorded.append((position, tape))
+        else:
+            self._kept.append((position, point))
+        after = tape.after.map(_tree.detach)
+        return after.inner_params, after.state, value, gradient
+
+    def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
+        """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``."""
+        start = self._kept[0][1] if self._kept else self._recorded[0][1].before
+        num_params, num_states = len(start.inner_params), len(start.tensors())
+        at = _Cotangent(
+            [*cotangent.values(), *[None] * (num_states - num_params)], [None] * len(self._lam)
+        )
+        end = self._count
+        for position, tape in reversed(self._recorded):
+            self._pull_through(tape, at, keep=True)
+            end = position
+        for position, point in reversed(self._kept):
+            self._pull_stretch(position, end, point, at)
+            end = position
+        initial = dict(zip(start.inner_params, at.point, strict=False))
+        return dict(zip(self._lam, at.outer, strict=True)), initial
+
+    def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            begun = self._record(point, 0)
+        shared = {t.untyped_storage().data_ptr() for t in self._lam.values()}
+        size = sum(n for address, n in held.items() if address not in shared)
+        self._plan = self._planner(self._num_steps, size, _num_bytes(point.tensors()))
+        return begun
+
+    def _keeps_tape(self, position: int) -> bool:
+        if self._plan.tapes >= self._num_steps:
+            return True
+        return self._exact and position >= self._num_steps - self._plan.tapes
+
+    def _pull_stretch(self, start: int, end: int, point: Point, at: _Cotangent) -> None:
+        """Pull ``at``, of the point before step ``end``, back to ``point``, before step ``start``."""
+        if end - start <= self._plan.tapes:
+            tapes = []
+            for position in range(start, end):
+                tapes.append(self._record(point, position)[0])
+                point = tapes[-1].after.map(_tree.detach)
+            self.num_recomputed += end - start
+            while tapes:
+                self._pull_through(tapes.pop(), at, keep=False)
+            return
+        stride = self._plan.stride(end - start)
+        kept = [(start, point)]
+        last = start + (end - start - 1) // stride * stride
+        for position in range(start, last):
+            w, state, _, _ = self._step(point, position)
+            point = Point(w, state)
+            self.num_recomputed += 1
+            if (position + 1 - start) % stride == 0:
+                kept.append((position + 1, point))
+        while kept:
+            position, point = kept.pop()
+            self._pull_stretch(position, end, point, at)
+            end = position
+
+    def _step(self, point: Point, position: int) -> tuple[Params, InnerState, Tensor, Params]:
+        lam, index = _tree.detach(self._lam), self._first + position
+        return take_step(
+            self._problem, self._solver, lam, False, point.inner_params, point.state, index
+        )
+
+    def _record(self, point: Point, position: int) -> tuple[Tape, Tensor, Params]:
+        before, index = point.map(_tree.leaves), self._first + position
+        with torch.enable_grad():
+            w, state, value, gradient = take_step(
+                self._problem,
+                self._solver,
+                self._lam,
+                True,
+                before.inner_params,
+                before.state,
+                index,
+            )
+        return Tape(before, Point(w, state)), value.detach(), _tree.detach(gradient)
+
+    def _pull_through(self, tape: Tape, at: _Cotangent, keep: bool) -> None:
+        alive = [
+            (output, cotangent.to(output.dtype))
+            for output, cotangent in zip(tape.after.tensors(), at.point, strict=True)
+            if output.requires_grad and cotangent is not None
+        ]
+        found = torch.autograd.grad(
+            [output for output, _ in alive],
+            (*tape.before.tensors(), *self._lam.values()),
+            [cotangent for _, cotangent in alive],
+            allow_unused=True,
+            retain_graph=keep,
+        )
+        at.point[:] = found[: len(at.point)]
+        at.outer[:] = map(_sum, at.outer, found[len(at.point) :])
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

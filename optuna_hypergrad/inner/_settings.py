@@ -1,0 +1,78 @@
+"""Settings of a step solver that may be hyperparameters: numbers, names of outer parameters, or schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .._errors import RequirementError
+from .._typing import Params
+
+Setting = float | str | Callable[[Params, int], Tensor | Params]
+"""A number; the name of an outer parameter (0-d, or 1-D with an entry for each step); or
+``(outer_params, step) -> tensor`` (0-d, or a dict with a factor for each inner parameter)."""
+
+Value = float | Tensor | Params
+
+
+def resolve(setting: Setting, outer_params: Params, index: int, label: str) -> Value:
+    """A setting's value at a step: a number, or tensors that carry their graph.
+
+    Raises:
+        RequirementError: naming ``label``, if it names an outer parameter that does not exist, or that
+            has no entry for this step.
+    """
+    if callable(setting):
+        return setting(outer_params, index)
+    if not isinstance(setting, str):
+        return setting
+    if setting not in outer_params:
+        raise RequirementError(
+            f"The inner solver's {label} is the outer parameter {setting!r}, which is not among "
+            f"{sorted(outer_params)}."
+        )
+    found = outer_params[setting]
+    if found.dim() == 0:
+        return found
+    if found.dim() > 1:
+        raise RequirementError(
+            f"The inner solver's {label} is the outer parameter {setting!r} of shape {tuple(found.shape)}; it "
+            f"must be 0-d, or 1-D with an entry for each inner step. For a factor for each inner parameter, "
+            f"give a function: {label}=lambda lam, step: {{...}}."
+        )
+    if index >= len(found):
+        raise RequirementError(
+            f"The inner solver's {label} {setting!r} has an entry for each of {len(found)} inner steps, and "
+            f"step {index} was reached. Give it more entries, or lower max_steps (under warm starts, steps are "
+            f"counted on: use cold starts)."
+        )
+    return found[index]
+
+
+def times(tree: Params, factor: Value) -> Params:
+    """``tree`` times a number, or entry by entry times a tree of factors that broadcast.
+
+    Raises:
+        RequirementError: if the factors are not those of ``tree``.
+    """
+    if not isinstance(factor, dict):
+        return {k: v * factor for k, v in tree.items()}
+    if factor.keys() != tree.keys():
+        raise RequirementError(
+            f"A setting of the inner solver has factors for {sorted(factor)}, and the inner parameters are "
+            f"{sorted(tree)}."
+        )
+    return {k: v * factor[k] for k, v in tree.items()}
+
+
+def check_number(label: str, setting: Setting, low: float, high: float = math.inf) -> None:
+    """Refuse a number outside of ``[low, high)``; names and schedules are looked at when they are used.
+
+    Raises:
+        ValueError: naming ``label``.
+    """
+    if isinstance(setting, (int, float)) and not low <= setting < high:
+        bound = "" if math.isinf(high) else f" and below {high:g}"
+        raise ValueError(f"{label} must be at least {low:g}{bound}, got {setting}.")

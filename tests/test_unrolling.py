@@ -1,0 +1,271 @@
+"""Unrolling: every solver's step against torch.optim and plain autograd, however much is computed again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import problems
+import pytest
+import torch
+from problems import F64, relative_error
+from torch import Tensor
+
+import optuna_hypergrad as ohg
+from optuna_hypergrad.hypergradients._rewind import Plan, within
+
+Params = dict[str, Tensor]
+SIZES = {"w1": (5, 7), "b1": (7,), "w2": (7, 3)}
+STEPS = 11
+
+
+def start() -> Params:
+    return {k: 0.5 * problems.randn(*s, seed=i) for i, (k, s) in enumerate(SIZES.items())}
+
+
+def predict(w: Params, x: Tensor) -> Tensor:
+    return (x @ w["w1"] + w["b1"]).tanh() @ w["w2"]
+
+
+def inner(w: Params, lam: Params, batch: Any) -> Tensor:
+    x, y = batch
+    weights = lam["weights"].sigmoid()
+    each = ((predict(w, x) - y) ** 2).mean(1)
+    return (weights * each).mean() + (lam["log_decay"].exp() * w["w1"] ** 2).sum()
+
+
+def outer(w: Params, lam: Params, batch: Any) -> Tensor:
+    x, y = problems.randn(20, 5, seed=70), problems.randn(20, 3, seed=71)
+    return ((predict(w, x) - y) ** 2).mean() + 0.1 * lam["log_decay"].square().sum()
+
+
+def batch_of(step: int) -> tuple[Tensor, Tensor]:
+    return problems.randn(8, 5, seed=100 + step), problems.randn(8, 3, seed=300 + step)
+
+
+def hypers(**more: Any) -> Params:
+    return {
+        "weights": problems.randn(8, seed=50),
+        "log_decay": -3 + 0.1 * problems.randn(5, 7, seed=51),
+        **{k: torch.as_tensor(v, dtype=F64) for k, v in more.items()},
+    }
+
+
+PROBLEM = ohg.BilevelProblem(inner, outer, inner_batch=batch_of)
+
+
+def by_hand(
+    step: Callable[..., Params], lam: Params, num_steps: int = STEPS
+) -> tuple[Params, Params]:
+    """The last inner parameters and the hypergradient, by plain autograd through steps written out."""
+    lam = {k: v.clone().requires_grad_() for k, v in lam.items()}
+    w0 = {k: v.requires_grad_() for k, v in start().items()}
+    w, memory = w0, {}
+    for t in range(num_steps):
+        value = inner(w, lam, batch_of(t))
+        found = torch.autograd.grad(value, tuple(w.values()), create_graph=True)
+        w = step(w, dict(zip(w, found, strict=True)), lam, memory, t)
+    f = outer(w, lam, None)
+    gradient = torch.autograd.grad(f, tuple(lam.values()))
+    return w, dict(zip(lam, gradient, strict=True))
+
+
+def nesterov(w: Params, g: Params, lam: Params, memory: dict[str, Any], t: int) -> Params:
+    new = {}
+    for k in w:
+        gradient = g[k] + lam["l2"] * w[k]
+        memory[k] = lam["momentum"] * memory.get(k, 0.0) + gradient
+        new[k] = w[k] - lam["lr"][t] * (gradient + lam["momentum"] * memory[k])
+    return new
+
+
+def clipped_descent(w: Params, g: Params, lam: Params, memory: dict[str, Any], t: int) -> Params:
+    norm = torch.stack([v.square().sum() for v in g.values()]).sum().sqrt()
+    factor = torch.clamp(0.4 / norm, max=1.0)
+    return {k: w[k] - lam["rates"][i] * factor * g[k] for i, k in enumerate(w)}
+
+
+def adamw(w: Params, g: Params, lam: Params, memory: dict[str, Any], t: int) -> Params:
+    new = {}
+    for k in w:
+        m, s = memory.get(k, (0.0, 0.0))
+        m = lam["beta1"] * m + (1 - lam["beta1"]) * g[k]
+        s = lam["beta2"] * s + (1 - lam["beta2"]) * g[k] ** 2
+        memory[k] = m, s
+        m, s = m / (1 - lam["beta1"] ** (t + 1)), s / (1 - lam["beta2"] ** (t + 1))
+        new[k] = w[k] * (1 - lam["lr"] * lam["l2"]) - lam["lr"] * m / (s + 1e-16).sqrt()
+    return new
+
+
+def rates(lam: Params, step: int) -> Params:
+    return dict(zip(SIZES, lam["rates"], strict=True))
+
+
+SOLVERS = {
+    "nesterov": (
+        ohg.HeavyBall("lr", STEPS, momentum="momentum", nesterov=True, weight_decay="l2"),
+        nesterov,
+        {"lr": torch.linspace(0.3, 0.05, STEPS, dtype=F64), "momentum": 0.8, "l2": 0.01},
+    ),
+    "clipped descent, a rate for each tensor": (
+        ohg.GradientDescent(rates, STEPS, max_norm=0.4),
+        clipped_descent,
+        {"rates": [0.3, 0.1, 0.2]},
+    ),
+    "adamw": (
+        ohg.AdamW("lr", STEPS, beta1="beta1", beta2="beta2", weight_decay="l2"),
+        adamw,
+        {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "l2": 0.1},
+    ),
+}
+BUDGETS = {
+    "never": {"recompute": "never"},
+    "sqrt": {"recompute": "sqrt"},
+    "tree": {"recompute": "tree"},
+    "in the budget": {"memory_budget": 30e3},
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("kept", BUDGETS)
+def test_hypergradients_equal_plain_autograd(name: str, kept: str) -> None:
+    solver, step, settings = SOLVERS[name]
+    lam = hypers(**settings)
+    w, exact = by_hand(step, lam)
+    found = ohg.hypergradient(
+        PROBLEM, start(), lam, estimator=ohg.Unroll(**BUDGETS[kept]), inner_solver=solver
+    )
+    assert relative_error(found.value, exact) < 1e-10
+    assert relative_error(found.inner_params, {k: v.detach() for k, v in w.items()}) < 1e-12
+    assert (found.stats["num_recomputed_steps"] > 0) == (kept != "never")
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 64, 65, 100])
+@pytest.mark.parametrize("plan", [Plan(1), Plan(3), Plan(1, 2), Plan(2, 3), Plan(1, 8), Plan(200)])
+def test_every_plan_gives_the_same_hypergradient(plan: Plan, num_steps: int) -> None:
+    h = torch.tensor([0.5, 1.5], dtype=F64)
+    problem = ohg.BilevelProblem(
+        lambda w, lam, t: 0.5 * (h * w["w"] ** 2).sum() - (1 + 0.01 * t) * lam["c"] * w["w"].sum(),
+        lambda w, lam, _: w["w"].sum(),
+        inner_batch=lambda t: t,
+    )
+    estimator = ohg.Unroll()
+    object.__setattr__(estimator, "_planner", lambda: lambda *_: plan)
+    found = ohg.hypergradient(
+        problem,
+        {"w": torch.zeros(2, dtype=F64)},
+        {"c": torch.tensor(1.0, dtype=F64)},
+        estimator=estimator,
+        inner_solver=ohg.GradientDescent(0.3, num_steps),
+    )
+    powers = torch.arange(num_steps - 1, -1, -1, dtype=F64)
+    weights = 0.3 * (1 + 0.01 * torch.arange(num_steps, dtype=F64))
+    exact = sum((weights * (1 - 0.3 * float(one)) ** powers).sum() for one in h)
+    assert float(found.value["c"]) == pytest.approx(float(exact), rel=1e-12)
+
+
+@pytest.mark.parametrize("recompute", ["never", "sqrt", "tree"])
+def test_a_solve_that_stops_early_is_unrolled_as_far_as_it_went(recompute: Any) -> None:
+    case = problems.quadratic()
+    solver = ohg.GradientDescent(0.25, max_steps=5000, atol=1e-12)
+    found = ohg.hypergradient(
+        case.problem,
+        case.inner_params,
+        case.outer_params,
+        estimator=ohg.Unroll(recompute=recompute),
+        inner_solver=solver,
+    )
+    assert found.stats["num_inner_steps"] < 1000
+    assert relative_error(found.value, case.truth(case.outer_params)) < 1e-8
+
+
+TORCH = [
+    (
+        ohg.GradientDescent(0.1, 6, weight_decay=0.05),
+        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.05),
+    ),
+    (
+        ohg.HeavyBall(0.1, 6, momentum=0.7, nesterov=True),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, nesterov=True),
+    ),
+    (
+        ohg.Adam(0.1, 6, beta1=0.7, weight_decay=0.05, eps=1e-12),
+        lambda p: torch.optim.Adam(p, 0.1, (0.7, 0.999), 1e-12, weight_decay=0.05),
+    ),
+    (
+        ohg.AdamW(0.1, 6, eps=1e-12, weight_decay=0.2),
+        lambda p: torch.optim.AdamW(p, 0.1, eps=1e-12, weight_decay=0.2),
+    ),
+]
+
+
+@pytest.mark.parametrize(("solver", "optimizer"), TORCH, ids=["sgd", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("max_norm", [None, 0.3])
+def test_steps_are_those_of_torch_optim(
+    solver: Any, optimizer: Any, max_norm: float | None
+) -> None:
+    lam = hypers()
+    solver = dataclasses.replace(solver, max_norm=max_norm)
+    w = {k: v.requires_grad_() for k, v in start().items()}
+    theirs = optimizer(list(w.values()))
+    for t in range(6):
+        theirs.zero_grad()
+        inner(w, lam, batch_of(t)).backward()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(w.values()), max_norm)
+        theirs.step()
+    ours = ohg.inner_solve(PROBLEM, solver, start(), lam).inner_params
+    exact = {k: v.detach() for k, v in w.items()}
+    assert relative_error(ours, exact) < 1e-6 if max_norm else relative_error(ours, exact) < 1e-9
+
+
+def test_clipping_is_differentiable_at_a_zero_gradient() -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: ((w["w"] - lam["c"]) ** 2).sum(), lambda w, lam, _: w["w"].sum()
+    )
+    at = torch.tensor([1.0, 2.0], dtype=F64)
+    solver = ohg.GradientDescent(0.1, 3, max_norm=1.0)
+    found = ohg.hypergradient(
+        problem, {"w": at}, {"c": at.clone()}, estimator=ohg.Unroll(), inner_solver=solver
+    )
+    assert torch.allclose(found.value["c"], torch.full((2,), 1 - 0.8**3, dtype=F64))
+
+
+def test_a_budget_is_kept_or_refused() -> None:
+    assert within(100)(10, 10, 1) == Plan(10)
+    one_level = within(70)(100, 10, 1)
+    assert one_level.slots is None
+    assert -(-100 // one_level.tapes) + 10 * one_level.tapes <= 70
+    tree = within(40)(1000, 10, 1)
+    assert tree.slots is not None
+    with pytest.raises(
+        ohg.RequirementError, match=r"cannot hold 1000 steps .* Raise memory_budget"
+    ):
+        within(12)(1000, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lam", "message"),
+    [
+        ({"step_size": "lr"}, {"lr": [0.1, 0.1]}, "has an entry for each of 2 inner steps"),
+        ({"step_size": "lr"}, {"lr": [[0.1]]}, r"shape \(1, 1\); it must be 0-d"),
+        ({"step_size": "rate"}, {"lr": 0.1}, "step_size is the outer parameter 'rate'"),
+        ({"weight_decay": "l2"}, {"lr": 0.1}, "weight_decay is the outer parameter 'l2'"),
+        ({"step_size": lambda lam, t: {"w1": lam["lr"]}}, {"lr": 0.1}, r"has factors for \['w1'\]"),
+    ],
+)
+def test_settings_that_cannot_be_resolved_are_named(
+    settings: dict[str, Any], lam: Any, message: str
+) -> None:
+    solver = ohg.GradientDescent(**{"max_steps": 5, **settings})
+    with pytest.raises(ohg.RequirementError, match=message):
+        ohg.hypergradient(
+            PROBLEM, start(), hypers(**lam), estimator=ohg.Unroll(), inner_solver=solver
+        )
+
+
+def test_a_decay_of_the_solver_is_no_part_of_the_inner_problem() -> None:
+    solver = ohg.HeavyBall(0.1, 5, weight_decay=0.1)
+    with pytest.raises(ohg.RequirementError, match="Write the decay into inner_objective"):
+        ohg.hypergradient(PROBLEM, start(), hypers(), estimator=ohg.Implicit(), inner_solver=solver)
