@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -26,6 +27,9 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 logger = optuna.logging.get_logger("optuna.hypergradients")
+
+_LATE = 1.0
+"""Seconds for which a trial may be missing from a listing that shows later ones."""
 
 
 def storage_of(study: Study) -> BaseStorage:
@@ -77,14 +81,27 @@ def stale_trial_callback(study: Study) -> Callable[[Study, FrozenTrial], None] |
 
 
 def all_trials(study: Study) -> list[FrozenTrial]:
-    """Every trial of the study by number, fresh and uncopied; under Hyperband too, all of them."""
-    return study._storage.get_all_trials(study._study_id, deepcopy=False)
+    """Every trial of the study by number, fresh and uncopied; under Hyperband too, all of them.
+
+    While several threads create trials, Optuna's cache may show a later one before an earlier one: that is
+    waited for. Numbers that were changed come back as they are.
+    """
+    deadline = time.monotonic() + _LATE
+    while True:
+        trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+        if _has_no_gap(trials) or time.monotonic() > deadline:
+            return trials
+        time.sleep(0.01)
 
 
 def recent_trials(study: Study, at_least: int) -> list[FrozenTrial]:
     """Every trial, as of the last ``ask`` if that includes ``at_least`` of them."""
     trials = study._get_trials(deepcopy=False, use_cache=True)
-    return trials if len(trials) >= at_least else all_trials(study)
+    return trials if len(trials) >= at_least and _has_no_gap(trials) else all_trials(study)
+
+
+def _has_no_gap(trials: Sequence[FrozenTrial]) -> bool:
+    return not trials or trials[-1].number == len(trials) - 1
 
 
 def is_multi_objective(study: Study) -> bool:
