@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ def find_expired(
     by_role: dict[str, list[tuple[FrozenTrial, Pointer]]] = {}
     needed: set[str] = set()
     for trial in storage.get_all_trials(study_id, deepcopy=False):
-        for key, value in pointer_attributes(trial):
+        for key, value in pointers_in(trial.system_attrs).items():
             if _blob_of(value) in gone:
                 continue
             try:
@@ -99,7 +99,7 @@ def find_gone(storage: BaseStorage, study_id: int, store: AbstractArtifactStore)
         blob
         for trial in storage.get_all_trials(study_id, deepcopy=False)
         if trial.state.is_finished()
-        for _, value in pointer_attributes(trial)
+        for _, value in pointers_in(trial.system_attrs).items()
         if (blob := _blob_of(value)) is not None
     }
     if not referred:
@@ -123,7 +123,7 @@ def find_orphans(
     untouchable: set[str] = set()
     for study in storage.get_all_studies():
         for trial in storage.get_all_trials(_optuna.study_id_of(study), deepcopy=False):
-            for key, value in pointer_attributes(trial):
+            for key, value in pointers_in(trial.system_attrs).items():
                 try:
                     used.add(Pointer.from_json(value, key, trial.number).blob)
                 except CorruptTensorError as error:
@@ -138,24 +138,19 @@ def find_orphans(
         and study_of_blob(a.artifact_id) not in untouchable
     ]
     orphans = tuple(a for a in unused if a.written <= latest)
-    strange: dict[str, tuple[StoredArtifact, ...]] = {}
+    strange: dict[str, list[StoredArtifact]] = {}
     for orphan in orphans:
         if (owner := study_of_blob(orphan.artifact_id)) not in known:
-            strange[str(owner)] = (*strange.get(str(owner), ()), orphan)
+            strange.setdefault(str(owner), []).append(orphan)
     return SweepReport(
         orphans,
         removed=False,
         unreadable=tuple(unreadable),
         young=tuple(a for a in unused if a.written > latest),
         min_age=min_age,
-        strange=strange,
+        strange={owner: tuple(blobs) for owner, blobs in strange.items()},
         has_known=any(study_of_blob(a.artifact_id) in known for a in listed),
     )
-
-
-def pointer_attributes(trial: FrozenTrial) -> Iterator[tuple[str, Any]]:
-    """Key and value of each attribute that should be a pointer."""
-    yield from pointers_in(trial.system_attrs).items()
 
 
 def _blob_of(value: Any) -> str | None:

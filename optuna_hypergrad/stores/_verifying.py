@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from .. import _optuna
 from .._errors import CorruptTensorError, MissingTensorError
-from ._housekeeping import pointer_attributes
-from ._pointer import Pointer, shorten
+from ._pointer import Pointer, pointers_in, shorten
 from ._retention import Retention
 
 Read = Callable[[Pointer], object]
@@ -80,18 +79,26 @@ def contents_of(
         study_id = _optuna.study_id_of(study)
         if wanted is not None and study_id not in wanted:
             continue
-        held: list[Held] = []
-        for trial in storage.get_all_trials(study_id, deepcopy=False):
-            for key, value in pointer_attributes(trial):
-                try:
-                    pointer = Pointer.from_json(value, key, trial.number)
-                except CorruptTensorError as error:
-                    found.unreadable.append(f"Study {shorten(study.study_name)}: {error}")
-                else:
-                    held.append(Held(study.study_name, trial, pointer))
+        trials = storage.get_all_trials(study_id, deepcopy=False)
+        held, damaged = held_by(study.study_name, trials)
+        name = shorten(study.study_name)
+        found.unreadable += [f"Study {name}: {problem}" for problem in damaged]
         found.held += held
         found.expected |= expected_of(held, study.directions, transient)
     return found
+
+
+def held_by(study: str, trials: Iterable[FrozenTrial]) -> tuple[list[Held], list[str]]:
+    """What the trials of a study point to; and, in words, the pointers that cannot be read."""
+    held: list[Held] = []
+    damaged: list[str] = []
+    for trial in trials:
+        for key, value in pointers_in(trial.system_attrs).items():
+            try:
+                held.append(Held(study, trial, Pointer.from_json(value, key, trial.number)))
+            except CorruptTensorError as error:
+                damaged.append(str(error))
+    return held, damaged
 
 
 def expected_of(

@@ -12,10 +12,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
-from .._errors import CorruptTensorError
 from ..stores import Pointer, Retention
-from ..stores._housekeeping import pointer_attributes
-from ..stores._verifying import Held, expected_of
+from ..stores._verifying import Held, expected_of, held_by
 from .events import Claim
 from .leases import Lease
 from .racing import Race
@@ -207,16 +205,7 @@ def _worker(trial: FrozenTrial) -> Worker:
 def _tensors(
     study: Study, trials: Sequence[FrozenTrial], stored: Mapping[str, object]
 ) -> tuple[list[TensorSummary], list[str]]:
-    held: list[Held] = []
-    damaged: list[str] = []
-    for trial in trials:
-        for key, value in pointer_attributes(trial):
-            try:
-                pointer = Pointer.from_json(value, key, trial.number)
-            except CorruptTensorError as error:
-                damaged.append(str(error))
-            else:
-                held.append(Held(study.study_name, trial, pointer))
+    held, damaged = held_by(study.study_name, trials)
     expected = expected_of(held, study.directions, Retention().transient)
 
     def presence(entry: Held) -> Presence:
