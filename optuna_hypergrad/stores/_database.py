@@ -6,9 +6,10 @@ as long as the user has said.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import Connection, Engine
@@ -83,12 +84,11 @@ def _without_wiping(connection: Connection) -> Iterator[None]:
     if connection.dialect.name != "sqlite":
         yield
         return
-    settings = {0: "OFF", 1: "ON", 2: "FAST"}
-    with connection.begin():
-        before = int(connection.exec_driver_sql("PRAGMA secure_delete").scalar() or 0)
-        connection.exec_driver_sql("PRAGMA secure_delete=FAST")
+    driver: Any = connection.connection.cursor()  # this is no part of SQLAlchemy's transaction
+    ((before,),) = driver.execute("PRAGMA secure_delete").fetchall()
+    driver.execute("PRAGMA secure_delete = FAST")
     try:
         yield
     finally:
-        with connection.begin():
-            connection.exec_driver_sql(f"PRAGMA secure_delete={settings[before]}")
+        with suppress(sqlite3.Error):  # a connection that broke has no settings left
+            driver.execute(f"PRAGMA secure_delete = {('OFF', 'ON', 'FAST')[before]}")

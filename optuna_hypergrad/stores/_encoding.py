@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import safetensors
@@ -43,6 +44,10 @@ _DTYPES: dict[str, torch.dtype] = {
 _INT64 = 2**63
 _deserialize: Any = safetensors.deserialize  # has no annotations
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+Pieces = tuple[Any, ...]
+"""Bytes of a file in turn: buffers of single bytes, some of which may be the memory of a tensor."""
 
 
 class TensorSpec(NamedTuple):
@@ -83,7 +88,13 @@ def check_text(text: str, what: str) -> None:
 
 
 def encode(tensors: Params) -> tuple[bytes, tuple[TensorSpec, ...]]:
-    """One safetensors file in memory, and what it holds in the order of ``tensors``.
+    """One safetensors file in memory, and what it holds; as :func:`encode_in_place`."""
+    pieces, specs = encode_in_place(tensors)
+    return b"".join(pieces), specs
+
+
+def encode_in_place(tensors: Params) -> tuple[Pieces, tuple[TensorSpec, ...]]:
+    """One safetensors file, and what it holds in the order of ``tensors``, whose memory it uses.
 
     Any shape (0-d and empty too), device, stride and aliasing; gradients are not followed.
 
@@ -106,9 +117,27 @@ def encode(tensors: Params) -> tuple[bytes, tuple[TensorSpec, ...]]:
         separators=(",", ":"),
     ).encode()
     header += b" " * (-len(header) % 8)
-    pieces: list[Any] = [len(header).to_bytes(8, "little"), header]
-    pieces += [host[s.name].reshape(-1).view(torch.uint8).numpy().data for s in by_alignment]
-    return b"".join(pieces), specs
+    data = (host[s.name].reshape(-1).view(torch.uint8).numpy().data for s in by_alignment)
+    return (len(header).to_bytes(8, "little") + header, *data), specs
+
+
+def cut(pieces: Pieces, num_bytes: int) -> Iterator[Any]:
+    """Buffers of ``num_bytes`` each, copied only where pieces meet; the last may be shorter."""
+    pending = bytearray()
+    for piece in pieces:
+        view, start = memoryview(piece), 0
+        while start < len(view):
+            part = view[start : start + num_bytes - len(pending)]
+            start += len(part)
+            if len(part) == num_bytes:
+                yield part
+                continue
+            pending += part
+            if len(pending) == num_bytes:
+                yield bytes(pending)
+                pending.clear()
+    if pending:
+        yield bytes(pending)
 
 
 def decode(data: bytes, device: str | torch.device = "cpu") -> Params:

@@ -18,6 +18,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 
 from ._attributes import set_study_attribute
+from ._optuna_tables import plain_rdb, read_study
 from ._retrying import retry_while_busy
 
 ATTRIBUTE_PREFIX = "hypergrad:study:"
@@ -35,13 +36,13 @@ def uuids_in(user_attrs: Mapping[str, Any]) -> frozenset[str]:
 
 def study_uuid(storage: BaseStorage, study_id: int) -> str:
     """The study's own UUID, minted on first use."""
-    own = {"study_id": study_id, "study_name": _short(storage.get_study_name_from_id(study_id))}
-    if found := _own(storage, study_id, own):
+    if found := _find(storage, study_id)[0]:
         return found
     with _minting:
-        if not _own(storage, study_id, own):
+        found, own = _find(storage, study_id)
+        if not found:
             set_study_attribute(storage, study_id, ATTRIBUTE_PREFIX + uuid.uuid4().hex, own)
-    return _own(storage, study_id, own)
+    return _find(storage, study_id)[0]
 
 
 def _short(name: str) -> str:
@@ -52,6 +53,13 @@ def _short(name: str) -> str:
     return f"{name[:60]}... {digest}"
 
 
-def _own(storage: BaseStorage, study_id: int, own: dict[str, Any]) -> str:
-    attrs = retry_while_busy(lambda: storage.get_study_user_attrs(study_id))
-    return min((u for u in uuids_in(attrs) if attrs[ATTRIBUTE_PREFIX + u] == own), default="")
+def _find(storage: BaseStorage, study_id: int) -> tuple[str, dict[str, Any]]:
+    """The study's own UUID, or ``""``, and what says that a UUID is its own."""
+    rdb = plain_rdb(storage)
+    found = None if rdb is None else read_study(rdb, study_id)
+    if found is None:
+        name = storage.get_study_name_from_id(study_id)
+        found = name, retry_while_busy(lambda: storage.get_study_user_attrs(study_id))
+    name, attrs = found
+    own = {"study_id": study_id, "study_name": _short(name)}
+    return min((u for u in uuids_in(attrs) if attrs[ATTRIBUTE_PREFIX + u] == own), default=""), own

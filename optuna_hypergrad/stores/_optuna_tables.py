@@ -33,6 +33,26 @@ try:
     _TABLES_KNOWN = True
 except (ImportError, AttributeError):
     _TABLES_KNOWN = False
+else:
+    # Made once: to make a statement takes SQLAlchemy longer than to execute it.
+    _trial_id: Any = sa.bindparam("of_trial")
+    _study_id: Any = sa.bindparam("of_study")
+    _keys: Any = sa.bindparam("keys", expanding=True)
+    _STUDY_NAME = sa.select(_studies.c.study_name).where(_studies.c.study_id == _study_id)
+    _STUDY_ATTRIBUTES = sa.select(_study_attributes.c.key, _study_attributes.c.value_json).where(
+        _study_attributes.c.study_id == _study_id
+    )
+    _TRIAL = sa.select(_trials.c.number, _trials.c.state).where(_trials.c.trial_id == _trial_id)
+    _LOCKED_TRIAL = _TRIAL.with_for_update()
+    _ATTRIBUTES = sa.select(_attributes.c.key, _attributes.c.value_json).where(
+        _attributes.c.trial_id == _trial_id, _attributes.c.key.in_(_keys)
+    )
+    _INSERT_ATTRIBUTE = _attributes.insert()
+    _UPDATE_ATTRIBUTE = (
+        _attributes.update()
+        .where(_attributes.c.trial_id == _trial_id, _attributes.c.key == sa.bindparam("of_key"))
+        .values(value_json=sa.bindparam("value"))
+    )
 
 
 def plain_rdb(storage: BaseStorage) -> RDBStorage | None:
@@ -57,7 +77,7 @@ def read_running_trial(
     """
 
     def find(connection: Connection) -> tuple[int, dict[str, Any]] | None:
-        row = connection.execute(_row_of(trial_id)).first()
+        row = connection.execute(_TRIAL, {"of_trial": trial_id}).first()
         if row is None or row.state.is_finished():
             return None
         if type(row.number) is not int:  # SQLite lets any type into any column
@@ -67,6 +87,20 @@ def read_running_trial(
             )
         found = _attributes_of(connection, trial_id, keys)
         return row.number, {key: json.loads(text) for key, text in found.items()}
+
+    return read(rdb, find)
+
+
+def read_study(rdb: RDBStorage, study_id: int) -> tuple[str, dict[str, Any]] | None:
+    """Name of a study, and its user attributes; ``None`` if it is not there."""
+    of_study = {"of_study": study_id}
+
+    def find(connection: Connection) -> tuple[str, dict[str, Any]] | None:
+        row = connection.execute(_STUDY_NAME, of_study).first()
+        if row is None:
+            return None
+        found = connection.execute(_STUDY_ATTRIBUTES, of_study)
+        return str(row.study_name), {str(key): json.loads(text) for key, text in found}
 
     return read(rdb, find)
 
@@ -120,26 +154,20 @@ def write_attributes(connection: Connection, trial_id: int, attributes: Mapping[
     Raises:
         UpdateFinishedTrialError: if it is not running.
     """
-    trial = connection.execute(_row_of(trial_id).with_for_update()).first()
+    trial = connection.execute(_LOCKED_TRIAL, {"of_trial": trial_id}).first()
     if trial is None or trial.state.is_finished():
         raise UpdateFinishedTrialError(f"Trial {trial_id} is not running any more.")
     known = _attributes_of(connection, trial_id, attributes)  # no upsert that all databases have
     for key, value in attributes.items():
-        row = {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
-        mine = (_attributes.c.trial_id == trial_id) & (_attributes.c.key == key)
+        text = json.dumps(value)
         if key in known:
-            connection.execute(_attributes.update().where(mine), row)
+            mine = {"of_trial": trial_id, "of_key": key, "value": text}
+            connection.execute(_UPDATE_ATTRIBUTE, mine)
         else:
-            connection.execute(_attributes.insert(), row)
+            row = {"trial_id": trial_id, "key": key, "value_json": text}
+            connection.execute(_INSERT_ATTRIBUTE, row)
 
 
 def _attributes_of(connection: Connection, trial_id: int, keys: Collection[str]) -> dict[str, str]:
-    table = _attributes.c
-    query = sa.select(table.key, table.value_json).where(
-        table.trial_id == trial_id, table.key.in_(list(keys))
-    )
-    return {str(key): text for key, text in connection.execute(query)}
-
-
-def _row_of(trial_id: int) -> Any:
-    return sa.select(_trials.c.number, _trials.c.state).where(_trials.c.trial_id == trial_id)
+    found = connection.execute(_ATTRIBUTES, {"of_trial": trial_id, "keys": list(keys)})
+    return {str(key): text for key, text in found}

@@ -62,12 +62,13 @@ class Pointer:
             f"{self.trial}, blob {self.blob}, attribute {self.key!r}"
         )
 
-    def digest(self, data: bytes) -> str:
-        """SHA-256 over the claims and ``data``, as hex."""
+    def digest(self, *pieces: Any) -> str:
+        """SHA-256 over the claims and the bytes of ``pieces`` in turn, as hex."""
         claims = {k: v for k, v in self.to_json().items() if k != "sha256"}
         found = hashlib.sha256(json.dumps(claims, sort_keys=True, separators=(",", ":")).encode())
         found.update(b"\n")
-        found.update(data)
+        for piece in pieces:
+            found.update(piece)
         return found.hexdigest()
 
     def to_json(self) -> dict[str, Any]:

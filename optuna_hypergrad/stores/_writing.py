@@ -18,7 +18,7 @@ from .._errors import CorruptTensorError, HyperparameterError, TakenOverError
 from .._typing import Params
 from ._attributes import check_attribute, set_trial_attribute
 from ._database import unwrap_rdb
-from ._encoding import TensorSpec, check_text, encode
+from ._encoding import Pieces, TensorSpec, check_text, encode_in_place
 from ._full import saying_what_has_no_room
 from ._identity import study_uuid
 from ._optuna_tables import plain_rdb, read_running_trial
@@ -30,23 +30,31 @@ from .rdb import RDBArtifactStore
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-Encoded = dict[tuple[str, str], tuple[bytes, tuple[TensorSpec, ...]]]
-Bodies = Mapping[Pointer, bytes]
+Encoded = dict[tuple[str, str], tuple[Pieces, tuple[TensorSpec, ...]]]
+Bodies = Mapping[Pointer, Pieces]
 """Pointers without their sha256, and what they will point to."""
 
 _INT64 = 2**63
 _HASHED_AT_ONCE = 1 << 20  # bytes: takes less time than starting a thread
 
 
-def encode_all(step: int, tensors: Mapping[tuple[str, str], Params]) -> Encoded:
+def encode_all(
+    step: int, tensors: Mapping[tuple[str, str], Params], *, snapshot: bool = False
+) -> Encoded:
     """The bytes of each ``{(name, role): tensors}``, and what they hold.
+
+    Args:
+        snapshot: copy them; otherwise they are in the memory of the tensors, which must not be changed.
 
     Raises:
         HyperparameterError: for names, roles, steps or tensors that cannot be stored.
     """
     for name, role in tensors:
         _check_claims(name, role, step)
-    return {claim: encode(entry) for claim, entry in tensors.items()}
+    found = {claim: encode_in_place(entry) for claim, entry in tensors.items()}
+    if snapshot:
+        found = {claim: ((b"".join(pieces),), specs) for claim, (pieces, specs) in found.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,12 @@ class Writer:
         """
         study = study_uuid(self.storage, study_id)
         number, previous = self._trial(trial_id, [attribute_key(*claim) for claim in blobs])
-        bodies: dict[Pointer, bytes] = {}
-        for (name, role), (data, specs) in blobs.items():
-            blob = new_blob(study)
-            claims = Pointer(study, number, name, role, step, blob, len(data), claimable(specs))
+        bodies: dict[Pointer, Pieces] = {}
+        for (name, role), (pieces, specs) in blobs.items():
+            blob, size = new_blob(study), sum(map(len, pieces))
+            claims = Pointer(study, number, name, role, step, blob, size, claimable(specs))
             check_attribute(claims.key, replace(claims, sha256="0" * 64).to_json())
-            bodies[claims] = data
+            bodies[claims] = pieces
         replaced = {p.key: _replaced_blob(previous.get(p.key), p) for p in bodies}
         with saying_what_has_no_room(_sentence_start(number, step, blobs)):
             return self._write(trial_id, bodies, replaced, expired)
@@ -104,7 +112,7 @@ class Writer:
             return self._write_in_turn(trial_id, bodies, seal, replaced, expired)
         try:
             database.write_with_attributes(
-                {p.blob: data for p, data in bodies.items()},
+                {claims.blob: pieces for claims, pieces in bodies.items()},
                 trial_id,
                 lambda: {p.key: p.to_json() for p in seal()},
                 [*itertools.chain(*replaced.values()), *expired],
@@ -121,7 +129,7 @@ class Writer:
         replaced: Mapping[str, list[str]],
         expired: list[str],
     ) -> list[Pointer]:
-        contents = {pointer.blob: data for pointer, data in bodies.items()}
+        contents = {claims.blob: b"".join(pieces) for claims, pieces in bodies.items()}
         try:
             self._put(contents)
         except Exception:
@@ -173,9 +181,9 @@ def _seal_soon(bodies: Bodies) -> Callable[[], list[Pointer]]:
     """Start to hash, on a thread if it is much; the function returned gives the whole pointers."""
 
     def sealed() -> list[Pointer]:
-        return [replace(claims, sha256=claims.digest(data)) for claims, data in bodies.items()]
+        return [replace(claims, sha256=claims.digest(*pieces)) for claims, pieces in bodies.items()]
 
-    if sum(map(len, bodies.values())) <= _HASHED_AT_ONCE:
+    if sum(claims.size for claims in bodies) <= _HASHED_AT_ONCE:
         found = sealed()
         return lambda: found
     executor = ThreadPoolExecutor(1, "hypergrad-sha256")
@@ -187,7 +195,7 @@ def _seal_soon(bodies: Bodies) -> Callable[[], list[Pointer]]:
 def _sentence_start(number: int, step: int, blobs: Encoded) -> str:
     named = [f"{shorten(name)} (role {role!r})" for name, role in blobs]
     more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-    size = sum(len(data) for data, _ in blobs.values()) / 1e6
+    size = sum(len(piece) for pieces, _ in blobs.values() for piece in pieces) / 1e6
     return f"Trial {number}, step {step}: the tensors {', '.join(named[:3])}{more} ({size:.2g} MB)"
 
 

@@ -23,6 +23,7 @@ from sqlalchemy.exc import IntegrityError
 from .._errors import CorruptTensorError, StorageError
 from . import _schema as schema
 from ._database import read, transaction, unwrap_rdb, write
+from ._encoding import Pieces, cut
 from ._optuna_tables import write_attributes
 from ._schema import has_tables, make_tables
 from .artifact_store import AbstractArtifactStore, StoredArtifact
@@ -30,6 +31,17 @@ from .artifact_store import AbstractArtifactStore, StoredArtifact
 CHUNK_BYTES = 1 << 20
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
 
+# Made once: to make a statement takes SQLAlchemy longer than to execute it.
+_INSERT_BLOB, _INSERT_CHUNK = schema.blobs.insert(), schema.chunks.insert()
+_SET_SIZE = (
+    schema.blobs.update()
+    .where(schema.blobs.c.artifact_id == sa.bindparam("of_blob"))
+    .values(num_bytes=sa.bindparam("size"))
+)
+_DELETE = tuple(
+    table.delete().where(table.c.artifact_id.in_(sa.bindparam("some", expanding=True)))
+    for table in (schema.chunks, schema.blobs)
+)
 
 Chunks = Callable[[], Iterator[Any]]
 """The content of an artifact, from its beginning each time."""
@@ -128,11 +140,11 @@ class RDBArtifactStore(AbstractArtifactStore):
 
     def write_many(self, bodies: Mapping[str, bytes]) -> None:
         """One transaction for all of ``bodies``. Replaces artifacts of the same identifiers."""
-        self._write({artifact_id: partial(_slices, data) for artifact_id, data in bodies.items()})
+        self._write({name: partial(cut, (data,), CHUNK_BYTES) for name, data in bodies.items()})
 
     def write_with_attributes(
         self,
-        bodies: Mapping[str, bytes],
+        bodies: Mapping[str, Pieces],
         trial_id: int,
         attributes: Callable[[], Mapping[str, Any]],
         unneeded: Sequence[str],
@@ -140,18 +152,18 @@ class RDBArtifactStore(AbstractArtifactStore):
         """Store ``bodies``, set system attributes of a running trial, remove ``unneeded``.
 
         The identifiers must never have been used before: by them it is seen whether an attempt whose
-        answer was lost was carried out. One transaction: all of it or nothing. ``attributes`` is called when the bodies have been
-        handed over. The pages of ``unneeded`` are free for the next write, not for this one, which
-        would have to keep their contents until it is over.
+        answer was lost was carried out. One transaction: all of it or nothing. ``attributes`` is called
+        last. The pages of ``unneeded`` are free for the next write, not for this one, which would have to
+        keep their contents until it is over.
 
         Raises:
             UpdateFinishedTrialError: if the trial is not running.
         """
 
         def action(connection: Connection) -> bool:
-            _insert(connection, {name: partial(_slices, data) for name, data in bodies.items()})
-            write_attributes(connection, trial_id, attributes())
+            _insert(connection, {name: partial(cut, p, CHUNK_BYTES) for name, p in bodies.items()})
             _delete(connection, unneeded)
+            write_attributes(connection, trial_id, attributes())
             return True
 
         def settle() -> bool | None:
@@ -244,7 +256,7 @@ def _insert(connection: Connection, bodies: Mapping[str, Chunks]) -> None:
     # waits for its turn here, and never in mid-transaction.
     for artifact_id in bodies:
         row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
-        connection.execute(schema.blobs.insert(), row)
+        connection.execute(_INSERT_BLOB, row)
     for artifact_id, chunks in bodies.items():
         _insert_chunks(connection, artifact_id, chunks())
 
@@ -253,28 +265,19 @@ def _insert_chunks(connection: Connection, artifact_id: str, chunks: Iterator[An
     num_bytes = 0
     for chunk, data in enumerate(chunks):
         row = {"artifact_id": artifact_id, "chunk": chunk, "data": data}
-        connection.execute(schema.chunks.insert(), row)
+        connection.execute(_INSERT_CHUNK, row)
         num_bytes += len(data)
-    connection.execute(
-        schema.blobs.update()
-        .where(schema.blobs.c.artifact_id == artifact_id)
-        .values(num_bytes=num_bytes)
-    )
+    connection.execute(_SET_SIZE, {"of_blob": artifact_id, "size": num_bytes})
 
 
 def _delete(connection: Connection, artifact_ids: Sequence[str]) -> None:
     for some in _hundreds(artifact_ids):
-        for table in (schema.chunks, schema.blobs):
-            connection.execute(table.delete().where(table.c.artifact_id.in_(some)))
+        for statement in _DELETE:
+            connection.execute(statement, {"some": list(some)})
 
 
 def _hundreds(values: Sequence[str]) -> Iterator[Sequence[str]]:
     return (values[i : i + 100] for i in range(0, len(values), 100))
-
-
-def _slices(data: bytes) -> Iterator[memoryview]:
-    view = memoryview(data)
-    return (view[i : i + CHUNK_BYTES] for i in range(0, len(view), CHUNK_BYTES))
 
 
 class _ChunkReader(io.RawIOBase):

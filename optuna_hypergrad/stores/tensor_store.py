@@ -172,7 +172,7 @@ class TensorStore:
         else is told by ``result()``, which must be called before the trial finishes. Where the
         storage is bound to one thread (SQLite in memory) this is done when it returns.
         """
-        blobs = encode_all(step, tensors)
+        blobs = encode_all(step, tensors, snapshot=True)
         return self._soon(self._write, study_id, trial_id, step, blobs, retain, trajectory)
 
     def load(self, pointer: Pointer, device: str | torch.device = "cpu") -> Params:
