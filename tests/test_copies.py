@@ -146,3 +146,14 @@ def test_tensors_are_not_copied_to_another_storage(kind: str, to: str, tmp_path:
     assert len(tensors_of(study)) == 4
     assert ohg.load_tensors(copied.trials[-1], study=copied)["t"].shape == (4, 2)
     assert ohg.TensorStore.of_study(copied).sweep(min_age=-60).orphans == ()
+
+
+def test_one_sampler_goes_on_with_the_study_that_takes_a_deleted_ones_place(tmp_path: Path) -> None:
+    storage = ohg.RetryingStorage(f"sqlite:///{tmp_path}/s.db")  # which Optuna wraps in no cache
+    sampler = ohg.HypergradientSampler(seed=0)
+    for _ in range(2):
+        study = optuna.create_study(study_name="again", storage=storage, sampler=sampler)
+        study.optimize(objective, n_trials=5)
+        assert study._study_id == 1  # SQLite gives the id again
+        assert [t.system_attrs["hypergrad:claim"]["parent"] for t in study.trials[:2]] == [None, 0]
+        optuna.delete_study(study_name="again", storage=storage)
