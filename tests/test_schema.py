@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from optuna.storages import RDBStorage
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad import _optuna, cli
-from optuna_hypergrad.stores import RDBArtifactStore
+from optuna_hypergrad.stores import RDBArtifactStore, _schema
 
 TABLES = {"hypergrad_version", "hypergrad_blobs", "hypergrad_chunks"}
 every_database = pytest.mark.parametrize("kind", DATABASES)
@@ -93,12 +95,65 @@ def test_tables_are_made_by_the_first_write_which_says_so(
     assert told == []
     save(study, trial)
     assert tables(storage) == TABLES
-    (line,) = told
-    assert line.startswith("INFO Made the tables ")
-    assert storage.engine.url.render_as_string() in line
+    expected = ["INFO Made the tables "]
+    if kind == "sqlite":
+        expected.insert(0, f"INFO Wrote {storage.engine.url.render_as_string()} anew in pages of ")
+    assert len(told) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(told, expected, strict=True))
+    assert storage.engine.url.render_as_string() in told[-1]
     again = opened(kind, tmp_path)
     RDBArtifactStore(again).write("b", io.BytesIO(b"x"))
-    assert len(told) == 1
+    assert len(told) == len(expected)
+
+
+def page_bytes(storage: RDBStorage) -> int:
+    with storage.engine.connect() as connection:
+        return int(connection.exec_driver_sql("PRAGMA page_size").scalar_one())
+
+
+def test_a_small_sqlite_database_gets_large_pages(tmp_path: Path) -> None:
+    storage = opened("sqlite", tmp_path)
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    before = study.trials
+    assert page_bytes(storage) == 4096
+    save(study, study.ask())
+    assert page_bytes(opened("sqlite", tmp_path)) == 32768
+    assert (
+        optuna.load_study(study_name="s", storage=opened("sqlite", tmp_path)).trials[:3] == before
+    )
+
+
+@pytest.mark.parametrize("why", ["large", "wal", "busy"])
+def test_other_sqlite_databases_keep_their_pages(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.db"
+    impatient = {"connect_args": {"timeout": 0.1}}
+    storage = RDBStorage(f"sqlite:///{path}", engine_kwargs=impatient)
+    study = optuna.create_study(study_name="s", storage=storage)
+    trial = study.ask()
+    if why == "large":
+        monkeypatch.setattr(_schema, "_SMALL_BYTES", 50_000)
+    if why == "wal":
+        with storage.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    create = _schema._create_tables
+    with closing(sqlite3.connect(path)) as reader:
+
+        def release(rdb: RDBStorage) -> None:
+            reader.rollback()
+            create(rdb)
+
+        monkeypatch.setattr(_schema, "_create_tables", release)
+        if why == "busy":
+            reader.execute("BEGIN").execute("SELECT * FROM trials").fetchone()
+        save(study, trial)
+    storage.engine.dispose()
+    assert page_bytes(RDBStorage(f"sqlite:///{path}")) == 4096
+    (saved,) = study.trials
+    store = ohg.TensorStore.of_study(study)
+    assert torch.equal(store.load(store.pointers(saved)[0])["w"], torch.arange(4.0))
 
 
 @every_database

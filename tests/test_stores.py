@@ -558,7 +558,7 @@ def test_no_transaction_of_ours_is_open_across_a_call_of_optunas(
         desk.finished(value)
     desk.retain(newest=1, best=0, every=0)
     desk.store.sweep()
-    assert len(seen) > 5
+    assert len(seen) > 1
     assert set(seen) == {0}
 
 
@@ -1339,14 +1339,15 @@ def test_a_reused_study_id_is_another_study(desk: Desk) -> None:
 
 def test_two_workers_that_start_at_once_agree(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    own = _identity._own
+    find = _identity._find
 
-    def blind(*args: Any) -> str:
+    def blind(*args: Any) -> tuple[str, dict[str, Any]]:
         seen.append(1)
-        return "" if len(seen) <= 2 else own(*args)
+        found, own = find(*args)
+        return "" if len(seen) <= 2 else found, own
 
     first = desk.save(desk.running())
-    monkeypatch.setattr(_identity, "_own", blind)
+    monkeypatch.setattr(_identity, "_find", blind)
     second = desk.save(desk.running())
     third = TensorStore.of_study(desk.study).save(
         desk.study._study_id, desk.running()._trial_id, "x", "value", 0, {}
