@@ -138,16 +138,16 @@ def test_other_sqlite_databases_keep_their_pages(
     if why == "wal":
         with storage.engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-    create = _schema._create_tables
+    enlarge = _schema._enlarge_pages
     with closing(sqlite3.connect(path)) as reader:
 
-        def release(rdb: RDBStorage) -> None:
-            reader.rollback()
-            create(rdb)
-
-        monkeypatch.setattr(_schema, "_create_tables", release)
-        if why == "busy":
+        def while_somebody_reads(engine: sa.engine.Engine) -> None:
             reader.execute("BEGIN").execute("SELECT * FROM trials").fetchone()
+            enlarge(engine)
+            reader.rollback()
+
+        if why == "busy":
+            monkeypatch.setattr(_schema, "_enlarge_pages", while_somebody_reads)
         save(study, trial)
     storage.engine.dispose()
     assert page_bytes(RDBStorage(f"sqlite:///{path}")) == 4096
