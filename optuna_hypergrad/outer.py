@@ -7,22 +7,22 @@ import difflib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import _optuna, _tree
-from ._errors import CorruptTensorError, HyperparameterError, SolverError
-from ._results import SUCCESS, Result, Status
+from ._errors import HyperparameterError, SolverError
+from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
-from .hypergradients import AbstractHypergradientEstimator, EstimatorState, Implicit
+from .hypergradients import AbstractHypergradientEstimator, Implicit
 from .hypergradients._base import outer_value_at, run_inner
-from .inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
+from .inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
+from .outer_run import OptimizerFactory, OuterRun
 from .problem import BilevelProblem, check_problem
 from .search_space import Domain
 from .stores import saying_what_has_no_room
@@ -30,7 +30,6 @@ from .stores import saying_what_has_no_room
 if TYPE_CHECKING:
     import optuna
 
-OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 ValueKind = Literal["cold", "warm", "retrained"]
 MAX_REPORTS = 200
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.Adam, lr=0.1)
@@ -148,7 +147,7 @@ def minimize_bilevel(
         if number is not None and number < 0:
             raise ValueError(f"minimize_bilevel needs {label} >= 0, and it is {number}.")
 
-    run = _Run.start(inner_params, outer_params, domains, optimizer)
+    run = OuterRun.start(inner_params, outer_params, domains, optimizer, warm_start)
     if checkpoint_every is None:
         checkpoint_every = max(1, num_steps // 20) if trial is not None else 0
     stored = Checkpoints.of_trial(trial, name) if trial is not None else None
@@ -180,9 +179,8 @@ def minimize_bilevel(
         with bar:
             while run.step < num_steps:
                 given = run.inner_params if warm_start else _tree.detach(inner_params)
-                state = run.state if warm_start else EstimatorState()
                 estimate = estimator.estimate(
-                    problem, inner_solver, given, run.outer_params, run.step, state
+                    problem, inner_solver, given, run.outer_params, run.step, run.next_state()
                 )
                 if not estimate.result:
                     result = replace(
@@ -192,7 +190,7 @@ def minimize_bilevel(
                     break
                 if checkpoints is not None:
                     checkpoints.wait()  # no more than one step that was taken can be lost
-                result = run.advance(estimate.value, estimate.inner_params, estimate.state, domains)
+                result = run.advance(estimate.value, estimate.inner_params, estimate.state)
                 if not result:
                     break
                 record = {
@@ -220,19 +218,31 @@ def minimize_bilevel(
                     raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
         if not result and throw:
             raise SolverError(result.message, result)
-        return _finish(
-            problem,
-            inner_solver,
-            inner_params,
-            run,
-            warm_start,
-            final_eval,
-            retrain_steps,
-            result,
-            trial,
-            num_steps,
-            stored,
-        )
+        last = _final_solve(problem, inner_solver, inner_params, run)
+        if result and not last.result:
+            result = last.result
+        value = outer_value_at(problem, last.inner_params, run.outer_params, num_steps)
+        kind: ValueKind = "warm" if warm_start else "cold"
+        retrained: float | None = None
+        retrained_params: Params | None = None
+        if final_eval == "retrain" and result:
+            again = _retrain(problem, inner_solver, inner_params, run, retrain_steps)
+            result, retrained_params = again.result, again.inner_params
+            retrained = outer_value_at(problem, retrained_params, run.outer_params, num_steps)
+        if stored is not None:
+            stored.save_values(run.step, run.outer_params)
+        if trial is not None:
+            _tell_values(trial, kind, value, retrained)
+    return BilevelResult(
+        outer_params=run.outer_params,
+        inner_params=last.inner_params,
+        outer_value=value,
+        value_kind=kind,
+        retrained_value=retrained,
+        retrained_params=retrained_params,
+        history=run.history,
+        result=result,
+    )
 
 
 def _take_name(trial: optuna.Trial, name: str) -> None:
@@ -265,239 +275,35 @@ def _report(trial: optuna.Trial, value: float, step: int) -> None:
         trial.report(value, step)
 
 
-class _Run:
-    """The state of a run: all of it is in ``snapshot()``, and nothing else is needed to go on."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.inner_params: Params = {}
-        self.outer_params: Params = {}
-        self.state = EstimatorState()
-        self.history: list[dict[str, float]] = []
-        self.last_norm: dict[str, float] = {}
-        self.settings: dict[str, str] = {}
-        self._internal: Params = {}
-        self._domains: dict[str, Domain] = {}
-
-    @classmethod
-    def start(
-        cls,
-        inner_params: Params,
-        outer_params: Params,
-        domains: dict[str, Domain],
-        optimizer: OptimizerFactory,
-    ) -> _Run:
-        run = cls()
-        run._domains = domains
-        run.inner_params = _tree.clone(inner_params)
-        run.outer_params = _tree.clone(outer_params)
-        run._internal = {
-            k: domains[k].to_internal(v.detach()).clone().requires_grad_(True)
-            for k, v in outer_params.items()
-        }
-        run._optimizer = optimizer(list(run._internal.values()))
-        return run
-
-    _optimizer: torch.optim.Optimizer
-
-    @property
-    def optimizer_class(self) -> str:
-        return type(self._optimizer).__name__
-
-    def burn_in(
-        self, problem: BilevelProblem, inner_solver: AbstractInnerSolver, num_steps: int
-    ) -> None:
-        head = inner_solve(
-            problem, inner_solver, self.inner_params, self.outer_params, num_steps=num_steps
-        )
-        head.result.raise_if_failed()
-        self.inner_params = head.inner_params
-        self.state = EstimatorState(head.num_steps, head.state or None)
-
-    def advance(
-        self,
-        gradient: Params,
-        inner_params: Params,
-        state: EstimatorState,
-        domains: dict[str, Domain],
-    ) -> Result:
-        """One outer step along ``gradient`` (external), projected on the bounds; none, if the optimizer
-        gives NaN, or infinity where nothing is bounded."""
-        held = 0.0
-        before = _tree.clone(self._internal)
-        for k, u in self._internal.items():
-            low, high = domains[k].internal_bounds()
-            slope = domains[k].internal_gradient(gradient[k], self.outer_params[k])
-            u.grad = slope.to(u.dtype)
-            blocked = ((u.detach() <= low) & (slope > 0)) | ((u.detach() >= high) & (slope < 0))
-            held += float(slope.masked_fill(blocked, 0.0).double().pow(2).sum())
-        self._optimizer.step()
-        ahead: Params = {}
-        with torch.no_grad():
-            for k, u in self._internal.items():
-                u.grad = None
-                u.copy_(_project(u, domains[k]))
-                ahead[k] = domains[k].to_external(u.detach().clone())
-            for k in ahead:
-                if _tree.finite(self._internal[k]) and _tree.finite(ahead[k]):
-                    continue
-                for name, u in self._internal.items():
-                    u.copy_(before[name])
-                return Result(
-                    Status.NONFINITE,
-                    f"Outer step {self.step}: {type(self._optimizer).__name__} moved {k!r} to NaN or "
-                    "infinite entries; lower its lr, or give bounds.",
-                )
-        self.outer_params = ahead
-        self.last_norm = {"hypergradient_norm": math.sqrt(held)}
-        self.inner_params, self.state = inner_params, state
-        self.step += 1
-        return SUCCESS
-
-    def snapshot(self) -> tuple[Params, dict[str, Any]]:
-        tensors: Params = {f"inner/{k}": v for k, v in self.inner_params.items()}
-        tensors |= {f"internal/{k}": v.detach() for k, v in self._internal.items()}
-        for role, tree in (self.state.solver_state or {}).items():
-            tensors |= {f"solver/{role}/{k}": v for k, v in tree.items()}
-        tensors["rng"] = torch.get_rng_state()
-        numbers: dict[str, Any] = {
-            "step": self.step,
-            "inner_index": self.state.inner_index,
-            "solver_roles": {r: list(t) for r, t in (self.state.solver_state or {}).items()},
-            "has_solver_state": self.state.solver_state is not None,
-            "history": self.history,
-            "settings": self.settings,
-            "optimizer": {},
-        }
-        for i, entry in self._optimizer.state_dict()["state"].items():
-            plain: dict[str, Any] = {}
-            for key, v in entry.items():
-                if isinstance(v, Tensor):
-                    tensors[f"optimizer/{i}/{key}"] = v
-                else:
-                    plain[key] = v
-            numbers["optimizer"][str(i)] = plain
-        return tensors, numbers
-
-    def restore(self, tensors: Params, numbers: dict[str, Any]) -> None:
-        """Go on from what :meth:`snapshot` gave.
-
-        Raises:
-            CorruptTensorError: if it is no state of this run, because something else has changed it, or
-                because the run was another one then.
-        """
-        try:
-            self._restore(tensors, numbers)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
-            raise CorruptTensorError(
-                f"The checkpoint of this trial, of outer step {str(numbers.get('step'))[:20]}, is none of "
-                f"this run ({error}). A run is continued with the problem, inner solver and optimizer that "
-                "it was begun with: use these, or run it in a new trial."
-            ) from error
-
-    def _restore(self, tensors: Params, numbers: dict[str, Any]) -> None:
-        step, history, index = numbers["step"], numbers["history"], numbers["inner_index"]
-        if any(type(n) is not int or not 0 <= n < 2**63 for n in (step, index)):
-            raise ValueError("its steps are no numbers of steps")
-        if len(history) != step or not all(map(_is_record, history)):
-            raise ValueError("its history is no list of what each step gave")
-        inner = {k: _fitting(tensors, f"inner/{k}", v) for k, v in self.inner_params.items()}
-        internal = {k: _fitting(tensors, f"internal/{k}", u) for k, u in self._internal.items()}
-        some = next(iter(inner.values()))
-        solver_state = {
-            str(role): {str(k): tensors[f"solver/{role}/{k}"].to(some.device) for k in names}
-            for role, names in numbers["solver_roles"].items()
-        }
-        state_dict = self._optimizer.state_dict()
-        state_dict["state"] = {int(i): dict(plain) for i, plain in numbers["optimizer"].items()}
-        for key, v in tensors.items():
-            if key.startswith("optimizer/"):
-                _, i, field_name = key.split("/", 2)
-                state_dict["state"][int(i)][field_name] = v
-        if not state_dict["state"].keys() <= set(range(len(self._internal))):
-            raise ValueError("its optimizer has other hyperparameters")
-        self._optimizer.load_state_dict(state_dict)
-        torch.set_rng_state(tensors["rng"])
-        with torch.no_grad():
-            for k, u in self._internal.items():
-                u.copy_(internal[k])
-                self.outer_params[k] = self._domains[k].to_external(u.detach().clone())
-        self.inner_params, self.step, self.history = inner, step, history
-        self.state = EstimatorState(index, solver_state if numbers["has_solver_state"] else None)
+def _final_solve(
+    problem: BilevelProblem, inner_solver: AbstractInnerSolver, first_params: Params, run: OuterRun
+) -> InnerSolution:
+    """At the last ``lam``."""
+    given = run.inner_params if run.warm_start else _tree.detach(first_params)
+    return run_inner(problem, inner_solver, given, run.outer_params, run.next_state())
 
 
-def _project(internal: Tensor, domain: Domain) -> Tensor:
-    limit = torch.finfo(internal.dtype).max
-    low, high = (
-        min(max(b, -limit), limit) if math.isfinite(b) else b for b in domain.internal_bounds()
-    )
-    return internal.detach().clamp(low, high)
-
-
-def _fitting(tensors: Params, name: str, like: Tensor) -> Tensor:
-    found = tensors[name]
-    if found.shape != like.shape or found.dtype != like.dtype:
-        raise ValueError(
-            f"{name!r} has shape {tuple(found.shape)} and {found.dtype}, not {tuple(like.shape)} and "
-            f"{like.dtype}"
-        )
-    return found.to(like.device)
-
-
-def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or "outer_value" not in record:
-        return False
-    return all(isinstance(v, float) or abs(v) < 2**63 for v in record.values())
-
-
-def _finish(
+def _retrain(
     problem: BilevelProblem,
     inner_solver: AbstractInnerSolver,
     first_params: Params,
-    run: _Run,
-    warm_start: bool,
-    final_eval: str | None,
-    retrain_steps: int | None,
-    result: Result,
-    trial: optuna.Trial | None,
-    num_steps: int,
-    stored: Checkpoints | None,
-) -> BilevelResult:
-    kind: ValueKind = "warm" if warm_start else "cold"
-    given = run.inner_params if warm_start else _tree.detach(first_params)
-    state = run.state if warm_start else EstimatorState()
-    last = run_inner(problem, inner_solver, given, run.outer_params, state)
-    if result and not last.result:
-        result = last.result
-    value = outer_value_at(problem, last.inner_params, run.outer_params, num_steps)
-    retrained: float | None = None
-    retrained_params: Params | None = None
-    if final_eval == "retrain" and result:
-        budget = retrain_steps
-        if budget is None and isinstance(inner_solver, AbstractStepSolver):
-            budget = run.state.inner_index if warm_start else inner_solver.max_steps
-        again = inner_solve(problem, inner_solver, first_params, run.outer_params, num_steps=budget)
-        result = again.result
-        retrained_params = again.inner_params
-        retrained = outer_value_at(problem, retrained_params, run.outer_params, num_steps)
-    if stored is not None:
-        stored.save_values(run.step, run.outer_params)
-    if trial is not None:
-        with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
-            trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
-            trial.set_user_attr(f"{kind}_value", value)
-            if retrained is not None:
-                trial.set_user_attr("retrained_value", retrained)
-    return BilevelResult(
-        outer_params=run.outer_params,
-        inner_params=last.inner_params,
-        outer_value=value,
-        value_kind=kind,
-        retrained_value=retrained,
-        retrained_params=retrained_params,
-        history=run.history,
-        result=result,
-    )
+    run: OuterRun,
+    num_steps: int | None,
+) -> InnerSolution:
+    """From the first ``w``, at the last ``lam``, with as many inner steps as the run has taken if nobody says."""
+    if num_steps is None and isinstance(inner_solver, AbstractStepSolver):
+        num_steps = run.state.inner_index if run.warm_start else inner_solver.max_steps
+    return inner_solve(problem, inner_solver, first_params, run.outer_params, num_steps=num_steps)
+
+
+def _tell_values(
+    trial: optuna.Trial, kind: ValueKind, value: float, retrained: float | None
+) -> None:
+    with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
+        trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
+        trial.set_user_attr(f"{kind}_value", value)
+        if retrained is not None:
+            trial.set_user_attr("retrained_value", retrained)
 
 
 def _domains(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad.outer import _Run
+from optuna_hypergrad.outer_run import OuterRun
 from optuna_hypergrad.step_rules import make_step_rule
 from optuna_hypergrad.studies.leaves import tensor_definition, tensor_start
 from optuna_hypergrad.studies.points import PointSpace
@@ -192,12 +192,12 @@ def run_leaves_its_bounds(case: Case, steps: int = 6) -> list[str]:
     if not at:
         return []
     wrong: list[str] = []
-    run = _Run.start({}, at, domains, case.factory())
+    run = OuterRun.start({}, at, domains, case.factory(), warm_start=True)
     for i, (_, slope) in zip(range(steps), case.slopes(), strict=False):
         gradient = {n: slope(v) for n, v in at.items()}
         if not all(bool(torch.isfinite(g).all()) for g in gradient.values()):
             continue  # the estimator has refused it
-        failed = not run.advance(gradient, {}, run.state, domains)
+        failed = not run.advance(gradient, {}, run.state)
         at = run.outer_params
         wrong += [f"{n}: step {i} at {v}" for n, v in at.items() if outside(v, domains[n])]
         tensors, _ = run.snapshot()

@@ -12,7 +12,7 @@ import torch
 from problems import F64, relative_error
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad import outer
+from optuna_hypergrad.outer_run import OuterRun
 
 ADAM = functools.partial(torch.optim.Adam, lr=0.1)
 
@@ -352,14 +352,14 @@ def test_a_checkpoint_without_settings_is_continued() -> None:
     study = optuna.create_study()
     trial = study.ask()
     with pytest.MonkeyPatch.context() as patch:
-        snapshot = outer._Run.snapshot
+        snapshot = OuterRun.snapshot
 
         def older(self):
             tensors, numbers = snapshot(self)
             del numbers["settings"]
             return tensors, numbers
 
-        patch.setattr(outer._Run, "snapshot", older)
+        patch.setattr(OuterRun, "snapshot", older)
         run(trial=trial, num_steps=2, checkpoint_every=1)
     again = optuna.trial.Trial(study, trial._trial_id)
     assert len(run(trial=again, num_steps=3, checkpoint_every=1).history) == 3

@@ -119,7 +119,7 @@ MUTANTS = [
     ),
     Mutant(
         "forget the projection of internal coordinates",
-        "outer.py",
+        "outer_run.py",
         "internal.detach().clamp(low, high)",
         "internal.detach().clamp(low - 1e3, high + 1e3)",
         f"{OUTER}::test_a_bound_lets_go_when_the_gradient_turns",

@@ -33,15 +33,23 @@ Cotangents = dict[str, Tensor | None]
 
 @dataclass(frozen=True)
 class EstimatorState:
-    """What one outer step hands to the next under warm starts.
+    """What one outer step hands to the next.
 
     Attributes:
         inner_index: Index of the next inner batch.
         solver_state: The inner solver's memory; ``None`` for a fresh one.
+        tensors: The estimator's own memory; whoever is given none begins anew.
+        numbers: Likewise.
     """
 
     inner_index: int = 0
     solver_state: InnerState | None = None
+    tensors: Params = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def cold(self) -> EstimatorState:
+        """What is handed on where each inner solve begins anew: the estimator's own memory."""
+        return EstimatorState(tensors=self.tensors, numbers=self.numbers)
 
 
 @dataclass(frozen=True)
