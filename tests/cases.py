@@ -62,12 +62,16 @@ HYPERGRADIENTS = [
     ),
     *(Row(ohg.Unroll(), TO_THE_END[p], p, rtol=1e-5) for p in CONVEX),
     *(Row(ohg.Unroll(truncation=500), TO_THE_END[p], p, rtol=1e-4) for p in CONVEX),
+    Row(ohg.ForwardMode(), TO_THE_END["quadratic"], "quadratic", rtol=1e-5),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
-    Row(
-        ohg.Unroll(),
-        ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
-        "momentum_descent",
-        rtol=1e-8,
+    *(
+        Row(
+            estimator,
+            ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
+            "momentum_descent",
+            rtol=1e-8,
+        )
+        for estimator in (ohg.Unroll(), ohg.ForwardMode())
     ),
     Row(
         ohg.Implicit(),
@@ -90,6 +94,13 @@ HYPERGRADIENTS = [
     *(
         Row(ohg.Unroll(), None, p, error=ohg.RequirementError, message="none was given")
         for p in (*SMOOTH, "momentum_descent")
+    ),
+    *(
+        Row(ohg.ForwardMode(), solver, "ridge", error=ohg.RequirementError, message=message)
+        for solver, message in (
+            (EXACT, "ForwardMode cannot differentiate LBFGS: .* Use ZerothOrder"),
+            (None, "none was given"),
+        )
     ),
     Row(
         ohg.Implicit(ohg.Neumann(5, alpha="inner_lr")),

@@ -11,6 +11,7 @@ from ._base import (
     hypergradient,
     run_inner,
 )
+from .forward_mode import ForwardMode
 from .implicit import Implicit
 from .unroll import Unroll
 
@@ -21,6 +22,7 @@ __all__ = [
     "AbstractHypergradientEstimator",
     "AbstractPullbackEstimator",
     "EstimatorState",
+    "ForwardMode",
     "HypergradientEstimate",
     "Implicit",
     "Pulled",
