@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,22 +51,32 @@ class Directions:
             return self.size
         return min(asked, self.size) if self.law in _WITHOUT_REPLACEMENT else asked
 
-    def rows(self, numbers: range) -> Tensor:
-        """``(B, N)`` in float64 on the CPU."""
+    def each(self, numbers: range) -> Iterator[Tensor]:
+        """One after the other, ``(N,)`` in float64 on the CPU."""
         size = self.size
-        if self.law in _WITHOUT_REPLACEMENT:
-            generator = self._generator(0)
-            order = torch.randperm(size, generator=generator)[numbers.start : numbers.stop]
-            if self.law == "coordinate":
-                return unit_rows(order, size) * math.sqrt(size)
-            angles = 2 * math.pi / size * (order[:, None] * torch.arange(size) % size)
-            return (angles.cos() + angles.sin()) * _signs(size, generator)
-        draw = _signs if self.law == "rademacher" else _normals
-        return torch.stack([draw(size, self._generator(1 + i)) for i in numbers])
+        if self.law not in _WITHOUT_REPLACEMENT:
+            draw = _signs if self.law == "rademacher" else _normals
+            yield from (draw(size, self._generator(1 + i)) for i in numbers)
+            return
+        generator = self._generator(0)
+        order = torch.randperm(size, generator=generator)[numbers.start : numbers.stop]
+        if self.law == "coordinate":
+            yield from (
+                math.sqrt(size) * unit_rows(order[i : i + 1], size)[0] for i in range(len(order))
+            )
+            return
+        signs, positions = _signs(size, generator), torch.arange(size)
+        for row in order:
+            angles = (row * positions % size).double() * (2 * math.pi / size)
+            yield (angles.cos() + angles.sin()) * signs
 
     def columns(self, numbers: range) -> Params:
         """As tensors ``(B, *shape)`` by name."""
-        return shaped(self.rows(numbers), self.outer_params)
+        made = {k: v.new_empty(len(numbers), *v.shape) for k, v in self.outer_params.items()}
+        for i, row in enumerate(self.each(numbers)):
+            for k, part in shaped(row, self.outer_params).items():
+                made[k][i] = part
+        return made
 
     def _generator(self, number: int) -> torch.Generator:
         mixed = np.random.SeedSequence((self.seed, self.step, number)).generate_state(1, np.uint64)

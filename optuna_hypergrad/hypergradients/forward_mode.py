@@ -13,8 +13,9 @@ from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
 from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
+from ._columns import check_step_solver, check_width, contract, passes, room, width_of
 from ._directions import shaped, unit_rows
-from ._tangents import Pushforward, check_step_solver, contract, passes, room
+from ._tangents import Pushforward
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,11 @@ class ForwardMode(AbstractPullbackEstimator):
     hyperparameter optimization", algorithm 2.
 
     Args:
-        width: Columns that are pushed in one batched product, at most.
+        width: Columns that are pushed in one batched product, at most; ``None`` for 8, and up to 64 where ``w``
+            is small.
         memory_budget: Bytes for columns and for the graph of one step. Where only ``c`` of ``N`` columns fit,
-            the inner problem is run ``ceil(N / c)`` times, with the columns of one part each time: that many
-            gradient evaluations a step more, and the columns' cost stays what it is.
+            the inner problem is run once without columns, and then ``ceil(N / c)`` times with a part of them:
+            that many gradient evaluations a step more; the columns' cost stays what it is.
     """
 
     name: ClassVar[str] = "forward_mode"
@@ -43,16 +45,11 @@ class ForwardMode(AbstractPullbackEstimator):
         "steps."
     )
 
-    width: int = 8
+    width: int | None = None
     memory_budget: float = 256e6
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"ForwardMode needs width >= 1, got {self.width}.")
-        if not self.memory_budget > 0:
-            raise ValueError(
-                f"ForwardMode needs memory_budget > 0 bytes, got {self.memory_budget}."
-            )
+        check_width("ForwardMode", self.width, self.memory_budget)
 
     def check(
         self,
@@ -75,12 +72,9 @@ class ForwardMode(AbstractPullbackEstimator):
         state = EstimatorState() if state is None else state
         index, memory = state.inner_index, state.solver_state
         where = problem, solver, inner_params, outer_params
-        size = _tree.num_entries(outer_params)
-        plan = passes(
-            range(size),
-            self.width,
-            room(*where, memory, index, self.width, self.memory_budget, "ForwardMode"),
-        )
+        size, width = _tree.num_entries(outer_params), width_of(self.width, inner_params)
+        fits = room(*where, memory, index, width, self.memory_budget, "ForwardMode")
+        plan = passes(range(size), width, fits)
 
         def run(blocks: list[range]) -> tuple[InnerSolution, Pushforward]:
             columns = [shaped(unit_rows(torch.tensor(b), size), outer_params) for b in blocks]
@@ -88,13 +82,15 @@ class ForwardMode(AbstractPullbackEstimator):
             solution = inner_solve(*where, start=index, state=memory, take=pushed.take)
             return solution, pushed
 
-        solution, first = run(plan[0])
+        whole = len(plan) == 1
+        solution, first = run(plan[0] if whole else [])
 
         def pullback(cotangent: Params) -> Pulled:
             found: list[Tensor] = []
-            for i, blocks in enumerate(plan):
-                pushed = first if i == 0 else run(blocks)[1]
+            for blocks in plan:
+                pushed = first if whole else run(blocks)[1]
                 found += [contract(cotangent, y) for y in pushed.columns()]
+                del pushed  # its columns, before there are others
             cotangent.clear()
             by_name = shaped(torch.cat(found), outer_params)
             outer = {k: v if k in first.seen else None for k, v in by_name.items()}
