@@ -17,9 +17,17 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
-from .hypergradients import HypergradientEstimate, Implicit, Unroll, hypergradient
+from .hypergradients import (
+    ForwardGradient,
+    ForwardMode,
+    HypergradientEstimate,
+    Implicit,
+    Unroll,
+    ZerothOrder,
+    hypergradient,
+)
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
-from .inner import LBFGS, Adam, AdamW, GradientDescent, HeavyBall, NewtonCG, inner_solve
+from .inner import LBFGS, Adam, AdamW, BlackBox, GradientDescent, HeavyBall, NewtonCG, inner_solve
 from .operators import GaussNewton, Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
@@ -47,11 +55,14 @@ __all__ = [
     "Batch",
     "BilevelProblem",
     "BilevelResult",
+    "BlackBox",
     "ConnectionLostError",
     "CorruptTensorError",
     "DifferentiableTrial",
     "Direct",
     "Domain",
+    "ForwardGradient",
+    "ForwardMode",
     "GaussNewton",
     "GradientDescent",
     "HeavyBall",
@@ -81,6 +92,7 @@ __all__ = [
     "TensorStore",
     "Unroll",
     "ZeroHypergradientError",
+    "ZerothOrder",
     "differentiable",
     "hypergradient",
     "inner_solve",

@@ -62,12 +62,23 @@ HYPERGRADIENTS = [
     ),
     *(Row(ohg.Unroll(), TO_THE_END[p], p, rtol=1e-5) for p in CONVEX),
     *(Row(ohg.Unroll(truncation=500), TO_THE_END[p], p, rtol=1e-4) for p in CONVEX),
+    Row(ohg.ForwardMode(), TO_THE_END["quadratic"], "quadratic", rtol=1e-5),
+    Row(ohg.ForwardGradient(None), TO_THE_END["quadratic"], "quadratic", rtol=1e-5),
+    *(Row(ohg.ZerothOrder(None, central=True), EXACT, p, rtol=1e-5) for p in CONVEX),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
-    Row(
-        ohg.Unroll(),
-        ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
-        "momentum_descent",
-        rtol=1e-8,
+    *(
+        Row(
+            estimator,
+            ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
+            "momentum_descent",
+            rtol=1e-8,
+        )
+        for estimator in (
+            ohg.Unroll(),
+            ohg.ForwardMode(),
+            ohg.ForwardGradient(num_directions=None),
+            ohg.ForwardGradient(num_directions=None, directions="coordinate"),
+        )
     ),
     Row(
         ohg.Implicit(),
@@ -90,6 +101,28 @@ HYPERGRADIENTS = [
     *(
         Row(ohg.Unroll(), None, p, error=ohg.RequirementError, message="none was given")
         for p in (*SMOOTH, "momentum_descent")
+    ),
+    *(
+        Row(estimator, solver, "ridge", error=ohg.RequirementError, message=message)
+        for estimator in (ohg.ForwardMode(), ohg.ForwardGradient())
+        for solver, message in (
+            (EXACT, "cannot differentiate LBFGS: .* Use ZerothOrder"),
+            (ohg.BlackBox(len), "cannot differentiate BlackBox: .* Use ZerothOrder"),
+            (None, "none was given"),
+        )
+    ),
+    Row(
+        ohg.ZerothOrder(num_directions=None, central=True),
+        ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
+        "momentum_descent",
+        rtol=1e-6,
+    ),
+    Row(
+        ohg.ZerothOrder(),
+        None,
+        "ridge",
+        error=ohg.RequirementError,
+        message="no inner solver was given",
     ),
     Row(
         ohg.Implicit(ohg.Neumann(5, alpha="inner_lr")),
@@ -167,6 +200,7 @@ INNER_SOLVERS: list[tuple[AbstractInnerSolver, str, float]] = [
     (ohg.AdamW(lambda lam, t: 0.05 * 0.995**t, 4000, weight_decay=0.0), "ridge", 1e-6),
     (ohg.NewtonCG(atol=1e-11), "ridge", 1e-9),
     (ohg.NewtonCG(atol=1e-11), "quadratic", 1e-9),
+    (ohg.BlackBox(lambda lam: case("ridge").solution(lam)), "ridge", 1e-15),
     (ohg.LBFGS(atol=1e-11), "ridge", 1e-9),
     (ohg.LBFGS(atol=1e-11), "quadratic", 1e-9),
 ]

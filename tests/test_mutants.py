@@ -34,6 +34,9 @@ class Mutant:
 TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
 OUTER = "tests/test_minimize_bilevel.py"
+FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
+DIRECTIONS = "tests/test_forward_gradient.py"
+DIFFERENCES = "tests/test_zeroth_order.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
 MUTANTS = [
@@ -137,6 +140,69 @@ MUTANTS = [
         "lead = inner_solver.max_steps - self.truncation",
         "lead = inner_solver.max_steps - self.truncation + 1",
         f"{TRUTHS}::test_truncation_does_not_change_the_inner_solution",
+    ),
+    Mutant(
+        "forget the mixed derivative in the tangent of the gradient",
+        "hypergradients/_tangents.py",
+        "directions = (*block.point[: len(w)], *block.outer.values())",
+        "directions = (*block.point[: len(w)], *(0 * v for v in block.outer.values()))",
+        f"{FORWARD}[algebra-adamw]",
+    ),
+    Mutant(
+        "forget the curvature in the tangent of the gradient",
+        "hypergradients/_tangents.py",
+        "directions = (*block.point[: len(w)], *block.outer.values())",
+        "directions = (*(0 * y for y in block.point[: len(w)]), *block.outer.values())",
+        f"{FORWARD}[algebra-adamw]",
+    ),
+    Mutant(
+        "forget the tangents of the solver's own hyperparameters",
+        "hypergradients/_tangents.py",
+        "torch.func.vmap(push)(*block.point, *bent, *block.outer.values())",
+        "torch.func.vmap(push)(*block.point, *bent, *(0 * v for v in block.outer.values()))",
+        f"{FORWARD}[algebra-nesterov]",
+    ),
+    Mutant(
+        "forget the tangents of the solver's memory",
+        "hypergradients/_tangents.py",
+        "block.point = point",
+        "block.point = [*point[: len(w)], *(0 * t for t in point[len(w) :])]",
+        f"{FORWARD}[algebra-nesterov]",
+    ),
+    Mutant(
+        "forget the random signs of orthogonal directions",
+        "hypergradients/_directions.py",
+        "yield (angles.cos() + angles.sin()) * signs",
+        "yield angles.cos() + angles.sin()",
+        f"{DIRECTIONS}::test_orthogonal_directions_are_orthogonal_and_isotropic",
+    ),
+    Mutant(
+        "draw orthogonal directions with replacement",
+        "hypergradients/_directions.py",
+        "torch.randperm(size, generator=generator)",
+        "torch.randint(size, (size,), generator=generator)",
+        f"{DIRECTIONS}::test_as_many_directions_as_entries_are_exact",
+    ),
+    Mutant(
+        "the same directions at every outer step",
+        "hypergradients/_directions.py",
+        "(self.seed, self.step, number)",
+        "(self.seed, 0, number)",
+        f"{DIRECTIONS}::test_equal_seeds_and_steps_give_equal_bytes_and_others_do_not",
+    ),
+    Mutant(
+        "forget to subtract what the control variate expects",
+        "hypergradients/_directional.py",
+        "alpha=(scalar - expected) / count",
+        "alpha=scalar / count",
+        f"{DIRECTIONS}::test_as_many_directions_as_entries_are_exact",
+    ),
+    Mutant(
+        "divide by the whole distance only of forward differences",
+        "hypergradients/zeroth_order.py",
+        "(self.mu * len(signs))",
+        "self.mu",
+        f"{DIFFERENCES}::test_the_bias_falls_with_its_order",
     ),
 ]
 

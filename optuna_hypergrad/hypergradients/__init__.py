@@ -11,21 +11,30 @@ from ._base import (
     hypergradient,
     run_inner,
 )
+from ._directional import AbstractDirectionalEstimator, PartialEstimate
+from .forward_gradient import ForwardGradient
+from .forward_mode import ForwardMode
 from .implicit import Implicit
 from .unroll import Unroll
+from .zeroth_order import ZerothOrder
 
 REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[type-abstract]
 
 __all__ = [
     "REGISTRY",
+    "AbstractDirectionalEstimator",
     "AbstractHypergradientEstimator",
     "AbstractPullbackEstimator",
     "EstimatorState",
+    "ForwardGradient",
+    "ForwardMode",
     "HypergradientEstimate",
     "Implicit",
+    "PartialEstimate",
     "Pulled",
     "Solved",
     "Unroll",
+    "ZerothOrder",
     "hypergradient",
     "run_inner",
 ]

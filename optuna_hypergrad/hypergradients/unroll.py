@@ -71,7 +71,7 @@ class Unroll(AbstractPullbackEstimator):
         if not isinstance(inner_solver, AbstractStepSolver):
             raise RequirementError(
                 f"{type(inner_solver).__name__} cannot be unrolled: its steps branch on values. Use Implicit "
-                f"with it, or a step solver (GradientDescent, HeavyBall, Adam) with Unroll."
+                f"or ZerothOrder with it, or a step solver (GradientDescent, HeavyBall, Adam) with Unroll."
             )
         if inner_solver.max_steps < 1:
             raise RequirementError(

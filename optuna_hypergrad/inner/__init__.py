@@ -2,6 +2,7 @@
 
 from .._registry import registry
 from ._base import (
+    AbstractBlackBox,
     AbstractInnerSolver,
     AbstractMinimizer,
     AbstractStepSolver,
@@ -9,6 +10,7 @@ from ._base import (
     inner_solve,
 )
 from .adam import Adam, AdamW
+from .black_box import BlackBox
 from .gradient_descent import GradientDescent
 from .heavy_ball import HeavyBall
 from .lbfgs import LBFGS
@@ -19,11 +21,13 @@ REGISTRY = registry(AbstractInnerSolver, globals())
 __all__ = [
     "LBFGS",
     "REGISTRY",
+    "AbstractBlackBox",
     "AbstractInnerSolver",
     "AbstractMinimizer",
     "AbstractStepSolver",
     "Adam",
     "AdamW",
+    "BlackBox",
     "GradientDescent",
     "HeavyBall",
     "InnerSolution",

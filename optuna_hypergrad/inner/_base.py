@@ -78,6 +78,14 @@ class AbstractMinimizer(AbstractInnerSolver):
         """Minimize; ``max_steps`` overrides the solver's own limit (and its tolerance)."""
 
 
+class AbstractBlackBox(AbstractInnerSolver):
+    """A solver that uses no inner objective. Only zeroth-order estimators can differentiate through it."""
+
+    @abc.abstractmethod
+    def solution(self, inner_params: Params, outer_params: Params) -> InnerSolution:
+        """The inner solution at ``outer_params``, with the names, shapes and dtypes of ``inner_params``."""
+
+
 @dataclass(frozen=True)
 class AbstractStepSolver(AbstractInnerSolver):
     """A solver that is a step: torch operations only, no branches on values, so it can be unrolled.
@@ -213,9 +221,13 @@ def inner_solve(
             )
         objective = _objective(problem, _tree.detach(outer_params), start)
         return solver.minimize(objective, _tree.detach(inner_params), num_steps)
+    if isinstance(solver, AbstractBlackBox):
+        if create_graph:
+            raise RequirementError("A black box cannot be unrolled; use ZerothOrder with it.")
+        return solver.solution(_tree.detach(inner_params), _tree.detach(outer_params))
     if not isinstance(solver, AbstractStepSolver):
         raise RequirementError(
-            f"inner_solver must be an AbstractStepSolver or AbstractMinimizer, not {solver!r:.80}."
+            f"inner_solver must be an AbstractStepSolver, AbstractMinimizer or AbstractBlackBox, not {solver!r:.80}."
         )
     w = inner_params if create_graph else _tree.detach(inner_params)
     lam = outer_params if create_graph else _tree.detach(outer_params)

@@ -1,0 +1,157 @@
+"""How many columns of tangents fit into memory, and what is refused before there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._errors import RequirementError
+from .._typing import Params
+from ..inner import AbstractInnerSolver, AbstractStepSolver
+from ..inner._base import InnerState
+from ..problem import BilevelProblem
+from ._rewind import Point
+
+
+def check_step_solver(label: str, inner_solver: AbstractInnerSolver | None) -> AbstractStepSolver:
+    """The solver, whose steps can be differentiated.
+
+    Raises:
+        RequirementError: if they cannot, if there are none, or if there is no solver.
+    """
+    if inner_solver is None:
+        raise RequirementError(
+            f"{label} differentiates the steps of an inner solver, and none was given; pass inner_solver=, or "
+            f"use Implicit at a solution found elsewhere."
+        )
+    if not isinstance(inner_solver, AbstractStepSolver):
+        raise RequirementError(
+            f"{label} cannot differentiate {type(inner_solver).__name__}: it has no steps without branches on "
+            f"values. Use ZerothOrder or (where there is an inner objective) Implicit with it, or a step "
+            f"solver (GradientDescent, HeavyBall, Adam) with {label}."
+        )
+    if inner_solver.max_steps < 1:
+        raise RequirementError(
+            f"{label} needs at least one inner step to differentiate; raise max_steps."
+        )
+    return inner_solver
+
+
+def check_width(label: str, width: int | None, memory_budget: float) -> None:
+    """Raise ``ValueError`` for settings that mean nothing."""
+    if width is not None and width < 1:
+        raise ValueError(f"{label} needs width >= 1 or None, got {width}.")
+    if not memory_budget > 0:
+        raise ValueError(f"{label} needs memory_budget > 0 bytes, got {memory_budget}.")
+
+
+def width_of(width: int | None, inner_params: Params) -> int:
+    """``width``; by default 8, and up to 64 where ``w`` is so small that the calls take the time."""
+    if width is not None:
+        return width
+    return min(64, max(8, 2**20 // max(_tree.num_entries(inner_params), 1)))
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many columns fit: carried at once, and pushed at once."""
+
+    carried: int
+    width: int
+
+
+def room(
+    problem: BilevelProblem,
+    solver: AbstractStepSolver,
+    inner_params: Params,
+    outer_params: Params,
+    state: InnerState | None,
+    index: int,
+    width: int,
+    budget: float,
+    label: str,
+) -> Room:
+    """What fits into ``budget`` bytes beside ``w`` and ``lam``; takes a gradient at ``w_0`` to know.
+
+    Raises:
+        RequirementError: if not one column does.
+    """
+    start = Point(inner_params, solver.init(inner_params) if state is None else state)
+    graph = _graph_bytes(problem, inner_params, outer_params, index)
+    moving = num_bytes(start.tensors())
+    column = moving + num_bytes(outer_params.values())
+    working = column + 2 * num_bytes(inner_params.values()) + graph
+    left = budget - graph - moving
+    width = min(width, int(max(left, 0) // (column + working)))
+    if width < 1:
+        raise RequirementError(
+            f"{label}(memory_budget={budget:.3g}) bytes cannot hold one column of tangents ({column / 1e6:.3g} "
+            f"MB) beside the graph of a step ({graph / 1e6:.3g} MB) and what one column takes while it moves "
+            f"({working / 1e6:.3g} MB). Raise memory_budget to {graph + moving + column + working:.3g}, give the "
+            f"inner objective smaller batches, or use Unroll."
+        )
+    return Room(int((left - width * working) // column), width)
+
+
+def passes(columns: range, width: int, room: Room) -> list[list[range]]:
+    """For each run of the trajectory, the blocks of columns that it carries.
+
+    A block never crosses a multiple of ``width``, so how columns are batched does not depend on where
+    ``columns`` begins, as long as that is at such a multiple.
+    """
+    blocks = [
+        range(i, min(i + room.width, end))
+        for start in range(columns.start, columns.stop, width)
+        for end in [min(start + width, columns.stop)]
+        for i in range(start, end, room.width)
+    ]
+    planned: list[list[range]] = []
+    free = 0
+    for block in blocks:
+        if not planned or len(block) > free:
+            planned.append([])
+            free = room.carried
+        planned[-1].append(block)
+        free -= len(block)
+    return planned
+
+
+def contract(cotangent: Params, columns: Params) -> Tensor:
+    """``<cotangent, column>`` for each column: ``(B,)``, in float64 on the CPU."""
+    rows = len(next(iter(columns.values())))
+    parts = [columns[k].reshape(rows, -1) @ c.reshape(-1) for k, c in cotangent.items()]
+    return torch.stack([p.to("cpu", torch.float64) for p in parts]).sum(0)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _graph_bytes(
+    problem: BilevelProblem, inner_params: Params, outer_params: Params, index: int
+) -> int:
+    """What the graph of ``(g_w, g_lam)`` keeps alive, but for ``w``, ``lam`` and the batch."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = problem.inner_objective(w, lam, problem.inner_batch(index))
+        at = (*w.values(), *lam.values())
+        if value.requires_grad:
+            found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
+            held |= {
+                g.untyped_storage().data_ptr(): g.untyped_storage().nbytes()
+                for g in found
+                if g is not None
+            }
+    return sum(
+        n for key, n in held.items() if key not in {t.untyped_storage().data_ptr() for t in at}
+    )

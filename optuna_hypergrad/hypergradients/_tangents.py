@@ -1,0 +1,283 @@
+"""Inner steps, and columns of tangents that are pushed through each of them. Nothing of a graph survives a step.
+
+The tangent of the inner gradient in a direction ``(y, v)`` is ``H y + M v``; by the symmetry of second
+derivatives that is the gradient in ``w`` of ``<g_w, y> + <g_lam, v>``: one walk of the graph of ``(g_w, g_lam)``,
+in reverse mode, for each column, and batched. The rest of a step, which is the solver's own algebra, is
+elementwise, and is pushed forward with the gradient as one more input.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._errors import RequirementError
+from .._typing import Params
+from ..inner import AbstractStepSolver
+from ..inner._base import InnerState, take_step
+from ..operators import scalar
+from ..problem import BilevelProblem
+from ._rewind import Point
+
+
+class _OtherwiseError(Exception):
+    """The solver's step is not one gradient at ``w`` and some algebra in forward mode."""
+
+
+@dataclass
+class Columns:
+    """Tangents that are pushed together: of ``lam``, and of a point as in ``Point.tensors``; ``(B, *shape)``."""
+
+    outer: Params
+    point: list[Tensor]
+
+
+class Pushforward:
+    """Takes the steps of one inner solve (:meth:`take`), and carries tangents along.
+
+    Args:
+        directions: Of ``lam``: for each block of columns, tensors ``(B, *shape)``. The tangents of ``w_0`` and of
+            the solver's memory are zero.
+        label: The estimator's name, for messages.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        solver: AbstractStepSolver,
+        inner_params: Params,
+        outer_params: Params,
+        directions: Sequence[Params],
+        label: str,
+    ) -> None:
+        self._problem, self._solver, self._label = problem, solver, label
+        self._lam = _tree.leaves(outer_params)
+        self._unseen = set(outer_params)
+        self._blocks = [Columns(v, []) for v in directions]
+        self._names = list(inner_params)
+        self._plain = self._batched = True
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """The hyperparameters that some step depended on."""
+        return frozenset(self._lam.keys() - self._unseen)
+
+    def columns(self) -> list[Params]:
+        """By block, the tangents of the last ``w``: ``(B, *shape)``."""
+        return [dict(zip(self._names, b.point, strict=False)) for b in self._blocks]
+
+    def take(
+        self, inner_params: Params, state: InnerState, index: int
+    ) -> tuple[Params, InnerState, Tensor, Params]:
+        """A step on inner batch ``index``, without a graph; the columns go with it."""
+        before = Point(inner_params, state)
+        for block in self._blocks:
+            if not block.point:
+                rows = len(next(iter(block.outer.values())))
+                block.point = [t.new_zeros(rows, *t.shape) for t in before.tensors()]
+        if self._plain:
+            try:
+                return self._take(before, index)
+            except _OtherwiseError:
+                self._plain = False
+        return self._take_whole(before, index)
+
+    def _take(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
+        w = _tree.leaves(before.inner_params)
+        lam = _tree.detach(self._lam)
+        value, slopes = self._gradients(w, index)
+        gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
+        asked: list[Params] = []
+
+        def evaluate(at: Params) -> tuple[Tensor, Params]:
+            if asked or any(at[k] is not v for k, v in before.inner_params.items()):
+                raise _OtherwiseError
+            asked.append(at)
+            return value, gradient
+
+        with torch.no_grad():
+            moved = self._solver.step(evaluate, before.inner_params, lam, before.state, index)
+        if self._unseen:
+            self._look(before, index)
+        pushed = []
+        for block in self._blocks:
+            bent = self._bend(slopes, w, block)
+            pushed.append(self._push(before, lam, value, gradient, block, bent, index))
+        for block, point in zip(self._blocks, pushed, strict=True):
+            block.point = point
+        return moved
+
+    def _gradients(self, w: Params, index: int) -> tuple[Tensor, list[Tensor]]:
+        """``g``, and ``(g_w, g_lam)`` with their graph; zeros where there is no path."""
+        at = (*w.values(), *self._lam.values())
+        with torch.enable_grad():
+            value = scalar(
+                self._problem.inner_objective(w, self._lam, self._problem.inner_batch(index)),
+                "inner_objective",
+            )
+            if not value.requires_grad:
+                raise RequirementError(
+                    "inner_objective does not depend on inner_params through differentiable torch operations."
+                )
+            found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
+        slopes = [torch.zeros_like(t) if g is None else g for t, g in zip(at, found, strict=True)]
+        return value.detach(), slopes
+
+    def _bend(self, slopes: list[Tensor], w: Params, block: Columns) -> list[Tensor]:
+        """Tangents of the inner gradient."""
+        directions = (*block.point[: len(w)], *block.outer.values())
+        return self._walk(slopes, tuple(w.values()), directions)
+
+    def _push(
+        self,
+        before: Point,
+        lam: Params,
+        value: Tensor,
+        gradient: Params,
+        block: Columns,
+        bent: list[Tensor],
+        index: int,
+    ) -> list[Tensor]:
+        """Tangents of the next point, through the solver's own algebra."""
+        tensors = before.tensors()
+        inputs = (*tensors, *gradient.values(), *lam.values())
+
+        def algebra(*inputs: Tensor) -> tuple[Tensor, ...]:
+            at = _filled(before, inputs)
+            rest = inputs[len(tensors) :]
+            g = dict(zip(gradient, rest, strict=False))
+            lam_at = dict(zip(lam, rest[len(gradient) :], strict=True))
+            step = self._solver.step(lambda _: (value, g), at.inner_params, lam_at, at.state, index)
+            return tuple(Point(step[0], step[1]).tensors())
+
+        def push(*tangents: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.func.jvp(algebra, inputs, tangents)[1]
+            return found
+
+        try:
+            return list(torch.func.vmap(push)(*block.point, *bent, *block.outer.values()))
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ) as error:  # no forward mode, or a look at a value
+            raise _OtherwiseError from error
+
+    def _take_whole(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
+        """Any step: the pullback is linear in its cotangents, and its own pullback is the pushforward."""
+        at, after, value, gradient = self._record(before, index)
+        if self._unseen:
+            self._look(before, index)
+        ends = after.tensors()
+        alive = [t for t in ends if t.requires_grad]
+        inputs = (*at.tensors(), *self._lam.values())
+        cotangents = tuple(torch.zeros_like(t, requires_grad=True) for t in alive)
+        try:
+            pulled = torch.autograd.grad(
+                alive, inputs, cotangents, create_graph=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            raise self._refusal(error) from error
+        for block in self._blocks:
+            found = iter(self._walk(pulled, cotangents, (*block.point, *block.outer.values())))
+            block.point = [
+                next(found) if new.requires_grad else torch.zeros_like(old)
+                for new, old in zip(ends, block.point, strict=True)
+            ]
+        end = after.map(_tree.detach)
+        return end.inner_params, end.state, value.detach(), _tree.detach(gradient)
+
+    def _record(self, before: Point, index: int) -> tuple[Point, Point, Tensor, Params]:
+        at = before.map(_tree.leaves)
+        with torch.enable_grad():
+            w, state, value, gradient = take_step(
+                self._problem, self._solver, self._lam, True, at.inner_params, at.state, index
+            )
+        return at, Point(w, state), value, gradient
+
+    def _look(self, before: Point, index: int) -> None:
+        """Which hyperparameters this step depends on, in whatever way."""
+        names = sorted(self._unseen)
+        ends = [t for t in self._record(before, index)[1].tensors() if t.requires_grad]
+        if not ends:
+            return
+        ones = [torch.ones_like(t) for t in ends]
+        try:
+            found = torch.autograd.grad(
+                ends, [self._lam[k] for k in names], ones, allow_unused=True
+            )
+        except RuntimeError as error:
+            raise self._refusal(error) from error
+        self._unseen -= {k for k, slope in zip(names, found, strict=True) if slope is not None}
+
+    def _walk(
+        self, outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], directions: Iterable[Tensor]
+    ) -> list[Tensor]:
+        """For each row of ``directions``, the gradient of ``<outputs, row>``: ``(B, *shape)`` for each input."""
+        pairs = [
+            (o, d.to(o.dtype)) for o, d in zip(outputs, directions, strict=True) if o.requires_grad
+        ]
+        if not pairs:
+            rows = len(self._blocks[0].point[0])
+            return [t.new_zeros(rows, *t.shape) for t in inputs]
+        alive, cotangents = [o for o, _ in pairs], [d for _, d in pairs]
+        rows = len(cotangents[0])
+        if self._batched and rows > 1:
+            try:
+                found = torch.autograd.grad(
+                    alive, inputs, cotangents, True, allow_unused=True, is_grads_batched=True
+                )
+                return [
+                    t.new_zeros(rows, *t.shape) if f is None else f
+                    for t, f in zip(inputs, found, strict=True)
+                ]
+            except RuntimeError as error:
+                one_by_one = self._walk_one_by_one(alive, inputs, cotangents)
+                self._batched = False
+                warnings.warn(
+                    f"{self._label} takes its columns of tangents one by one, which costs small problems the "
+                    f"most (up to {rows} times): an operation of the inner objective cannot be batched "
+                    f"({_first_line(error)}). Replace it, or set width=1 if this is meant.",
+                    stacklevel=2,
+                )
+                return one_by_one
+        return self._walk_one_by_one(alive, inputs, cotangents)
+
+    def _walk_one_by_one(
+        self, outputs: list[Tensor], inputs: tuple[Tensor, ...], cotangents: list[Tensor]
+    ) -> list[Tensor]:
+        rows: list[tuple[Tensor, ...]] = []
+        for i in range(len(cotangents[0])):
+            try:
+                rows.append(
+                    torch.autograd.grad(
+                        outputs, inputs, [c[i] for c in cotangents], True, materialize_grads=True
+                    )
+                )
+            except RuntimeError as error:
+                raise self._refusal(error) from error
+        if len(rows) == 1:
+            return [t[None] for t in rows[0]]
+        return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+    def _refusal(self, error: RuntimeError) -> RequirementError:
+        return RequirementError(
+            f"{self._label} differentiates each inner step, which takes two derivatives of inner_objective, and "
+            f"one of its operations has no second one ({_first_line(error)}). Write it with operations that "
+            f"torch can differentiate twice, or use ZerothOrder, which differentiates nothing."
+        )
+
+
+def _filled(like: Point, tensors: Sequence[Tensor]) -> Point:
+    """``tensors`` in the order of ``Point.tensors``."""
+    rest = iter(tensors)
+    w = {k: next(rest) for k in like.inner_params}
+    return Point(w, {role: {k: next(rest) for k in tree} for role, tree in like.state.items()})
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200].rstrip(".")

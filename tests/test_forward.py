@@ -1,0 +1,273 @@
+"""Forward differentiation: against reverse and plain autograd, in bounded memory, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import cases
+import problems
+import pytest
+import test_unrolling as unrolling
+import torch
+from problems import F64, relative_error
+from torch import Tensor
+
+import optuna_hypergrad as ohg
+from optuna_hypergrad.hypergradients._tangents import Pushforward, _OtherwiseError
+
+Params = dict[str, Tensor]
+PROBLEM, hypers, start = unrolling.PROBLEM, unrolling.hypers, unrolling.start
+
+
+def only(path: str, patch: pytest.MonkeyPatch) -> None:
+    """Take steps in one way, and fail where it is not taken."""
+
+    def otherwise(*_: Any) -> None:
+        raise _OtherwiseError
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a step was taken in the other way")
+
+    if path == "whole":
+        patch.setattr(Pushforward, "_take", otherwise)
+    else:
+        patch.setattr(Pushforward, "_take_whole", fail)
+
+
+@pytest.mark.parametrize("name", unrolling.SOLVERS)
+@pytest.mark.parametrize("path", ["algebra", "whole"])
+def test_forward_mode_equals_plain_autograd(
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(path, monkeypatch)
+    solver, step, settings = unrolling.SOLVERS[name]
+    lam = hypers(**settings)
+    w, exact = unrolling.by_hand(step, lam)
+    found = ohg.hypergradient(
+        PROBLEM, start(), lam, estimator=ohg.ForwardMode(), inner_solver=solver
+    )
+    assert relative_error(found.value, exact) < 1e-10
+    assert relative_error(found.inner_params, {k: v.detach() for k, v in w.items()}) < 1e-12
+
+
+ADAM = ohg.Adam("lr", 9, beta1=0.8, weight_decay="l2", max_norm=0.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"width": 1},
+        {"width": 5},
+        {"memory_budget": 60e3},
+        {"memory_budget": 25e3},
+    ],
+)
+def test_columns_in_parts_give_the_same_hypergradient(settings: dict[str, Any]) -> None:
+    lam = hypers(lr=0.05, l2=0.1)
+    exact, found = (
+        ohg.hypergradient(PROBLEM, start(), lam, estimator=e, inner_solver=ADAM)
+        for e in (ohg.Unroll(), ohg.ForwardMode(**settings))
+    )
+    assert relative_error(found.value, exact.value) < 1e-10
+    assert torch.equal(found.outer_value, exact.outer_value)
+    assert (found.stats["num_passes"] > 1) == ("memory_budget" in settings)
+
+
+def test_warm_starts_and_tolerances_are_those_of_unrolling() -> None:
+    solver = ohg.HeavyBall("lr", 300, momentum=0.5, atol=0.03)
+    lam = hypers(lr=0.1)
+    state, w = None, start()
+    for step in range(2):
+        lam["log_decay"] = lam["log_decay"] + step
+        exact, found = (
+            ohg.hypergradient(
+                ohg.BilevelProblem(
+                    lambda w, lam, _: unrolling.inner(w, lam, unrolling.batch_of(0)),
+                    unrolling.outer,
+                ),
+                w,
+                lam,
+                estimator=e,
+                inner_solver=solver,
+                step=step,
+                state=state,
+            )
+            for e in (ohg.Unroll(), ohg.ForwardMode())
+        )
+        assert 2 < found.stats["num_inner_steps"] < 300
+        assert found.stats["num_inner_steps"] == exact.stats["num_inner_steps"]
+        assert relative_error(found.value, exact.value) < 1e-10
+        assert relative_error(found.inner_params, exact.inner_params) < 1e-14
+        assert found.state.inner_index == exact.state.inner_index
+        state, w = found.state, found.inner_params
+
+
+def test_solve_pulls_back_through_the_columns() -> None:
+    case = cases.case("quadratic")
+    lam = {k: v.clone().requires_grad_() for k, v in case.outer_params.items()}
+    w = ohg.solve(
+        case.problem.inner_objective,
+        case.inner_params,
+        lam,
+        solver=ohg.GradientDescent(0.25, max_steps=300),
+        estimator=ohg.ForwardMode(),
+    )
+    case.problem.outer_objective(w, lam, None).backward()
+    assert relative_error({k: v.grad for k, v in lam.items()}, cases.truth("quadratic")) < 1e-3
+
+
+def test_two_estimators_alive_at_once_do_not_interact() -> None:
+    lam = hypers(lr=0.05, l2=0.1)
+    one = ohg.ForwardMode().solve(PROBLEM, ADAM, start(), lam)
+    two = ohg.ForwardMode(width=3, memory_budget=25e3).solve(PROBLEM, ADAM, start(), lam)
+    slope = {k: problems.randn(*v.shape, seed=i) for i, (k, v) in enumerate(start().items())}
+    first, second, again = one.pullback({**slope}), two.pullback({**slope}), one.pullback({**slope})
+    assert relative_error(first.outer, second.outer) < 1e-12
+    for k in lam:
+        assert torch.equal(first.outer[k], again.outer[k])
+
+
+@dataclasses.dataclass(frozen=True)
+class LookAhead(ohg.GradientDescent):
+    """Asks for a gradient elsewhere than at ``w``, and looks at a value."""
+
+    name = "look_ahead"
+
+    def step(self, evaluate, inner_params, outer_params, state, index):  # type: ignore[no-untyped-def]
+        eta = self.setting("step_size", outer_params, index)
+        value, first = evaluate(inner_params)
+        second = evaluate({k: v - eta * first[k] for k, v in inner_params.items()})[1]
+        factor = 1.0 if float(value.detach()) > 0 else 0.5
+        moved = {k: v - eta * factor * second[k] for k, v in inner_params.items()}
+        return moved, state, value, first
+
+
+class NoForward(torch.autograd.Function):
+    """The identity, without a formula for forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        return slope
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd(ohg.GradientDescent):
+    name = "odd"
+
+    def step(self, evaluate, inner_params, outer_params, state, index):  # type: ignore[no-untyped-def]
+        moved, *rest = super().step(evaluate, inner_params, outer_params, state, index)
+        return {k: NoForward.apply(v) for k, v in moved.items()}, *rest
+
+
+@pytest.mark.parametrize("kind", [LookAhead, Odd])
+def test_steps_of_any_kind_are_pushed_through(kind: Any) -> None:
+    lam = hypers(lr=0.2)
+    exact, found = (
+        ohg.hypergradient(PROBLEM, start(), lam, estimator=e, inner_solver=kind("lr", 5))
+        for e in (ohg.Unroll(), ohg.ForwardMode())
+    )
+    assert relative_error(found.value, exact.value) < 1e-10
+
+
+class Branching(torch.autograd.Function):
+    """``x^2``; its gradient's gradient looks at a value, which no batch has."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return Doubled.apply(x, slope)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slope):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, slope)
+        return 2 * x * slope
+
+    @staticmethod
+    def backward(ctx, y):  # type: ignore[no-untyped-def]
+        x, slope = ctx.saved_tensors
+        return (2 * y * slope, 2 * x * y) if float(y.sum()) > -1e9 else (None, None)
+
+
+def with_operation(function: Any) -> ohg.BilevelProblem:
+    return ohg.BilevelProblem(
+        lambda w, lam, _: (function(w["w"] - lam["x"]) * (1 + w["w"] ** 2)).sum(),
+        lambda w, lam, _: (w["w"] ** 3).sum(),
+    )
+
+
+def with_three(function: Any, estimator: Any, **settings: Any) -> ohg.HypergradientEstimate:
+    return ohg.hypergradient(
+        with_operation(function),
+        {"w": torch.tensor([0.1, 0.2, 0.3], dtype=F64)},
+        {"x": torch.ones(3, dtype=F64)},
+        estimator=estimator,
+        inner_solver=ohg.GradientDescent(0.1, 4),
+        **settings,
+    )
+
+
+def test_an_operation_that_cannot_be_batched_costs_a_loop_and_one_warning() -> None:
+    with pytest.warns(
+        UserWarning, match=r"one by one.*cannot be batched \(.*item.*width=1"
+    ) as seen:
+        found = with_three(Branching.apply, ohg.ForwardMode())
+    assert len(seen) == 1
+    exact = with_three(lambda x: x**2, ohg.Unroll())
+    assert relative_error(found.value, exact.value) < 1e-12
+    quiet = with_three(Branching.apply, ohg.ForwardMode(width=1))
+    assert relative_error(quiet.value, exact.value) < 1e-12
+
+
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    q = problems.randn(1, 1, 3, 8, seed=1)
+
+    def attention(x: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            found = torch.nn.functional.scaled_dot_product_attention(q * x[:, None], q, q)
+        return found.sum((0, 1, 3))
+
+    with pytest.raises(ohg.RequirementError, match=r"flash_attention.*or use ZerothOrder"):
+        with_three(attention, ohg.ForwardMode())
+
+
+def test_a_budget_that_holds_nothing_is_refused() -> None:
+    with pytest.raises(
+        ohg.RequirementError, match=r"one column .* Raise memory_budget to [0-9.e+]+"
+    ):
+        ohg.hypergradient(
+            PROBLEM,
+            start(),
+            hypers(),
+            estimator=ohg.ForwardMode(memory_budget=100),
+            inner_solver=ohg.Adam(max_steps=3),
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"width": 0}, "width >= 1"), ({"memory_budget": 0}, "memory_budget > 0 bytes")],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ohg.ForwardMode(**settings)
+
+
+def test_a_hyperparameter_that_no_step_depends_on_is_named() -> None:
+    lam = {**hypers(), "unused": torch.ones(2, dtype=F64)}
+    with pytest.raises(ohg.ZeroHypergradientError, match=r"'unused' under ForwardMode is zero by"):
+        ohg.hypergradient(
+            PROBLEM, start(), lam, estimator=ohg.ForwardMode(), inner_solver=ohg.Adam(max_steps=3)
+        )
