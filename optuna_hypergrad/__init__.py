@@ -17,7 +17,7 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
-from .hypergradients import HypergradientEstimate, Implicit, Unroll, hypergradient
+from .hypergradients import HypergradientEstimate, Implicit, Reversible, Unroll, hypergradient
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
 from .inner import LBFGS, Adam, AdamW, GradientDescent, HeavyBall, NewtonCG, inner_solve
 from .operators import GaussNewton, Hessian
@@ -74,6 +74,7 @@ __all__ = [
     "Result",
     "Retention",
     "RetryingStorage",
+    "Reversible",
     "SolverError",
     "Status",
     "StorageError",

@@ -33,6 +33,8 @@ class Mutant:
 
 TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
+REVERSIBLE = "tests/test_reversible.py"
+UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
@@ -137,6 +139,55 @@ MUTANTS = [
         "lead = inner_solver.max_steps - self.truncation",
         "lead = inner_solver.max_steps - self.truncation + 1",
         f"{TRUTHS}::test_truncation_does_not_change_the_inner_solution",
+    ),
+    Mutant(
+        "drop the information buffer",
+        "hypergradients/_fixed_point.py",
+        "v.add_(buffer.sub_(quotient * n))",
+        "buffer.sub_(quotient * n)",
+        UNDONE,
+    ),
+    Mutant(
+        "do not swap numerator and denominator on the way back",
+        "hypergradients/_fixed_point.py",
+        "_divide(self._v[k], self._buffers[k], n)",
+        "_multiply(self._v[k], self._buffers[k], n)",
+        UNDONE,
+    ),
+    Mutant(
+        "forget to put a full buffer aside",
+        "hypergradients/_fixed_point.py",
+        "if (self._fill[k] + 1) * growth > _FULL:",
+        "if False:",
+        UNDONE,
+    ),
+    Mutant(
+        "lose the bits of a coarser scale",
+        "hypergradients/_fixed_point.py",
+        ".bitwise_or_(shifted.cut_off[k])",
+        "",
+        f"{REVERSIBLE}::test_velocities_of_any_size_are_undone_and_are_those_of_floating_point",
+    ),
+    Mutant(
+        "differentiate the momentum at the velocity after the step",
+        "hypergradients/_reversing.py",
+        "_tree.leaves(self._exact.velocity())",
+        "_tree.leaves(late)",
+        f"{REVERSIBLE}::test_hypergradients_equal_plain_autograd[0.5]",
+        also=(
+            (
+                "hypergradients/_reversing.py",
+                "self._exact.unmove(",
+                "late = self._exact.velocity(); self._exact.unmove(",
+            ),
+        ),
+    ),
+    Mutant(
+        "do not look where the way back has led",
+        "hypergradients/_reversing.py",
+        "            self._exact.check_start()\n",
+        "",
+        f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
     ),
 ]
 

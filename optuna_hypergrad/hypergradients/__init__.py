@@ -12,6 +12,7 @@ from ._base import (
     run_inner,
 )
 from .implicit import Implicit
+from .reversible import Reversible
 from .unroll import Unroll
 
 REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[type-abstract]
@@ -24,6 +25,7 @@ __all__ = [
     "HypergradientEstimate",
     "Implicit",
     "Pulled",
+    "Reversible",
     "Solved",
     "Unroll",
     "hypergradient",
