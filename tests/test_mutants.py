@@ -143,15 +143,15 @@ MUTANTS = [
     Mutant(
         "drop the information buffer",
         "hypergradients/_fixed_point.py",
-        "v.add_(buffer.sub_(quotient * n))",
-        "buffer.sub_(quotient * n)",
+        "_add_times(buffer, v.",
+        "_add_times(0 * buffer, v.",
         UNDONE,
     ),
     Mutant(
         "do not swap numerator and denominator on the way back",
         "hypergradients/_fixed_point.py",
-        "_divide(self._v[k], self._buffers[k], n)",
-        "_multiply(self._v[k], self._buffers[k], n)",
+        "_divide(v, buffer, m, a)",
+        "_multiply(v, buffer, m, a)",
         UNDONE,
     ),
     Mutant(

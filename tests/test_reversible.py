@@ -36,7 +36,7 @@ def gradient_at(w: Params, t: int) -> Params:
 
 def fractions(momentum: float) -> Rational:
     n = round(momentum * DENOMINATOR)
-    return Rational({"w": torch.tensor([n])}, {"w": n}, n)
+    return Rational({"w": n}, {"w": n}, n)
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)

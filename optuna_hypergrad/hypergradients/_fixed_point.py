@@ -12,6 +12,7 @@ which grows by ``log2(d / n)`` bits a step. A full one is put aside, and fetched
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ _LIMIT = 2.0**61
 """Of integers and of what is added to them, so that no sum leaves 64 bits."""
 _ROOM = 6
 """Bits left above the first velocity, and above a later one that did not fit any more."""
+_IN_CACHE = 1 << 16
+"""Entries that are worked on at once on a CPU."""
 _FINEST = 100
 """Scale of a velocity of zero; float32 holds its power of two."""
 
@@ -50,12 +53,12 @@ class Rational:
     """A momentum ``n / d`` for each inner parameter.
 
     Attributes:
-        numerators: ``n``, 1-D, of one entry or as many as the parameter has.
+        numerators: ``n``: a number, or 1-D with as many entries as the parameter.
         smallest: Of them, by parameter.
         largest: Of all of them.
     """
 
-    numerators: Params
+    numerators: dict[str, int | Tensor]
     smallest: dict[str, int]
     largest: int
 
@@ -91,6 +94,11 @@ class FixedPoint:
     def __init__(self, inner_params: Params, velocity: Params, fraction_bits: int) -> None:
         self._w0, self._v0 = _tree.clone(inner_params), _tree.clone(velocity)
         self._bits = fraction_bits
+        self._device = next(iter(inner_params.values())).device
+        self._chunk = max(v.numel() for v in inner_params.values()) or 1
+        if self._device.type == "cpu":
+            self._chunk = min(self._chunk, _IN_CACHE)
+        self._scratch = torch.empty(self._chunk, dtype=torch.int64, device=self._device)
         self.restart()
 
     def restart(self) -> None:
@@ -106,17 +114,23 @@ class FixedPoint:
         self._w = {k: _encode(v, self._bits) for k, v in self._w0.items()}
         self._v = {k: _encode(v, self._v_bits) for k, v in self._v0.items()}
         self._buffers = {k: torch.zeros_like(v) for k, v in self._w.items()}
+        self._seen_w: Params | None = None
+        self._seen_v: Params | None = None
         self._fill = dict.fromkeys(self._w, 0.0)
         self._full: list[_Full] = []
         self._shifted: list[_Shifted] = []
 
     def inner_params(self) -> Params:
-        """``w``, in new tensors of the dtypes of ``w_0``."""
-        return {k: _decode(self._w[k], self._bits, like) for k, like in self._w0.items()}
+        """``w``, in new tensors of the dtypes of ``w_0``, not to be written to."""
+        if self._seen_w is None:
+            self._seen_w = {k: _decode(self._w[k], self._bits, u) for k, u in self._w0.items()}
+        return self._seen_w
 
     def velocity(self) -> Params:
         """``v``, likewise."""
-        return {k: _decode(self._v[k], self._v_bits, like) for k, like in self._w0.items()}
+        if self._seen_v is None:
+            self._seen_v = {k: _decode(self._v[k], self._v_bits, u) for k, u in self._w0.items()}
+        return self._seen_v
 
     def num_bytes_aside(self) -> int:
         """Of what was put aside so far: all that grows with the number of steps."""
@@ -133,21 +147,25 @@ class FixedPoint:
         bound = self._v_bound * momentum.largest / DENOMINATOR + _largest(direction)
         if not math.isfinite(bound):
             raise OutOfRangeError(bound)
-        for k, n in momentum.numerators.items():
-            growth = DENOMINATOR / momentum.smallest[k]
+        for k, smallest in momentum.smallest.items():
+            growth = DENOMINATOR / smallest
             if (self._fill[k] + 1) * growth > _FULL:
                 buffer = self._buffers[k]
                 self._full.append(
                     _Full(position, k, buffer.to(torch.int32), (buffer >> 32).to(torch.int16))
                 )
                 self._buffers[k], self._fill[k] = torch.zeros_like(buffer), 0.0
-            _multiply(self._v[k], self._buffers[k], n)
             self._fill[k] = (self._fill[k] + 1) * growth
         if bound * 2.0**self._v_bits > _LIMIT:
             self._coarsen(self._v_bits - _bits_for(bound), position)
         self._v_bound = bound
-        for k, v in direction.items():
-            self._v[k].add_(_encode(v, self._v_bits))
+        self._seen_v = None
+        for k, n in momentum.numerators.items():
+            for (v, buffer, part), m, a in self._parts(
+                n, self._v[k], self._buffers[k], direction[k]
+            ):
+                _multiply(v, buffer, m, a)
+                v.add_(_encode(part, self._v_bits, a))
 
     def unpush(self, direction: Params, momentum: Rational, position: int) -> None:
         """Undo :meth:`push`.
@@ -155,21 +173,24 @@ class FixedPoint:
         Raises:
             NotReversedError: if a buffer should be empty now, and is not.
         """
-        for k, v in direction.items():
-            self._v[k].sub_(_encode(v, self._v_bits))
+        self._seen_v = None
+        for k, n in momentum.numerators.items():
+            for (v, buffer, part), m, a in self._parts(
+                n, self._v[k], self._buffers[k], direction[k]
+            ):
+                v.sub_(_encode(part, self._v_bits, a))
+                _divide(v, buffer, m, a)
         while self._shifted and self._shifted[-1].position == position:
             shifted = self._shifted.pop()
             self._v_bits += shifted.num_bits
             for k, v in self._v.items():
                 v.bitwise_left_shift_(shifted.num_bits).bitwise_or_(shifted.cut_off[k])
-        for k, n in reversed(momentum.numerators.items()):
-            _divide(self._v[k], self._buffers[k], n)
-            if self._full and (self._full[-1].position, self._full[-1].name) == (position, k):
-                if bool(self._buffers[k].any()):
-                    raise NotReversedError
-                full = self._full.pop()
-                low = full.low.to(torch.int64).bitwise_and_(0xFFFFFFFF)
-                self._buffers[k] = full.high.to(torch.int64).bitwise_left_shift_(32) + low
+        while self._full and self._full[-1].position == position:
+            full = self._full.pop()
+            if bool(self._buffers[full.name].any()):
+                raise NotReversedError
+            low = full.low.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+            self._buffers[full.name] = full.high.to(torch.int64).bitwise_left_shift_(32) + low
 
     def move(self, step: Params) -> None:
         """``w <- w - step``.
@@ -183,13 +204,17 @@ class FixedPoint:
             self._w_bound = _largest(self._w) * 2.0**-self._bits + length
             if not self._w_bound * 2.0**self._bits <= _LIMIT:
                 raise OutOfRangeError(self._w_bound)
+        self._seen_w = None
         for k, v in step.items():
-            self._w[k].sub_(_encode(v, self._bits))
+            for (w, part), _, a in self._parts(1, self._w[k], v):
+                w.sub_(_encode(part, self._bits, a))
 
     def unmove(self, step: Params) -> None:
         """Undo :meth:`move`."""
+        self._seen_w = None
         for k, v in step.items():
-            self._w[k].add_(_encode(v, self._bits))
+            for (w, part), _, a in self._parts(1, self._w[k], v):
+                w.add_(_encode(part, self._bits, a))
 
     def check_start(self) -> None:
         """See that everything is as it was before the first step, bit for bit.
@@ -206,6 +231,16 @@ class FixedPoint:
             if not arrived:
                 raise NotReversedError
 
+    def _parts(
+        self, n: int | Tensor, *tensors: Tensor
+    ) -> Iterator[tuple[list[Tensor], int | Tensor, Tensor]]:
+        """The tensors as vectors, in parts that stay in the cache; the part of ``n``; and one to write on."""
+        flat = [t.reshape(-1) for t in tensors]
+        for start in range(0, flat[0].numel(), self._chunk):
+            part = slice(start, min(start + self._chunk, flat[0].numel()))
+            here = n if isinstance(n, int) else n[part]
+            yield [t[part] for t in flat], here, self._scratch[: part.stop - start]
+
     def _coarsen(self, num_bits: int, position: int) -> None:
         if self._v_bound > 0:
             for part in (62,) * (num_bits // 62) + (num_bits % 62,):
@@ -217,27 +252,38 @@ class FixedPoint:
         self._v_bits -= num_bits
 
 
-def _multiply(v: Tensor, buffer: Tensor, n: Tensor) -> None:
-    """``v <- v n / d``, in place. ``n`` has one entry, or as many as ``v``."""
-    buffer.bitwise_left_shift_(_SHIFT).bitwise_or_(v & _MASK)
-    v.bitwise_right_shift_(_SHIFT).mul_(n)
-    quotient = torch.div(buffer, n, rounding_mode="trunc")  # a buffer is never negative
-    v.add_(buffer.sub_(quotient * n))
-    buffer.copy_(quotient)
+def _multiply(v: Tensor, buffer: Tensor, n: int | Tensor, a: Tensor) -> None:
+    """``v <- v n / d``, in place. ``a`` is overwritten."""
+    buffer.bitwise_left_shift_(_SHIFT).bitwise_or_(torch.bitwise_and(v, _MASK, out=a))
+    torch.div(buffer, n, rounding_mode="trunc", out=a)  # a buffer is never negative
+    _add_times(buffer, v.bitwise_right_shift_(_SHIFT).sub_(a), n, out=v)  # v n + (B - a n)
+    buffer.copy_(a)
 
 
-def _divide(v: Tensor, buffer: Tensor, n: Tensor) -> None:
-    """``v <- v d / n``: undoes :func:`_multiply`, in place."""
-    quotient = torch.div(v, n, rounding_mode="floor")
-    buffer.mul_(n).add_(v.sub_(quotient * n))
-    torch.bitwise_left_shift(quotient, _SHIFT, out=v)
-    v.bitwise_or_(buffer & _MASK)
+def _divide(v: Tensor, buffer: Tensor, n: int | Tensor, a: Tensor) -> None:
+    """``v <- v d / n``: undoes :func:`_multiply`."""
+    above = (1 << 62) // n
+    torch.div(
+        torch.add(v, above * n, out=a), n, rounding_mode="trunc", out=a
+    )  # not negative: faster
+    a.sub_(above)
+    _add_times(v, buffer.sub_(a), n, out=buffer)  # B n + (v - a n)
+    torch.bitwise_left_shift(a, _SHIFT, out=v)
+    v.bitwise_or_(torch.bitwise_and(buffer, _MASK, out=a))
     buffer.bitwise_right_shift_(_SHIFT)
 
 
-def _encode(value: Tensor, bits: int) -> Tensor:
-    wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    return (wide * 2.0**bits).round_().to(torch.int64).reshape(-1)
+def _add_times(x: Tensor, y: Tensor, n: int | Tensor, out: Tensor) -> None:
+    if isinstance(n, int):
+        torch.add(x, y, alpha=n, out=out)
+    else:
+        torch.add(x, y * n, out=out)
+
+
+def _encode(value: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    wide = value.to(torch.promote_types(value.dtype, torch.float32)).reshape(-1)
+    scaled = (wide * 2.0**bits).round_()
+    return scaled.to(torch.int64) if out is None else out.copy_(scaled)
 
 
 def _decode(integers: Tensor, bits: int, like: Tensor) -> Tensor:

@@ -164,20 +164,20 @@ def rational(solver: HeavyBall, outer_params: Params, index: int, inner_params: 
     else:
         each = dict.fromkeys(inner_params, torch.as_tensor(value, dtype=torch.float64))
     label = repr(solver.momentum) if isinstance(solver.momentum, str) else "momentum"
-    numerators, smallest, largest = {}, {}, 0
-    known: dict[int, tuple[Tensor, int, int]] = {}
+    numerators: dict[str, int | Tensor] = {}
+    ends: dict[str, tuple[int, int]] = {}
     for k, v in each.items():
-        if id(v) not in known:
-            n = (v.double() * DENOMINATOR).round_().to(torch.int64).reshape(-1)
-            known[id(v)] = n.to(inner_params[k].device), int(n.min()), int(n.max())
-            if not (known[id(v)][1] >= 1 and float(v.max()) < 1):
-                raise HyperparameterError(
-                    f"{label} is {_span(v)} at inner step {index}, and Reversible can undo a step only with a momentum "
-                    f"above 2^-17 and below 1. Give it such bounds, or use Unroll."
-                )
-        numerators[k], smallest[k], high = known[id(v)]
-        largest = max(largest, high)
-    return Rational(numerators, smallest, largest)
+        n = (v.double() * DENOMINATOR).round_().to(torch.int64).reshape(-1)
+        ends[k] = int(n.min()), int(n.max())
+        if not (ends[k][0] >= 1 and float(v.max()) < 1):
+            raise HyperparameterError(
+                f"{label} is {_span(v)} at inner step {index}, and Reversible can undo a step only with a momentum "
+                f"above 2^-17 and below 1. Give it such bounds, or use Unroll."
+            )
+        numerators[k] = ends[k][0] if n.numel() == 1 else n.to(inner_params[k].device)
+    return Rational(
+        numerators, {k: low for k, (low, _) in ends.items()}, max(h for _, h in ends.values())
+    )
 
 
 def _span(v: Tensor) -> str:
