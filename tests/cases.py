@@ -49,6 +49,11 @@ TO_THE_END = {
     "quadratic": ohg.GradientDescent(0.25, max_steps=600),
     "logistic": ohg.HeavyBall(0.5, max_steps=900, momentum=0.8),
 }
+WITH_MOMENTUM = {
+    "ridge": ohg.HeavyBall(0.3, max_steps=300, momentum=0.8),
+    "quadratic": ohg.HeavyBall(0.2, max_steps=300, momentum=0.8),
+    "logistic": ohg.HeavyBall(0.5, max_steps=900, momentum=0.8),
+}
 SMOOTH = ("ridge", "quadratic", "logistic", "network")
 CONVEX = ("ridge", "quadratic", "logistic")
 
@@ -65,6 +70,7 @@ HYPERGRADIENTS = [
     Row(ohg.ForwardMode(), TO_THE_END["quadratic"], "quadratic", rtol=1e-5),
     Row(ohg.ForwardGradient(None), TO_THE_END["quadratic"], "quadratic", rtol=1e-5),
     *(Row(ohg.ZerothOrder(None, central=True), EXACT, p, rtol=1e-5) for p in CONVEX),
+    *(Row(ohg.Reversible(), WITH_MOMENTUM[p], p, rtol=1e-7) for p in CONVEX),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
     *(
         Row(
@@ -79,6 +85,12 @@ HYPERGRADIENTS = [
             ohg.ForwardGradient(num_directions=None),
             ohg.ForwardGradient(num_directions=None, directions="coordinate"),
         )
+    ),
+    Row(
+        ohg.Reversible(),
+        ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
+        "momentum_descent",
+        rtol=1e-4,  # the momentum is rounded to 2^-17
     ),
     Row(
         ohg.Implicit(),
@@ -123,6 +135,14 @@ HYPERGRADIENTS = [
         "ridge",
         error=ohg.RequirementError,
         message="no inner solver was given",
+    ),
+    *(
+        Row(ohg.Reversible(), solver, "ridge", error=ohg.RequirementError, message=message)
+        for solver, message in (
+            (None, "none was given"),
+            (EXACT, "LBFGS cannot be undone"),
+            (ohg.GradientDescent(0.3), "GradientDescent cannot be undone"),
+        )
     ),
     Row(
         ohg.Implicit(ohg.Neumann(5, alpha="inner_lr")),

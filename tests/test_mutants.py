@@ -33,6 +33,8 @@ class Mutant:
 
 TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
+REVERSIBLE = "tests/test_reversible.py"
+UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
@@ -203,6 +205,55 @@ MUTANTS = [
         "(self.mu * len(signs))",
         "self.mu",
         f"{DIFFERENCES}::test_the_bias_falls_with_its_order",
+    ),
+    Mutant(
+        "drop the information buffer",
+        "hypergradients/_fixed_point.py",
+        "_add_times(buffer, v.",
+        "_add_times(0 * buffer, v.",
+        UNDONE,
+    ),
+    Mutant(
+        "do not swap numerator and denominator on the way back",
+        "hypergradients/_fixed_point.py",
+        "_divide(v, buffer, m, a)",
+        "_multiply(v, buffer, m, a)",
+        UNDONE,
+    ),
+    Mutant(
+        "forget to put a full buffer aside",
+        "hypergradients/_fixed_point.py",
+        "if (self._fill[k] + 1) * growth > _FULL:",
+        "if False:",
+        UNDONE,
+    ),
+    Mutant(
+        "lose the bits of a coarser scale",
+        "hypergradients/_fixed_point.py",
+        ".bitwise_or_(shifted.cut_off[k])",
+        "",
+        f"{REVERSIBLE}::test_velocities_of_any_size_are_undone_and_are_those_of_floating_point",
+    ),
+    Mutant(
+        "differentiate the momentum at the velocity after the step",
+        "hypergradients/_reversing.py",
+        "_tree.leaves(self._exact.velocity())",
+        "_tree.leaves(late)",
+        f"{REVERSIBLE}::test_hypergradients_equal_plain_autograd[0.5]",
+        also=(
+            (
+                "hypergradients/_reversing.py",
+                "self._exact.unmove(",
+                "late = self._exact.velocity(); self._exact.unmove(",
+            ),
+        ),
+    ),
+    Mutant(
+        "do not look where the way back has led",
+        "hypergradients/_reversing.py",
+        "            self._exact.check_start()\n",
+        "",
+        f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
     ),
 ]
 

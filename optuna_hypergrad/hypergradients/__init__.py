@@ -15,6 +15,7 @@ from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
+from .reversible import Reversible
 from .unroll import Unroll
 from .zeroth_order import ZerothOrder
 
@@ -32,6 +33,7 @@ __all__ = [
     "Implicit",
     "PartialEstimate",
     "Pulled",
+    "Reversible",
     "Solved",
     "Unroll",
     "ZerothOrder",

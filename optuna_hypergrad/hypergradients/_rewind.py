@@ -118,7 +118,7 @@ def within(budget: float) -> Planner:
 
 
 @dataclass
-class _Cotangent:
+class Cotangent:
     """Of a point, entry by entry as in ``Point.tensors``, and of the outer parameters, summed up."""
 
     point: list[Tensor | None]
@@ -178,12 +178,12 @@ class Rewinder:
         """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``."""
         start = self._kept[0][1] if self._kept else self._recorded[0][1].before
         num_params, num_states = len(start.inner_params), len(start.tensors())
-        at = _Cotangent(
+        at = Cotangent(
             [*cotangent.values(), *[None] * (num_states - num_params)], [None] * len(self._lam)
         )
         end = self._count
         for position, tape in reversed(self._recorded):
-            self._pull_through(tape, at, keep=True)
+            pull_through(tape, self._lam, at, keep=True)
             end = position
         for position, point in reversed(self._kept):
             self._pull_stretch(position, end, point, at)
@@ -210,7 +210,7 @@ class Rewinder:
             return True
         return self._exact and position >= self._num_steps - self._plan.tapes
 
-    def _pull_stretch(self, start: int, end: int, point: Point, at: _Cotangent) -> None:
+    def _pull_stretch(self, start: int, end: int, point: Point, at: Cotangent) -> None:
         """Pull ``at``, of the point before step ``end``, back to ``point``, before step ``start``."""
         if end - start <= self._plan.tapes:
             tapes = []
@@ -219,7 +219,7 @@ class Rewinder:
                 point = tapes[-1].after.map(_tree.detach)
             self.num_recomputed += end - start
             while tapes:
-                self._pull_through(tapes.pop(), at, keep=False)
+                pull_through(tapes.pop(), self._lam, at, keep=False)
             return
         stride = self._plan.stride(end - start)
         kept = [(start, point)]
@@ -255,21 +255,23 @@ class Rewinder:
             )
         return Tape(before, Point(w, state)), value.detach(), _tree.detach(gradient)
 
-    def _pull_through(self, tape: Tape, at: _Cotangent, keep: bool) -> None:
-        alive = [
-            (output, cotangent.to(output.dtype))
-            for output, cotangent in zip(tape.after.tensors(), at.point, strict=True)
-            if output.requires_grad and cotangent is not None
-        ]
-        found = torch.autograd.grad(
-            [output for output, _ in alive],
-            (*tape.before.tensors(), *self._lam.values()),
-            [cotangent for _, cotangent in alive],
-            allow_unused=True,
-            retain_graph=keep,
-        )
-        at.point[:] = found[: len(at.point)]
-        at.outer[:] = map(_sum, at.outer, found[len(at.point) :])
+
+def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) -> None:
+    """Pull ``at``, of the point after a step, back to the one before it; ``keep`` its graph."""
+    alive = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(tape.after.tensors(), at.point, strict=True)
+        if output.requires_grad and cotangent is not None
+    ]
+    found = torch.autograd.grad(
+        [output for output, _ in alive],
+        (*tape.before.tensors(), *outer_params.values()),
+        [cotangent for _, cotangent in alive],
+        allow_unused=True,
+        retain_graph=keep,
+    )
+    at.point[:] = found[: len(at.point)]
+    at.outer[:] = map(_sum, at.outer, found[len(at.point) :])
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -219,7 +219,7 @@ def inner_solve(
                 f"{type(solver).__name__} cannot be unrolled: its steps branch on values. Use Implicit with "
                 f"it, or a step solver (GradientDescent, HeavyBall, Adam) with Unroll."
             )
-        objective = _objective(problem, _tree.detach(outer_params), start)
+        objective = objective_at(problem, _tree.detach(outer_params), start)
         return solver.minimize(objective, _tree.detach(inner_params), num_steps)
     if isinstance(solver, AbstractBlackBox):
         if create_graph:
@@ -268,12 +268,13 @@ def take_step(
     index: int,
 ) -> tuple[Params, InnerState, Tensor, Params]:
     """One step on inner batch ``index``: ``(w', state', g(w), dg/dw)``."""
-    objective = _objective(problem, outer_params, index)
+    objective = objective_at(problem, outer_params, index)
     evaluate = partial(gradient_of, objective, create_graph=create_graph)
     return solver.step(evaluate, inner_params, outer_params, state, index)
 
 
-def _objective(problem: BilevelProblem, outer_params: Params, index: int) -> InnerObjective:
+def objective_at(problem: BilevelProblem, outer_params: Params, index: int) -> InnerObjective:
+    """The inner objective on the batch of step ``index``."""
     batch = problem.inner_batch(index)
     return lambda at: problem.inner_objective(at, outer_params, batch)
 

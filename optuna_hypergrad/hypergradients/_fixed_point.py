@@ -1,0 +1,304 @@
+"""Momentum descent in integers: each step can be undone, bit for bit.
+
+``w`` and ``v`` are 64-bit integers times a power of two. Adding to them loses nothing. Multiplying ``v`` by
+a momentum ``n / d`` below 1 does: the bits that fall out go to an information buffer ``B``,
+
+    forth   B <- B d + (v mod d);  v <- v div d;  v <- v n + (B mod n);  B <- B div n
+    back    B <- B n + (v mod n);  v <- v div n;  v <- v d + (B mod d);  B <- B div d
+
+which grows by ``log2(d / n)`` bits a step. A full one is put aside, and fetched at the same step on the way back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _tree
+from .._typing import Params
+
+_SHIFT = 16
+DENOMINATOR = 1 << _SHIFT
+_MASK = DENOMINATOR - 1
+_FULL = 2.0**47 - 2.0**20
+"""What a buffer may reach: ``B d + (v mod d)`` stays below 2^63, and 48 bits hold it."""
+_LIMIT = 2.0**61
+"""Of integers and of what is added to them, so that no sum leaves 64 bits."""
+_ROOM = 6
+"""Bits left above the first velocity, and above a later one that did not fit any more."""
+_IN_CACHE = 1 << 16
+"""Entries that are worked on at once on a CPU."""
+_FINEST = 100
+"""Scale of a velocity of zero; float32 holds its power of two."""
+
+
+class OutOfRangeError(Exception):
+    """A number does not fit: ``value`` is infinite or NaN, or too large for the scale."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.value = value
+
+
+class NotReversedError(Exception):
+    """The way back has not met what the way forth had left."""
+
+
+@dataclass(frozen=True)
+class Rational:
+    """A momentum ``n / d`` for each inner parameter.
+
+    Attributes:
+        numerators: ``n``: a number, or 1-D with as many entries as the parameter.
+        smallest: Of them, by parameter.
+        largest: Of all of them.
+    """
+
+    numerators: dict[str, int | Tensor]
+    smallest: dict[str, int]
+    largest: int
+
+
+@dataclass(frozen=True)
+class _Full:
+    """The buffer of one tensor before a step, in 48 bits an entry."""
+
+    position: int
+    name: str
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """The lowest bits of all velocities, cut off at a step."""
+
+    position: int
+    num_bits: int
+    cut_off: Params
+
+
+class FixedPoint:
+    """Where a momentum descent is, exactly. Steps forth and back must be called in pairs, last first.
+
+    Args:
+        inner_params: ``w_0``.
+        velocity: ``v_0``.
+        fraction_bits: ``w`` is held in multiples of ``2^-fraction_bits``. The scale of ``v`` adapts itself.
+    """
+
+    def __init__(self, inner_params: Params, velocity: Params, fraction_bits: int) -> None:
+        self._w0, self._v0 = _tree.clone(inner_params), _tree.clone(velocity)
+        self._bits = fraction_bits
+        self._device = next(iter(inner_params.values())).device
+        self._chunk = max(v.numel() for v in inner_params.values()) or 1
+        if self._device.type == "cpu":
+            self._chunk = min(self._chunk, _IN_CACHE)
+        self._scratch = torch.empty(self._chunk, dtype=torch.int64, device=self._device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Go to the start.
+
+        Raises:
+            OutOfRangeError: if ``w_0`` does not fit.
+        """
+        self._w_bound, self._v_bound = _largest(self._w0), _largest(self._v0)
+        if not self._w_bound * 2.0**self._bits <= _LIMIT:
+            raise OutOfRangeError(self._w_bound)
+        self._v_bits = _bits_for(self._v_bound)
+        self._w = {k: _encode(v, self._bits) for k, v in self._w0.items()}
+        self._v = {k: _encode(v, self._v_bits) for k, v in self._v0.items()}
+        self._buffers = {k: torch.zeros_like(v) for k, v in self._w.items()}
+        self._seen_w: Params | None = None
+        self._seen_v: Params | None = None
+        self._fill = dict.fromkeys(self._w, 0.0)
+        self._full: list[_Full] = []
+        self._shifted: list[_Shifted] = []
+
+    def inner_params(self) -> Params:
+        """``w``, in new tensors of the dtypes of ``w_0``, not to be written to."""
+        if self._seen_w is None:
+            self._seen_w = {k: _decode(self._w[k], self._bits, u) for k, u in self._w0.items()}
+        return self._seen_w
+
+    def velocity(self) -> Params:
+        """``v``, likewise."""
+        if self._seen_v is None:
+            self._seen_v = {k: _decode(self._v[k], self._v_bits, u) for k, u in self._w0.items()}
+        return self._seen_v
+
+    def num_bytes_aside(self) -> int:
+        """Of what was put aside so far: all that grows with the number of steps."""
+        full = [t for f in self._full for t in (f.low, f.high)]
+        cut_off = [t for s in self._shifted for t in s.cut_off.values()]
+        return sum(t.numel() * t.element_size() for t in (*full, *cut_off))
+
+    def push(self, direction: Params, momentum: Rational, position: int) -> None:
+        """``v <- momentum * v + direction``.
+
+        Raises:
+            OutOfRangeError: if ``direction`` is not finite.
+        """
+        bound = self._v_bound * momentum.largest / DENOMINATOR + _largest(direction)
+        if not math.isfinite(bound):
+            raise OutOfRangeError(bound)
+        for k, smallest in momentum.smallest.items():
+            growth = DENOMINATOR / smallest
+            if (self._fill[k] + 1) * growth > _FULL:
+                buffer = self._buffers[k]
+                self._full.append(
+                    _Full(position, k, buffer.to(torch.int32), (buffer >> 32).to(torch.int16))
+                )
+                self._buffers[k], self._fill[k] = torch.zeros_like(buffer), 0.0
+            self._fill[k] = (self._fill[k] + 1) * growth
+        if bound * 2.0**self._v_bits > _LIMIT:
+            self._coarsen(self._v_bits - _bits_for(bound), position)
+        self._v_bound = bound
+        self._seen_v = None
+        for k, n in momentum.numerators.items():
+            for (v, buffer, part), m, a in self._parts(
+                n, self._v[k], self._buffers[k], direction[k]
+            ):
+                _multiply(v, buffer, m, a)
+                v.add_(_encode(part, self._v_bits, a))
+
+    def unpush(self, direction: Params, momentum: Rational, position: int) -> None:
+        """Undo :meth:`push`.
+
+        Raises:
+            NotReversedError: if a buffer should be empty now, and is not.
+        """
+        self._seen_v = None
+        for k, n in momentum.numerators.items():
+            for (v, buffer, part), m, a in self._parts(
+                n, self._v[k], self._buffers[k], direction[k]
+            ):
+                v.sub_(_encode(part, self._v_bits, a))
+                _divide(v, buffer, m, a)
+        while self._shifted and self._shifted[-1].position == position:
+            shifted = self._shifted.pop()
+            self._v_bits += shifted.num_bits
+            for k, v in self._v.items():
+                v.bitwise_left_shift_(shifted.num_bits).bitwise_or_(shifted.cut_off[k])
+        while self._full and self._full[-1].position == position:
+            full = self._full.pop()
+            if bool(self._buffers[full.name].any()):
+                raise NotReversedError
+            low = full.low.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+            self._buffers[full.name] = full.high.to(torch.int64).bitwise_left_shift_(32) + low
+
+    def move(self, step: Params) -> None:
+        """``w <- w - step``.
+
+        Raises:
+            OutOfRangeError: if ``w`` leaves its range.
+        """
+        length = _largest(step)
+        self._w_bound += length
+        if not self._w_bound * 2.0**self._bits <= _LIMIT:
+            self._w_bound = _largest(self._w) * 2.0**-self._bits + length
+            if not self._w_bound * 2.0**self._bits <= _LIMIT:
+                raise OutOfRangeError(self._w_bound)
+        self._seen_w = None
+        for k, v in step.items():
+            for (w, part), _, a in self._parts(1, self._w[k], v):
+                w.sub_(_encode(part, self._bits, a))
+
+    def unmove(self, step: Params) -> None:
+        """Undo :meth:`move`."""
+        self._seen_w = None
+        for k, v in step.items():
+            for (w, part), _, a in self._parts(1, self._w[k], v):
+                w.add_(_encode(part, self._bits, a))
+
+    def check_start(self) -> None:
+        """See that everything is as it was before the first step, bit for bit.
+
+        Raises:
+            NotReversedError: if it is not.
+        """
+        for k, w0 in self._w0.items():
+            arrived = (
+                torch.equal(self._w[k], _encode(w0, self._bits))
+                and torch.equal(self._v[k], _encode(self._v0[k], self._v_bits))
+                and not bool(self._buffers[k].any())
+            )
+            if not arrived:
+                raise NotReversedError
+
+    def _parts(
+        self, n: int | Tensor, *tensors: Tensor
+    ) -> Iterator[tuple[list[Tensor], int | Tensor, Tensor]]:
+        """The tensors as vectors, in parts that stay in the cache; the part of ``n``; and one to write on."""
+        flat = [t.reshape(-1) for t in tensors]
+        for start in range(0, flat[0].numel(), self._chunk):
+            part = slice(start, min(start + self._chunk, flat[0].numel()))
+            here = n if isinstance(n, int) else n[part]
+            yield [t[part] for t in flat], here, self._scratch[: part.stop - start]
+
+    def _coarsen(self, num_bits: int, position: int) -> None:
+        if self._v_bound > 0:
+            for part in (62,) * (num_bits // 62) + (num_bits % 62,):
+                kept_as = torch.int8 if part < 8 else torch.int64
+                cut_off = {k: (v & ((1 << part) - 1)).to(kept_as) for k, v in self._v.items()}
+                self._shifted.append(_Shifted(position, part, cut_off))
+                for v in self._v.values():
+                    v.bitwise_right_shift_(part)
+        self._v_bits -= num_bits
+
+
+def _multiply(v: Tensor, buffer: Tensor, n: int | Tensor, a: Tensor) -> None:
+    """``v <- v n / d``, in place. ``a`` is overwritten."""
+    buffer.bitwise_left_shift_(_SHIFT).bitwise_or_(torch.bitwise_and(v, _MASK, out=a))
+    torch.div(buffer, n, rounding_mode="trunc", out=a)  # a buffer is never negative
+    _add_times(buffer, v.bitwise_right_shift_(_SHIFT).sub_(a), n, out=v)  # v n + (B - a n)
+    buffer.copy_(a)
+
+
+def _divide(v: Tensor, buffer: Tensor, n: int | Tensor, a: Tensor) -> None:
+    """``v <- v d / n``: undoes :func:`_multiply`."""
+    above = (1 << 62) // n
+    torch.div(
+        torch.add(v, above * n, out=a), n, rounding_mode="trunc", out=a
+    )  # not negative: faster
+    a.sub_(above)
+    _add_times(v, buffer.sub_(a), n, out=buffer)  # B n + (v - a n)
+    torch.bitwise_left_shift(a, _SHIFT, out=v)
+    v.bitwise_or_(torch.bitwise_and(buffer, _MASK, out=a))
+    buffer.bitwise_right_shift_(_SHIFT)
+
+
+def _add_times(x: Tensor, y: Tensor, n: int | Tensor, out: Tensor) -> None:
+    if isinstance(n, int):
+        torch.add(x, y, alpha=n, out=out)
+    else:
+        torch.add(x, y * n, out=out)
+
+
+def _encode(value: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    wide = value.to(torch.promote_types(value.dtype, torch.float32)).reshape(-1)
+    scaled = (wide * 2.0**bits).round_()
+    return scaled.to(torch.int64) if out is None else out.copy_(scaled)
+
+
+def _decode(integers: Tensor, bits: int, like: Tensor) -> Tensor:
+    wide = integers.to(torch.promote_types(like.dtype, torch.float32))
+    return wide.mul_(2.0**-bits).to(like.dtype).reshape(like.shape)
+
+
+def _bits_for(bound: float) -> int:
+    """The finest scale that leaves room above ``bound``."""
+    if bound == 0:
+        return _FINEST
+    return min(_FINEST, math.floor(math.log2(_LIMIT) - _ROOM - math.log2(bound)))
+
+
+def _largest(tree: Params) -> float:
+    """The largest magnitude of all entries; NaN where there is one."""
+    ends = [torch.stack(torch.aminmax(v)).abs().max() for v in tree.values() if v.numel()]
+    return torch.stack([e.double() for e in ends]).max().item() if ends else 0.0
