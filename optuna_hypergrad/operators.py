@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _tree
 from ._errors import ObjectiveError
+from ._twice import check_differentiable_twice
 from ._typing import Batch, Objective, Params
 
 
@@ -157,6 +158,7 @@ class InnerGraph:
             gradients = torch.autograd.grad(
                 value, self._leaves, create_graph=True, materialize_grads=True
             )
+        check_differentiable_twice(gradients)
         self.value = value.detach()
         detached = [g.detach() for g in gradients]
         self.gradient_norm = float(_tree.norm(_tree.from_list(self.layout.names, detached)))

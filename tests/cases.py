@@ -71,6 +71,11 @@ HYPERGRADIENTS = [
     Row(ohg.ForwardGradient(None), TO_THE_END["quadratic"], "quadratic", rtol=1e-5),
     *(Row(ohg.ZerothOrder(None, central=True), EXACT, p, rtol=1e-5) for p in CONVEX),
     *(Row(ohg.Reversible(), WITH_MOMENTUM[p], p, rtol=1e-7) for p in CONVEX),
+    *(
+        Row(ohg.TwoPhase(ohg.Unroll(truncation=1), ohg.Unroll(), 0), TO_THE_END[p], p, rtol=1e-5)
+        for p in CONVEX
+    ),
+    *(Row(ohg.Auto(), EXACT, p, rtol=1e-5) for p in CONVEX),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
     *(
         Row(
@@ -81,6 +86,7 @@ HYPERGRADIENTS = [
         )
         for estimator in (
             ohg.Unroll(),
+            ohg.Auto(),
             ohg.ForwardMode(),
             ohg.ForwardGradient(num_directions=None),
             ohg.ForwardGradient(num_directions=None, directions="coordinate"),

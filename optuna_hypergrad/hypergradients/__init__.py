@@ -12,10 +12,12 @@ from ._base import (
     run_inner,
 )
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
+from .auto import Auto, Choice
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
 from .reversible import Reversible
+from .two_phase import Stalled, TwoPhase
 from .unroll import Unroll
 from .zeroth_order import ZerothOrder
 
@@ -26,6 +28,8 @@ __all__ = [
     "AbstractDirectionalEstimator",
     "AbstractHypergradientEstimator",
     "AbstractPullbackEstimator",
+    "Auto",
+    "Choice",
     "EstimatorState",
     "ForwardGradient",
     "ForwardMode",
@@ -35,6 +39,8 @@ __all__ = [
     "Pulled",
     "Reversible",
     "Solved",
+    "Stalled",
+    "TwoPhase",
     "Unroll",
     "ZerothOrder",
     "hypergradient",

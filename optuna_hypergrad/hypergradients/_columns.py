@@ -81,7 +81,7 @@ def room(
         RequirementError: if not one column does.
     """
     start = Point(inner_params, solver.init(inner_params) if state is None else state)
-    graph = _graph_bytes(problem, inner_params, outer_params, index)
+    graph = graph_bytes(problem, inner_params, outer_params, index)
     moving = num_bytes(start.tensors())
     column = moving + num_bytes(outer_params.values())
     working = column + 2 * num_bytes(inner_params.values()) + graph
@@ -131,7 +131,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _graph_bytes(
+def graph_bytes(
     problem: BilevelProblem, inner_params: Params, outer_params: Params, index: int
 ) -> int:
     """What the graph of ``(g_w, g_lam)`` keeps alive, but for ``w``, ``lam`` and the batch."""

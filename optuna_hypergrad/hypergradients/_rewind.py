@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
+from .._twice import check_differentiable_twice
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
@@ -200,6 +201,7 @@ class Rewinder:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             begun = self._record(point, 0)
+        check_differentiable_twice(begun[0].after.tensors())
         shared = {t.untyped_storage().data_ptr() for t in self._lam.values()}
         size = sum(n for address, n in held.items() if address not in shared)
         self._plan = self._planner(self._num_steps, size, _num_bytes(point.tensors()))

@@ -128,6 +128,10 @@ class AbstractStepSolver(AbstractInnerSolver):
     def fixed_step_size(self) -> float | None:
         return float(self.step_size) if isinstance(self.step_size, (int, float)) else None
 
+    def has_schedule(self) -> bool:
+        """Whether one of its settings is a function, which may depend on outer parameters."""
+        return any(callable(getattr(self, s)) for s in self.settings)
+
     def setting(self, name: str, outer_params: Params, index: int) -> Value:
         """The value at a step of one of :attr:`settings`."""
         return resolve(getattr(self, name), outer_params, index, name)
