@@ -23,6 +23,9 @@ import numpy as np
 Arrays = dict[str, Any]
 Build = Callable[["Task", str, argparse.Namespace], tuple[Callable[[], object], Callable[[], Any]]]
 
+SOLVERS = ("cg", "neumann", "descent", "momentum")
+"""What a task may hold references of: two linear solvers, two inner solvers."""
+
 LEAST_SECONDS = 0.02
 """CPU seconds that one timing spans at least, so that the clock's grain and idle threads do not show."""
 
@@ -33,11 +36,11 @@ class Task:
 
     Args:
         name: "softmax", "mlp" or "convnet".
-        products: ``K``.
-        alpha: Step length of the Neumann series.
+        products: ``K``; or how many inner steps are unrolled.
+        alpha: Step length of the Neumann series; or of the inner steps.
         train, valid: Inputs and labels.
         inner, outer: ``w`` and ``lam`` by name.
-        reference: By solver, the K-step hypergradient in float64.
+        reference: By solver, the hypergradient in float64.
     """
 
     name: str
@@ -64,7 +67,7 @@ def load(path: Path, dtype: str = "float32") -> Task:
         (stored["x_valid"].astype(dtype), stored["y_valid"]),
         {k: v.astype(dtype) for k, v in group("w/").items()},
         {k: v.astype(dtype) for k, v in group("lam/").items()},
-        {s: group(f"{s}/") for s in ("cg", "neumann")},
+        {s: group(f"{s}/") for s in SOLVERS if group(f"{s}/")},
     )
 
 
@@ -113,7 +116,7 @@ def peak_megabytes(function: Callable[[], object]) -> float | None:
 def main(build: Build, extend: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("task", type=Path)
-    parser.add_argument("solver", choices=["cg", "neumann"])
+    parser.add_argument("solver", choices=SOLVERS)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--memory", action="store_true", help="peak memory only")
     parser.add_argument("--float64", action="store_true", help="the error in float64 only")

@@ -12,13 +12,14 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch_task import Batch, Objective, Params, objectives
+from torch_task import MOMENTUM, Batch, Objective, Params, objectives, unrolled
 
 PRODUCTS = {"softmax": 20, "mlp": 10, "convnet": 10}
 DECAY = {"softmax": 1e-4, "mlp": 1e-3, "convnet": 1e-3}
 STEPS = 500
 """Adam steps of one round; there are as many rounds as the Hessian needs to be positive definite."""
 MOST_ROUNDS = 5
+STEP_SIZE = 0.05
 LEAST_CURVATURE = 1e-3
 """Of every CG direction, relative to the largest eigenvalue: float32 then sees the same signs."""
 
@@ -57,6 +58,32 @@ def prepare(name: str, path: Path, data: Path | None) -> None:
         **{f"cg/{k}": v for k, v in cg.items()},
         **{f"neumann/{k}": v for k, v in neumann.items()},
     }
+    np.savez(path, **{k: np.asarray(torch.as_tensor(v).detach()) for k, v in stored.items()})
+
+
+def prepare_unrolling(name: str, path: Path, data: Path | None, num_steps: int) -> None:
+    """The task ``name`` from a random initialization, and its hypergradients through ``num_steps`` steps."""
+    torch.manual_seed(0)
+    inner, outer = objectives(name)
+    train, valid = _batches(name, data)
+    train, valid = (train[0].float().double(), train[1]), (valid[0].float().double(), valid[1])
+    w = {k: v.float().double() for k, v in _initial(name).items()}
+    lam = {k: torch.full_like(v, math.log(DECAY[name])).float().double() for k, v in w.items()}
+    stored = {
+        "products": num_steps,
+        "alpha": STEP_SIZE,
+        "x_train": train[0].float(),
+        "y_train": train[1],
+        "x_valid": valid[0].float(),
+        "y_valid": valid[1],
+        **{f"w/{k}": v.float() for k, v in w.items()},
+        **{f"lam/{k}": v.float() for k, v in lam.items()},
+    }
+    for solver, momentum in (("descent", 0.0), ("momentum", MOMENTUM)):
+        by = {k: v.clone().requires_grad_(True) for k, v in lam.items()}
+        end = unrolled(inner, w, by, train, num_steps, STEP_SIZE, momentum)
+        found = torch.autograd.grad(outer(end, by, valid), tuple(by.values()))
+        stored |= {f"{solver}/{k}": v for k, v in zip(by, found, strict=True)}
     np.savez(path, **{k: np.asarray(torch.as_tensor(v).detach()) for k, v in stored.items()})
 
 
@@ -200,5 +227,9 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=sorted(PRODUCTS))
     parser.add_argument("path", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--unroll", type=int, help="so many inner steps, in place of products")
     options = parser.parse_args()
-    prepare(options.name, options.path, options.data)
+    if options.unroll is None:
+        prepare(options.name, options.path, options.data)
+    else:
+        prepare_unrolling(options.name, options.path, options.data, options.unroll)

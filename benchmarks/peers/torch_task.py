@@ -31,6 +31,9 @@ def convnet(w: Params, x: Tensor) -> Tensor:
     return linear(x.flatten(1), w["2.weight"], w["2.bias"])
 
 
+MOMENTUM = 0.9
+"""Of the inner solver "momentum"."""
+
 MODELS = {"softmax": softmax_regression, "mlp": mlp, "convnet": convnet}
 
 
@@ -46,6 +49,27 @@ def objectives(name: str) -> tuple[Objective, Objective]:
         return cross_entropy(model(w, batch[0]), batch[1])
 
     return inner, outer
+
+
+def unrolled(
+    inner: Objective,
+    w: Params,
+    lam: Params,
+    batch: Batch,
+    num_steps: int,
+    step_size: float,
+    momentum: float = 0.0,
+) -> Params:
+    """The end of inner steps, with the graph of all of them."""
+    w = {k: v.detach().requires_grad_(True) for k, v in w.items()}
+    velocity = {k: torch.zeros_like(v) for k, v in w.items()}
+    for _ in range(num_steps):
+        slopes = torch.autograd.grad(inner(w, lam, batch), tuple(w.values()), create_graph=True)
+        gradient = dict(zip(w, slopes, strict=True))
+        if momentum:
+            gradient = velocity = {k: momentum * velocity[k] + g for k, g in gradient.items()}
+        w = {k: v - step_size * gradient[k] for k, v in w.items()}
+    return w
 
 
 class TorchTask:

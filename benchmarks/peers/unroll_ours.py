@@ -1,0 +1,51 @@
+"""optuna_hypergrad: ``hypergradient(...)`` with the explicit estimators, checks and statistics included."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import measure
+from torch_task import MOMENTUM, TorchTask
+
+import optuna_hypergrad as ohg
+
+DIRECTIONS = 8
+
+
+def build(
+    task: measure.Task, solver: str, options: argparse.Namespace
+) -> tuple[Callable[[], object], Callable[[], measure.Arrays]]:
+    t = TorchTask(task, options)
+    problem = ohg.BilevelProblem(
+        t.inner_objective, t.outer_objective, lambda step: t.train, lambda step: t.valid
+    )
+    estimator = {
+        "whole tape": ohg.Unroll(recompute="never"),
+        "default": ohg.Unroll(),
+        "100 MB": ohg.Unroll(memory_budget=100e6),
+        "tree": ohg.Unroll(recompute="tree"),
+        "directions": ohg.ForwardGradient(DIRECTIONS, width=DIRECTIONS, memory_budget=2e9),
+        "reversible": ohg.Reversible(),
+    }[options.way]
+    steps = {"step_size": t.alpha, "max_steps": t.products}
+    inner_solver = (
+        ohg.GradientDescent(**steps)
+        if solver == "descent"
+        else ohg.HeavyBall(**steps, momentum=MOMENTUM)
+    )
+
+    def hypergradient() -> measure.Arrays:
+        return ohg.hypergradient(
+            problem, t.inner, t.outer, estimator=estimator, inner_solver=inner_solver
+        ).value
+
+    return t.gradient, hypergradient
+
+
+def extend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--way", default="default")
+
+
+if __name__ == "__main__":
+    measure.main(build, extend)
