@@ -62,7 +62,7 @@ def solve(
         )
     if not isinstance(estimator, AbstractPullbackEstimator):
         raise RequirementError(
-            f"ohg.solve needs an estimator with a pullback (Implicit, Unroll), not {estimator!r:.80}; use "
+            f"ohg.solve needs an estimator with a pullback (Implicit, Unroll, ForwardMode), not {estimator!r:.80}; use "
             f"ohg.hypergradient(...) with this one."
         )
     problem = BilevelProblem(inner_objective, _no_outer_objective, inner_batch=inner_batch)

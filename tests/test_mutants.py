@@ -167,8 +167,8 @@ MUTANTS = [
     Mutant(
         "forget the tangents of the solver's memory",
         "hypergradients/_tangents.py",
-        "block.point = point",
-        "block.point = [*point[: len(w)], *(0 * t for t in point[len(w) :])]",
+        "return list(torch.func.vmap(push)(*block.point,",
+        "return list(torch.func.vmap(push)(*(t * (i < len(gradient)) for i, t in enumerate(block.point)),",
         f"{FORWARD}[algebra-nesterov]",
     ),
     Mutant(

@@ -134,24 +134,28 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 def graph_bytes(
     problem: BilevelProblem, inner_params: Params, outer_params: Params, index: int
 ) -> int:
-    """What the graph of ``(g_w, g_lam)`` keeps alive, but for ``w``, ``lam`` and the batch."""
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
+    """What the graph of ``(g_w, g_lam)`` keeps alive, and no other one does: not ``w``, ``lam`` or data."""
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        value = problem.inner_objective(w, lam, problem.inner_batch(index))
-        at = (*w.values(), *lam.values())
-        if value.requires_grad:
+    at = (*w.values(), *lam.values())
+
+    def build() -> tuple[dict[int, int], list[Tensor]]:
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            value = problem.inner_objective(w, lam, problem.inner_batch(index))
+            if not value.requires_grad:
+                return {}, [value]
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
-            held |= {
-                g.untyped_storage().data_ptr(): g.untyped_storage().nbytes()
-                for g in found
-                if g is not None
-            }
-    return sum(
-        n for key, n in held.items() if key not in {t.untyped_storage().data_ptr() for t in at}
-    )
+        slopes = [g for g in found if g is not None]
+        for slope in slopes:
+            pack(slope)
+        return held, [value, *slopes]
+
+    shared, alive = build()
+    held, _ = build()  # what lies where it lay for the first one, which is alive, is not its own
+    del alive
+    return sum(n for address, n in held.items() if address not in shared)

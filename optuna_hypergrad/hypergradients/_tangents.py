@@ -9,11 +9,12 @@ elementwise, and is pushed forward with the gradient as one more input.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .. import _tree
 from .._errors import RequirementError
@@ -61,6 +62,7 @@ class Pushforward:
         self._blocks = [Columns(v, []) for v in directions]
         self._names = list(inner_params)
         self._plain = self._batched = True
+        self._here = Point({}, {}), 0
 
     @property
     def seen(self) -> frozenset[str]:
@@ -76,6 +78,7 @@ class Pushforward:
     ) -> tuple[Params, InnerState, Tensor, Params]:
         """A step on inner batch ``index``, without a graph; the columns go with it."""
         before = Point(inner_params, state)
+        self._here = before, index
         for block in self._blocks:
             if not block.point:
                 rows = len(next(iter(block.outer.values())))
@@ -85,7 +88,7 @@ class Pushforward:
                 return self._take(before, index)
             except _OtherwiseError:
                 self._plain = False
-        return self._take_whole(before, index)
+        return self._take_whole(before, index, self._blocks)
 
     def _take(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
         w = _tree.leaves(before.inner_params)
@@ -103,13 +106,16 @@ class Pushforward:
         with torch.no_grad():
             moved = self._solver.step(evaluate, before.inner_params, lam, before.state, index)
         if self._unseen:
+            self._refuse_dead_ends([g for g in slopes if g.requires_grad])
             self._look(before, index)
-        pushed = []
-        for block in self._blocks:
+        for i, block in enumerate(self._blocks):
             bent = self._bend(slopes, w, block)
-            pushed.append(self._push(before, lam, value, gradient, block, bent, index))
-        for block, point in zip(self._blocks, pushed, strict=True):
-            block.point = point
+            try:
+                block.point = self._push(before, lam, value, gradient, block, bent, index)
+            except _OtherwiseError:
+                self._plain = False
+                self._take_whole(before, index, self._blocks[i:])
+                break
         return moved
 
     def _gradients(self, w: Params, index: int) -> tuple[Tensor, list[Tensor]]:
@@ -161,13 +167,12 @@ class Pushforward:
 
         try:
             return list(torch.func.vmap(push)(*block.point, *bent, *block.outer.values()))
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # no forward mode, or a look at a value
+        except RuntimeError as error:  # no forward mode, or a look at a value
             raise _OtherwiseError from error
 
-    def _take_whole(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
+    def _take_whole(
+        self, before: Point, index: int, blocks: list[Columns]
+    ) -> tuple[Params, InnerState, Tensor, Params]:
         """Any step: the pullback is linear in its cotangents, and its own pullback is the pushforward."""
         at, after, value, gradient = self._record(before, index)
         if self._unseen:
@@ -182,7 +187,7 @@ class Pushforward:
             )
         except RuntimeError as error:
             raise self._refusal(error) from error
-        for block in self._blocks:
+        for block in blocks:
             found = iter(self._walk(pulled, cotangents, (*block.point, *block.outer.values())))
             block.point = [
                 next(found) if new.requires_grad else torch.zeros_like(old)
@@ -200,11 +205,12 @@ class Pushforward:
         return at, Point(w, state), value, gradient
 
     def _look(self, before: Point, index: int) -> None:
-        """Which hyperparameters this step depends on, in whatever way."""
+        """Which hyperparameters this step depends on, in whatever way; and that it can be differentiated."""
         names = sorted(self._unseen)
         ends = [t for t in self._record(before, index)[1].tensors() if t.requires_grad]
         if not ends:
             return
+        self._refuse_dead_ends(ends)
         ones = [torch.ones_like(t) for t in ends]
         try:
             found = torch.autograd.grad(
@@ -215,17 +221,16 @@ class Pushforward:
         self._unseen -= {k for k, slope in zip(names, found, strict=True) if slope is not None}
 
     def _walk(
-        self, outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], directions: Iterable[Tensor]
+        self, outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], directions: Sequence[Tensor]
     ) -> list[Tensor]:
         """For each row of ``directions``, the gradient of ``<outputs, row>``: ``(B, *shape)`` for each input."""
         pairs = [
             (o, d.to(o.dtype)) for o, d in zip(outputs, directions, strict=True) if o.requires_grad
         ]
+        rows = len(directions[0])
         if not pairs:
-            rows = len(self._blocks[0].point[0])
             return [t.new_zeros(rows, *t.shape) for t in inputs]
         alive, cotangents = [o for o, _ in pairs], [d for _, d in pairs]
-        rows = len(cotangents[0])
         if self._batched and rows > 1:
             try:
                 found = torch.autograd.grad(
@@ -264,12 +269,40 @@ class Pushforward:
             return [t[None] for t in rows[0]]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
-    def _refusal(self, error: RuntimeError) -> RequirementError:
+    def _refuse_dead_ends(self, tensors: list[Tensor]) -> None:
+        """``torch.autograd.grad`` goes around them, and then its answer is wrong."""
+        if any(n.name() == "torch::autograd::Error" for n in _nodes(*tensors)):
+            raise self._refusal("once_differentiable")
+
+    def _refusal(self, error: RuntimeError | str) -> RequirementError:
+        before, index = self._here
+        with torch.enable_grad():
+            value = self._problem.inner_objective(
+                _tree.leaves(before.inner_params), self._lam, self._problem.inner_batch(index)
+            )
+        kind = torch.autograd.function.BackwardCFunction
+        names = {
+            n.name().removesuffix("Backward") for n in _nodes(value) if issubclass(type(n), kind)
+        }
+        custom = ", ".join(sorted(names))
         return RequirementError(
             f"{self._label} differentiates each inner step, which takes two derivatives of inner_objective, and "
-            f"one of its operations has no second one ({_first_line(error)}). Write it with operations that "
-            f"torch can differentiate twice, or use ZerothOrder, which differentiates nothing."
+            f"one of its operations has no second one ({_first_line(error)}"
+            f"{'; its own autograd functions: ' if custom else ''}{custom}). Write it with operations that torch "
+            f"can differentiate twice, or use ZerothOrder, which differentiates nothing."
         )
+
+
+def _nodes(*roots: Tensor) -> set[Node]:
+    """All of the graph behind some tensors."""
+    seen: set[Node] = set()
+    ahead = [t.grad_fn for t in roots]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [n for n, _ in node.next_functions]
+    return seen
 
 
 def _filled(like: Point, tensors: Sequence[Tensor]) -> Point:
@@ -279,5 +312,5 @@ def _filled(like: Point, tensors: Sequence[Tensor]) -> Point:
     return Point(w, {role: {k: next(rest) for k in tree} for role, tree in like.state.items()})
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
     return str(error).strip().partition("\n")[0][:200].rstrip(".")
