@@ -17,6 +17,7 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
+from .check import HypergradientReport, check_hypergradient
 from .hypergradients import HypergradientEstimate, Implicit, Reversible, Unroll, hypergradient
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
 from .inner import LBFGS, Adam, AdamW, GradientDescent, HeavyBall, NewtonCG, inner_solve
@@ -58,6 +59,7 @@ __all__ = [
     "Hessian",
     "HypergradError",
     "HypergradientEstimate",
+    "HypergradientReport",
     "HypergradientSampler",
     "HyperparameterError",
     "Identity",
@@ -82,6 +84,7 @@ __all__ = [
     "TensorStore",
     "Unroll",
     "ZeroHypergradientError",
+    "check_hypergradient",
     "differentiable",
     "hypergradient",
     "inner_solve",
