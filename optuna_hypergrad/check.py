@@ -37,7 +37,7 @@ class DirectionCheck:
         uncertainty: Of the finite difference, by its own account.
         estimate: The estimated hypergradient times the direction.
         standard_error: Of ``estimate``, where there were several estimates; else 0.
-        relative_error: Of ``estimate``.
+        relative_error: The difference of the two, relative to the larger one.
         verdict: ``"unclear"`` where uncertainties are too large to tell.
     """
 
@@ -319,23 +319,23 @@ def _diagnose(
     fine = sorted({r.hyperparameter for r in clear} - {ALL} - set(names))
     zero = [r.hyperparameter for r in wrong if r.estimate == 0 and r.hyperparameter in names]
     if len(clear) > 1 and math.isfinite(middle) and alike:
-        factor = f"off by a constant factor of {middle:.3g}"
-        cause = f"{'with the wrong sign' if abs(middle + 1) < 0.02 else factor} in all directions."
+        factor = f"is off by a constant factor of {middle:.3g}"
+        cause = f"{'has the wrong sign' if abs(middle + 1) < 0.02 else factor} in all directions."
     elif moved > 0.01 * rtol:
         cause = (
-            f"that of the inner solution, finite differences are those of the iterate, and the inner problem is not solved "
-            f"well enough for both to be the same: another inner solve moves w by {_percent(moved)}. Raise max_steps or "
-            f"tighten the tolerance, or use Unroll."
+            f"is that of the inner solution, finite differences are those of the iterate, and the inner problem is not "
+            f"solved well enough for both to be the same: another inner solve moves w by {_percent(moved)}. Raise "
+            f"max_steps or tighten the tolerance, or use Unroll."
         )
     elif names and fine:
-        cause = f"off only for {_listed(names)}, and right for {_listed(fine)}."
+        cause = f"is off only for {_listed(names)}, and right for {_listed(fine)}."
     elif _biases(estimator):
-        cause = "off by no constant factor."
+        cause = "is off by no constant factor."
     else:
-        cause = "off by no constant factor: a term is missing or has the wrong sign."
+        cause = "is off by no constant factor: a term is missing or has the wrong sign."
     if zero:
         cause += f" It is zero for {_listed(zero)}."
-    return f"{said} The estimate is {cause}{_biases(estimator)}"
+    return f"{said} The estimate {cause}{_biases(estimator)}"
 
 
 def _biases(estimator: AbstractHypergradientEstimator) -> str:

@@ -89,7 +89,7 @@ WRONG = [
         "quadratic",
         lambda value, _: {k: -v for k, v in value.items()},
         cases.EXACT,
-        "with the wrong sign in all directions",
+        "has the wrong sign in all directions",
     ),
     (
         "momentum_descent",

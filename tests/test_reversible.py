@@ -250,6 +250,40 @@ def test_a_solve_that_stops_early_is_undone_as_far_as_it_went() -> None:
     assert relative_error(undone.value, kept.value) < 1e-9
 
 
+def test_a_tolerance_that_is_not_met_leaves_the_hypergradient_of_the_iterate() -> None:
+    case = problems.quadratic()
+    solver = ohg.HeavyBall(0.2, max_steps=10, momentum=0.5, atol=1e-8)
+    kept, undone = (
+        ohg.hypergradient(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            estimator=e,
+            inner_solver=solver,
+            throw=False,
+        )
+        for e in (ohg.Unroll(), ohg.Reversible())
+    )
+    assert undone.result.status is kept.result.status is ohg.Status.MAX_STEPS_REACHED
+    assert relative_error(undone.value, kept.value) < 2e-9
+
+
+def test_random_numbers_that_the_batch_seeds_are_undone() -> None:
+    def seeded(w: Params, lam: Params, batch: Any) -> Tensor:
+        seed, data = batch
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(7, 3, generator=generator, dtype=F64) < 0.5
+        return inner({**w, "w2": w["w2"] * mask}, lam, data)
+
+    problem = ohg.BilevelProblem(seeded, outer, inner_batch=lambda t: (t, PROBLEM.inner_batch(t)))
+    solver = ohg.HeavyBall(0.1, 30, momentum=0.75)
+    kept, undone = (
+        ohg.hypergradient(problem, start(), hypers(), estimator=e, inner_solver=solver).value
+        for e in (ohg.Unroll(), ohg.Reversible())
+    )
+    assert relative_error(undone, kept) < 2e-9
+
+
 def test_the_way_back_can_be_taken_again() -> None:
     solver = ohg.HeavyBall(0.1, 50, momentum=0.75)
     solved = ohg.Reversible().solve(PROBLEM, solver, start(), hypers())
