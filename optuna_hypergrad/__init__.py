@@ -17,6 +17,7 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
+from .check import HypergradientReport, check_hypergradient
 from .hypergradients import (
     Auto,
     ForwardGradient,
@@ -74,6 +75,7 @@ __all__ = [
     "Hessian",
     "HypergradError",
     "HypergradientEstimate",
+    "HypergradientReport",
     "HypergradientSampler",
     "HyperparameterError",
     "Identity",
@@ -101,6 +103,7 @@ __all__ = [
     "Unroll",
     "ZeroHypergradientError",
     "ZerothOrder",
+    "check_hypergradient",
     "differentiable",
     "hypergradient",
     "inner_solve",

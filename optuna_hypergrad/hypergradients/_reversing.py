@@ -25,7 +25,8 @@ class Descent:
     """The steps of one inner solve (:meth:`take`), and the way back through them (:meth:`pull`).
 
     Attributes:
-        too_large: The number that did not fit any more, if that ended the descent; else 0.
+        failed: The descent ended in numbers that do not fit.
+        too_large: The one that did not fit, if it was finite; else 0.
         num_recomputed: Steps taken once more, for a second way back.
         bytes_aside: Of information buffers that were full.
     """
@@ -44,7 +45,7 @@ class Descent:
         self._lam = _tree.leaves(outer_params)
         self._exact = FixedPoint(inner_params, velocity, fraction_bits)
         self._start = self._end = self._at = start
-        self._failed = False
+        self.failed = False
         self.too_large = 0.0
         self.num_recomputed = self.bytes_aside = 0
         self._constant: Rational | None = None
@@ -62,11 +63,11 @@ class Descent:
         self, inner_params: Params, state: InnerState, index: int
     ) -> tuple[Params, InnerState, Tensor, Params]:
         """A step of the first pass, from where the last one ended. NaN from where the numbers do not fit."""
-        if not self._failed:
+        if not self.failed:
             try:
                 return self._forth(index)
             except OutOfRangeError as error:
-                self._failed = True
+                self.failed = True
                 self.too_large = error.value if math.isfinite(error.value) else 0.0
         nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), inner_params)
         return nan, {"velocity": nan}, torch.tensor(torch.nan), nan

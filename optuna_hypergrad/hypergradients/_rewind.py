@@ -273,13 +273,14 @@ def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) ->
         retain_graph=keep,
     )
     at.point[:] = found[: len(at.point)]
-    at.outer[:] = map(_sum, at.outer, found[len(at.point) :])
+    at.outer[:] = map(_added, at.outer, found[len(at.point) :])
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """``total``, which is ours, plus ``part``, which may be shared."""
+    if part is None:
+        return total
+    return part.clone() if total is None else total.add_(part)
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:

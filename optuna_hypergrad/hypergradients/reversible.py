@@ -22,7 +22,7 @@ class Reversible(AbstractPullbackEstimator):
 
     What ``Unroll()`` gives for an inner ``HeavyBall``, in the memory of one step: beside it ``T P log2(1 /
     momentum)`` bits (0.17 bits for each inner parameter and step at a momentum of 0.9). Cost: the inner steps,
-    and about 2.5 gradient evaluations a step on the way back. The momentum is rounded to a multiple of ``2^-16``,
+    and about 3 gradient evaluations a step on the way back. The momentum is rounded to a multiple of ``2^-16``,
     and the hypergradient is the one at the rounded momentum.
 
     ``w`` is held in multiples of ``2^-fraction_bits``; velocities keep 39 bits below the largest that there has
@@ -131,7 +131,8 @@ class Reversible(AbstractPullbackEstimator):
             solution = replace(solution, result=Result(Status.DIVERGED, message))
 
         def pullback(cotangent: Params) -> Pulled:
-            solution.result.raise_if_failed()
+            if descent.failed:
+                solution.result.raise_if_failed()
             before = descent.num_recomputed
             outer, initial = descent.pull(cotangent)
             cotangent.clear()
