@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 THREADS ?= 2
+WORKERS ?= 2
 
 .PHONY: demo test lint bench clean
 
@@ -10,7 +11,7 @@ demo: $(READY)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python examples/quickstart.py
 
 test: $(READY)
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ._errors import RequirementError
+
+
+def nodes_of(*roots: Tensor) -> set[Node]:
+    """All of the graph behind some tensors."""
+    known: set[Node] = set()
+    ahead = [t.grad_fn for t in roots]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            ahead += [follower for follower, _ in node.next_functions]
+    return known
 
 
 def goes_through_once_differentiable(gradients: Iterable[Tensor]) -> bool:
@@ -15,17 +28,7 @@ def goes_through_once_differentiable(gradients: Iterable[Tensor]) -> bool:
     Torch then ends their graph in a node that raises; but a derivative with respect to given inputs walks around
     it, and is wrong.
     """
-    pending = [g.grad_fn for g in gradients if g.grad_fn is not None]
-    known = set(pending)
-    while pending:
-        node = pending.pop()
-        if node.name().split("::")[-1] == "Error":
-            return True
-        for follower, _ in node.next_functions:
-            if follower is not None and follower not in known:
-                known.add(follower)
-                pending.append(follower)
-    return False
+    return any(node.name() == "torch::autograd::Error" for node in nodes_of(*gradients))
 
 
 def check_differentiable_twice(gradients: Iterable[Tensor]) -> None:

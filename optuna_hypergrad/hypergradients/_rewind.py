@@ -203,9 +203,26 @@ class Rewinder:
             begun = self._record(point, 0)
         check_differentiable_twice(begun[0].after.tensors())
         shared = {t.untyped_storage().data_ptr() for t in self._lam.values()}
+        if self._planner is not whole_tape:
+            shared |= self._data(begun[0])
         size = sum(n for address, n in held.items() if address not in shared)
         self._plan = self._planner(self._num_steps, size, _num_bytes(point.tensors()))
         return begun
+
+    def _data(self, tape: Tape) -> set[int]:
+        """Where the data lie that every tape refers to: what a second graph saves from where ``tape`` does."""
+        found: set[int] = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            found.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        w = tape.before.inner_params
+        batch = self._problem.inner_batch(self._first)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            alive = self._problem.inner_objective(w, self._lam, batch)
+        del alive
+        return found - {v.untyped_storage().data_ptr() for v in w.values()}
 
     def _keeps_tape(self, position: int) -> bool:
         if self._plan.tapes >= self._num_steps:

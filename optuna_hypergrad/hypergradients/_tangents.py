@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from .. import _tree
 from .._errors import RequirementError
+from .._twice import goes_through_once_differentiable, nodes_of
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
@@ -271,7 +271,7 @@ class Pushforward:
 
     def _refuse_dead_ends(self, tensors: list[Tensor]) -> None:
         """``torch.autograd.grad`` goes around them, and then its answer is wrong."""
-        if any(n.name() == "torch::autograd::Error" for n in _nodes(*tensors)):
+        if goes_through_once_differentiable(tensors):
             raise self._refusal("once_differentiable")
 
     def _refusal(self, error: RuntimeError | str) -> RequirementError:
@@ -282,7 +282,7 @@ class Pushforward:
             )
         kind = torch.autograd.function.BackwardCFunction
         names = {
-            n.name().removesuffix("Backward") for n in _nodes(value) if issubclass(type(n), kind)
+            n.name().removesuffix("Backward") for n in nodes_of(value) if issubclass(type(n), kind)
         }
         custom = ", ".join(sorted(names))
         return RequirementError(
@@ -291,18 +291,6 @@ class Pushforward:
             f"{'; its own autograd functions: ' if custom else ''}{custom}). Write it with operations that torch "
             f"can differentiate twice, or use ZerothOrder, which differentiates nothing."
         )
-
-
-def _nodes(*roots: Tensor) -> set[Node]:
-    """All of the graph behind some tensors."""
-    seen: set[Node] = set()
-    ahead = [t.grad_fn for t in roots]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            ahead += [n for n, _ in node.next_functions]
-    return seen
 
 
 def _filled(like: Point, tensors: Sequence[Tensor]) -> Point:
