@@ -122,7 +122,7 @@ def check_hypergradient(
 ) -> HypergradientReport:
     """Compare an estimator with finite differences of ``f(w(lam), lam)``, the inner problem solved again.
 
-    Central differences, extrapolated from three to six step sizes (Ridders 1982), with two inner solves for each: along one
+    Central differences, extrapolated from three to ten step sizes (Ridders 1982), with two inner solves for each: along one
     direction for each hyperparameter, so that the report says which one is wrong, and along ``num_directions`` that
     move all of them. Directions are random, and lean towards the estimate, so that the derivative is not small.
 
