@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import measure
+import torch
 from torch_task import MOMENTUM, TorchTask
 
 import optuna_hypergrad as ohg
@@ -27,17 +29,29 @@ def build(
         "tree": ohg.Unroll(recompute="tree"),
         "directions": ohg.ForwardGradient(DIRECTIONS, width=DIRECTIONS, memory_budget=2e9),
         "reversible": ohg.Reversible(),
+        "forward": ohg.ForwardMode(),
     }[options.way]
-    steps = {"step_size": t.alpha, "max_steps": t.products}
+    steps: dict[str, Any] = {"step_size": t.alpha, "max_steps": t.products}
+    outer: dict[str, torch.Tensor] = t.outer
+    momentum: float | str = MOMENTUM
+    if options.way == "forward":  # a few hyperparameters, in place of a decay per weight
+        outer = {"lr": torch.tensor(t.alpha), "momentum": torch.tensor(MOMENTUM)}
+        problem = ohg.BilevelProblem(
+            lambda w, lam, batch: t.inner_objective(w, t.outer, batch),
+            lambda w, lam, batch: t.outer_objective(w, t.outer, batch),
+            lambda step: t.train,
+            lambda step: t.valid,
+        )
+        steps["step_size"], momentum = "lr", "momentum"
     inner_solver = (
         ohg.GradientDescent(**steps)
         if solver == "descent"
-        else ohg.HeavyBall(**steps, momentum=MOMENTUM)
+        else ohg.HeavyBall(**steps, momentum=momentum)
     )
 
     def hypergradient() -> measure.Arrays:
         return ohg.hypergradient(
-            problem, t.inner, t.outer, estimator=estimator, inner_solver=inner_solver
+            problem, t.inner, outer, estimator=estimator, inner_solver=inner_solver
         ).value
 
     return t.gradient, hypergradient
