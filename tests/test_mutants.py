@@ -6,10 +6,11 @@ the line is gone (update the row), if the mutant survives, or if the tests could
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,8 +259,19 @@ MUTANTS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported everything but the package, and has a child for each mutant."""
+    with subprocess.Popen(
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
+def test_mutant_is_killed(mutant: Mutant, tmp_path: Path, nursery: subprocess.Popen[str]) -> None:
     package = tmp_path / "optuna_hypergrad"
     shutil.copytree(
         ROOT / "optuna_hypergrad", package, ignore=shutil.ignore_patterns("__pycache__")
@@ -269,25 +281,40 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
         assert source.count(old) == 1, f"{old!r} is not (once) in {file}"
         (package / file).write_text(source.replace(old, new))
     tests = [str(ROOT / test) for test in mutant.killed_by.split()]
-    ran = subprocess.run(
-        [sys.executable, "-c", RUN, str(package), str(ROOT), *tests],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ran.returncode == 1, (
-        f"survived, or could not run (exit {ran.returncode}):\n{ran.stdout[-3000:]}{ran.stderr[-2000:]}"
-    )
-    assert " failed" in ran.stdout
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    nursery.stdin.write(json.dumps([str(tmp_path), str(ROOT), *tests]) + "\n")
+    nursery.stdin.flush()
+    code = int(nursery.stdout.readline())
+    said = (tmp_path / "said").read_text()
+    assert code == 1, f"survived, or could not run (exit {code}):\n{said[-5000:]}"
+    assert " failed" in said
 
 
-RUN = """
-import sys, pytest, optuna_hypergrad
-package, root, *tests = sys.argv[1:]
-if not optuna_hypergrad.__file__.startswith(package):
-    sys.exit(f"the tests would see {optuna_hypergrad.__file__}, not the mutant")
-sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-c", f"{root}/pyproject.toml", *tests]))
+NURSERY = """
+import json, os, sys
+import numpy, optuna, pytest, scipy.optimize, sklearn.datasets, sqlalchemy, torch
+
+def examine(folder, root, *tests):
+    said = os.open(os.path.join(folder, "said"), os.O_CREAT | os.O_WRONLY)
+    os.dup2(said, 1), os.dup2(said, 2)
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    import optuna_hypergrad
+    if not optuna_hypergrad.__file__.startswith(folder):
+        sys.exit(f"the tests would see {optuna_hypergrad.__file__}, not the mutant")
+    return pytest.main(
+        ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", f"{root}/pyproject.toml", *tests]
+    )
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = int(examine(*json.loads(line)))
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
