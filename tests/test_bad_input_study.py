@@ -416,6 +416,10 @@ SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": 1}, ValueError, "reduction"),
     ({"max_steps": 0}, ValueError, "max_steps"),
     ({"patience": 0}, ValueError, "patience"),
+    ({"lease": 0}, ValueError, "lease"),
+    ({"lease": "5"}, ValueError, "lease"),
+    ({"lease": True}, ValueError, "lease"),
+    ({"lease": float("nan")}, ValueError, "lease"),
 ]
 
 

@@ -156,7 +156,8 @@ class HypergradientSampler(BaseSampler):
         ):
             if number is not None and (type(number) is not int or number < least):
                 raise ValueError(f"{name}={number!r} must be an integer of at least {least}.")
-        if lease is not None and not lease > 0:
+        is_number = isinstance(lease, (int, float)) and not isinstance(lease, bool)
+        if lease is not None and not (is_number and lease > 0):
             raise ValueError(
                 f"lease={lease!r} must be a positive number of seconds, math.inf or None."
             )
