@@ -17,6 +17,7 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
+from .evaluate import evaluate
 from .hypergradients import (
     Auto,
     ForwardGradient,
@@ -102,6 +103,7 @@ __all__ = [
     "ZeroHypergradientError",
     "ZerothOrder",
     "differentiable",
+    "evaluate",
     "hypergradient",
     "inner_solve",
     "linear_solve",
