@@ -14,6 +14,7 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "numpy_gradients": ({"num_trials": 8}, 0.532),
     "black_box_pde": ({"num_trials": 6}, 0.7),  # the relative error
     "learning_rate": ({"num_trials": 5}, 0.8),
+    "learned_schedule": ({"num_trials": 5}, 0.3),
 }
 
 
