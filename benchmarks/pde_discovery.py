@@ -296,9 +296,10 @@ def figure(done: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = [n for n in EQUATIONS if any(d["task"] == n for d in done)]
-    fig, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.6), squeeze=False)
+    rows = math.ceil(len(names) / 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(11.5, 3.3 * rows), squeeze=False)
     handles: dict[str, Any] = {}
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis, name in zip(axes.flat, names, strict=False):
         equation = EQUATIONS[name]
         for sampler in SAMPLERS:
             some = [d for d in done if (d["task"], d["sampler"]) == (name, sampler)]
@@ -315,13 +316,15 @@ def figure(done: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(equation.label, fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.axis("off")
     fig.supxlabel("solver calls, those for differences included", fontsize=9)
     fig.supylabel("relative error of the best trial", fontsize=9)
     fig.legend(
         handles.values(), handles.keys(), loc="upper center", ncol=len(handles), fontsize=9,
         frameon=False,
     )  # fmt: skip
-    fig.tight_layout(rect=(0.005, 0.0, 1.0, 0.92))
+    fig.tight_layout(rect=(0.005, 0.0, 1.0, 1.0 - 0.3 / (3.3 * rows)))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
