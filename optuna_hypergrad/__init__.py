@@ -18,6 +18,7 @@ from ._errors import (
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .check import HypergradientReport, check_hypergradient
+from .evaluate import evaluate
 from .hypergradients import (
     Auto,
     ForwardGradient,
@@ -105,6 +106,7 @@ __all__ = [
     "ZerothOrder",
     "check_hypergradient",
     "differentiable",
+    "evaluate",
     "hypergradient",
     "inner_solve",
     "linear_solve",
