@@ -295,17 +295,17 @@ def table(done: list[dict[str, Any]], outer_steps: int) -> str:
         "",
         f"`python benchmarks/schedules.py --data DIR --seeds {len(seeds)} --outer-steps {outer_steps}`: MNIST, network "
         f"784-{WIDTH}-10, {NUM_STEPS} steps of heavy ball, batches of {BATCH} of {NUM_TRAIN:,} images; outer loss: "
-        f"cross-entropy on {NUM_VALID:,} others after the last step. Mean of {len(seeds)} seeds (lowest to highest). "
+        f"cross-entropy on {NUM_VALID:,} others after the last step. Mean of the seeds (lowest to highest). "
         f"*Tuned*: the {NUM_TUNED} trainings whose mean was tuned; *fresh*: {NUM_FRESH} with other initializations and "
         "other images in another order. Accuracy on the 10,000 test images. Equalized between Reversible and TPE are "
         "gradient evaluations, the way back of Reversible counted as 250 for 100 steps; Unroll takes as many outer "
         "steps as Reversible, and its way back counts as 140. *Adam*: outer steps of Adam at 0.1 in one trajectory; "
-        "otherwise the sampler has its defaults. Training steps: those forth. All start at a rate of "
+        "otherwise the sampler has its defaults. Training steps: those forth; s: of tuning, on a busy machine. All start at a rate of "
         f"{START_RATE} and a momentum of {START_MOMENTUM}.",
         "",
-        "| method | tuned | trials | training steps | gradient evaluations | s | validation loss, tuned | validation "
+        "| method | tuned | seeds | trials | training steps | gradient evaluations | s | validation loss, tuned | validation "
         "loss, fresh | test accuracy, tuned | test accuracy, fresh |",
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
     for method, what in METHODS.items():
         some = [d for d in done if d["method"] == method]
@@ -318,7 +318,7 @@ def table(done: list[dict[str, Any]], outer_steps: int) -> str:
             for k in ("loss", "accuracy")
         }
         lines.append(
-            f"| {method} | {what} | {one['trials']} | {one['trials'] * NUM_TUNED * NUM_STEPS:,} | "
+            f"| {method} | {what} | {len(some)} | {one['trials']} | {one['trials'] * NUM_TUNED * NUM_STEPS:,} | "
             f"{one['trials'] * one['cost']:,} | {statistics.mean(d['seconds'] for d in some):.0f} | "
             f"{_shown(mean['tuned', 'loss'], '.4f')} | {_shown(mean['fresh', 'loss'], '.4f')} | "
             f"{_shown(mean['tuned', 'accuracy'], '.4f')} | {_shown(mean['fresh', 'accuracy'], '.4f')} |"
