@@ -10,7 +10,7 @@ a constant rate and one momentum, over a rate that a half cosine takes to zero a
 Tuned is the mean over three trainings (of one initialization, images and their order each): what is learned on one
 alone is 0.05 worse in others. Reported is that mean, and the one over five *fresh* trainings with other
 initializations, images and orders. The outer steps are those of the sampler's defaults, and of Adam at 0.1 in one
-trajectory, which was chosen among four settings on a seed (7) that is not reported.
+trajectory, which was chosen among five settings, as the three trainings were, on a seed (7) that is not reported.
 
 *Equalized are gradient evaluations* of the training loss: differentiating a training costs ``Reversible`` 100 forth
 and counts as 250 back, ``Unroll`` 100 and 140 (their docstrings say so); TPE, at 100, is given as many as
