@@ -86,9 +86,9 @@ def _without_wiping(connection: Connection) -> Iterator[None]:
         return
     driver: Any = connection.connection.cursor()  # this is no part of SQLAlchemy's transaction
     ((before,),) = driver.execute("PRAGMA secure_delete").fetchall()
-    driver.execute("PRAGMA secure_delete = FAST")
+    driver.execute("PRAGMA secure_delete = FAST").fetchall()
     try:
         yield
     finally:
         with suppress(sqlite3.Error):  # a connection that broke has no settings left
-            driver.execute(f"PRAGMA secure_delete = {('OFF', 'ON', 'FAST')[before]}")
+            driver.execute(f"PRAGMA secure_delete = {('OFF', 'ON', 'FAST')[before]}").fetchall()
