@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from . import _tree
+from ._arguments import check_count, is_number
 from ._differences import directional_derivative, noise_level
 from ._errors import HypergradError, RequirementError, SolverError
 from ._typing import Params
@@ -151,11 +152,11 @@ def check_hypergradient(
     for label, number, low in (
         ("num_directions", num_directions, 0),
         ("num_estimates", num_estimates, 1),
+        ("step", step, 0),
     ):
-        if number < low:
-            raise ValueError(f"check_hypergradient needs {label} >= {low}, got {number}.")
-    if not 0 < rtol < 1:
-        raise ValueError(f"check_hypergradient needs rtol between 0 and 1, got {rtol}.")
+        check_count("check_hypergradient", label, number, low)
+    if not (is_number(rtol) and 0 < rtol < 1):
+        raise ValueError(f"check_hypergradient needs rtol between 0 and 1, got {rtol!r:.80}.")
     if not isinstance(estimator, AbstractHypergradientEstimator):
         raise RequirementError(
             f"check_hypergradient checks an estimator such as Implicit() or Unroll(), not {estimator!r:.80}."

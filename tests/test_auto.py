@@ -187,6 +187,8 @@ def test_a_run_says_it_once_and_is_continued_with_the_same(told: list[str]) -> N
 def test_what_cannot_be_used_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Auto needs memory_budget > 0"):
         ohg.Auto(memory_budget=0)
+    with pytest.raises(ValueError, match="Auto needs seed >= 0"):
+        ohg.Auto(seed=-1)
     lam = {**FEW, "unused": torch.tensor(1.0, dtype=F64)}
     with pytest.raises(ohg.ZeroHypergradientError, match="'unused'"):
         ohg.hypergradient(PROBLEM, W, lam, estimator=ohg.Auto(), inner_solver=STEPS)

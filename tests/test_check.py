@@ -238,6 +238,8 @@ def test_the_report_is_a_table_with_a_sentence() -> None:
     [
         ({"num_directions": -1}, ValueError, "num_directions >= 0"),
         ({"num_estimates": 0}, ValueError, "num_estimates >= 1"),
+        ({"num_estimates": "8"}, ValueError, "num_estimates >= 1, an integer"),
+        ({"rtol": "0.1"}, ValueError, "rtol between 0 and 1"),
         ({"rtol": 0.0}, ValueError, "rtol between 0 and 1"),
         ({"estimator": "implicit"}, ohg.RequirementError, "checks an estimator"),
         ({"inner_solver": None}, ohg.RequirementError, "no solver was given"),

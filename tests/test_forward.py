@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import cases
@@ -344,7 +345,14 @@ def test_a_budget_that_holds_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"width": 0}, "width >= 1"), ({"memory_budget": 0}, "memory_budget > 0 bytes")],
+    [
+        ({"width": 0}, "width >= 1"),
+        ({"width": 2.5}, r"width >= 1, an integer, or None, got 2\.5"),
+        ({"width": True}, "an integer"),
+        ({"memory_budget": 0}, "memory_budget > 0 bytes"),
+        ({"memory_budget": "1e9"}, "memory_budget > 0 bytes, a number, got '1e9'"),
+        ({"memory_budget": math.nan}, "memory_budget > 0 bytes"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -357,3 +365,36 @@ def test_a_hyperparameter_that_no_step_depends_on_is_named() -> None:
         ohg.hypergradient(
             PROBLEM, start(), lam, estimator=ohg.ForwardMode(), inner_solver=ohg.Adam(max_steps=3)
         )
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode, ohg.ForwardGradient, ohg.Auto, ohg.Unroll])
+def test_a_budget_without_end_is_one(estimator: Any) -> None:
+    given = PROBLEM, start(), hypers()
+    unlimited, limited = (
+        ohg.hypergradient(
+            *given, estimator=estimator(memory_budget=b), inner_solver=ohg.HeavyBall(0.1, 3)
+        )
+        for b in (math.inf, 1e9)
+    )
+    assert relative_error(unlimited.value, limited.value) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            {"estimator": ohg.Unroll},
+            r"estimator such as Implicit\(\) or Unroll\(\) as estimator=, not <class",
+        ),
+        ({"estimator": None}, "as estimator=, not None"),
+        ({"inner_solver": torch.optim.SGD}, "as inner_solver=, not <class"),
+        ({"inner_solver": ohg.HeavyBall}, "as inner_solver=, not <class"),
+    ],
+)
+def test_what_is_no_method_is_refused(methods: dict[str, Any], message: str) -> None:
+    given = {"estimator": ohg.ForwardMode(), "inner_solver": ohg.HeavyBall(0.1, 3), **methods}
+    with pytest.raises(ohg.RequirementError, match=f"hypergradient needs an .*{message}"):
+        ohg.hypergradient(PROBLEM, start(), hypers(), **given)
+    if methods.get("estimator", 0) is not None:
+        with pytest.raises(ohg.RequirementError, match=f"minimize_bilevel needs an .*{message}"):
+            ohg.minimize_bilevel(PROBLEM, start(), hypers(), num_steps=1, **given)

@@ -335,7 +335,12 @@ def test_a_trajectory_that_diverges_is_a_failed_result() -> None:
     [
         ({"num_directions": 0}, "num_directions >= 1 or None, got 0"),
         ({"directions": "haar"}, "one of 'orthogonal', .* got 'haar'"),
+        ({"num_directions": 2.5}, r"num_directions >= 1, an integer, or None, got 2\.5"),
+        ({"num_directions": True}, "an integer"),
+        ({"num_directions": "8"}, "an integer, or None, got '8'"),
         ({"seed": -1}, "seed >= 0"),
+        ({"seed": None}, "seed >= 0, an integer, got None"),
+        ({"control_variate": ohg.Unroll}, "as control_variate=, got <class"),
         ({"width": 0}, "width >= 1"),
         ({"memory_budget": -1.0}, "memory_budget > 0 bytes"),
         ({"control_variate": ohg.ForwardGradient(2)}, "both have seed=0.*another seed"),
@@ -361,3 +366,21 @@ def test_scalars_that_are_missing_are_noticed() -> None:
     part = share(0, 2)
     with pytest.raises(ohg.RequirementError, match=r"all 20 directions, and was given \(8,\)"):
         ESTIMATOR.combine(LAM, part, part.scalars)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5])
+def test_numbers_of_processes_that_mean_nothing_are_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match="shares needs num_processes >= 1"):
+        ohg.ForwardGradient(20).shares(start(), hypers(), number)
+
+
+def test_a_step_before_the_first_is_refused() -> None:
+    with pytest.raises(ValueError, match="hypergradient needs step >= 0, got -1"):
+        ohg.hypergradient(
+            PROBLEM,
+            start(),
+            hypers(),
+            estimator=ohg.ForwardGradient(),
+            inner_solver=ohg.HeavyBall(0.1, 3),
+            step=-1,
+        )

@@ -427,9 +427,10 @@ def test_what_cannot_be_undone_is_refused_by_name(
         )
 
 
-def test_bits_are_refused_where_they_are_none() -> None:
-    with pytest.raises(ValueError, match="fraction_bits from 8 to 60, got 0"):
-        ohg.Reversible(0)
+@pytest.mark.parametrize("bits", [0, 61, 44.0, "44", None])
+def test_bits_are_refused_where_they_are_none(bits: Any) -> None:
+    with pytest.raises(ValueError, match=f"fraction_bits from 8 to 60, got {bits!r}"):
+        ohg.Reversible(bits)
 
 
 LINE = ohg.BilevelProblem(

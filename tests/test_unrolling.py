@@ -269,3 +269,36 @@ def test_a_decay_of_the_solver_is_no_part_of_the_inner_problem() -> None:
     solver = ohg.HeavyBall(0.1, 5, weight_decay=0.1)
     with pytest.raises(ohg.RequirementError, match="Write the decay into inner_objective"):
         ohg.hypergradient(PROBLEM, start(), hypers(), estimator=ohg.Implicit(), inner_solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"truncation": 2.5}, r"truncation >= 1, an integer, or None, got 2\.5"),
+        ({"truncation": True}, "an integer"),
+        ({"truncation": float("nan")}, "an integer"),
+        ({"memory_budget": "1e9"}, "memory_budget > 0 bytes"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ohg.Unroll(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": 2.5}, r"Adam needs max_steps >= 0, an integer, got 2\.5"),
+        ({"max_steps": "10"}, "max_steps >= 0, an integer, got '10'"),
+        ({"rtol": float("nan")}, "rtol >= 0, got nan"),
+        ({"atol": "1e-3"}, "atol >= 0"),
+        ({"max_norm": "1"}, "max_norm > 0"),
+        ({"eps": "1"}, "eps > 0"),
+        ({"step_size": None}, "step_size must be a number, the name"),
+        ({"beta1": [0.9]}, "beta1 must be a number, the name"),
+        ({"weight_decay": torch.tensor(0.1)}, "weight_decay is a tensor, .* give its name"),
+    ],
+)
+def test_solvers_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ohg.Adam(**settings)

@@ -282,6 +282,7 @@ def test_differences_that_drown_in_rounding_are_warned_of() -> None:
         ({"mu": 0.0}, "finite mu > 0, got 0.0"),
         ({"mu": -1e-4}, "finite mu > 0"),
         ({"mu": math.nan}, "finite mu > 0"),
+        ({"mu": "1e-4"}, "finite mu > 0, got '1e-4'"),
         ({"num_directions": 0}, "ZerothOrder needs num_directions >= 1"),
         ({"directions": "hadamard"}, "ZerothOrder needs directions to be one of"),
     ],

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver
 from ..inner._base import InnerState
 from ..problem import BilevelProblem
 from ._rewind import Point
+
+_UNLIMITED = 1e18
+"""Bytes: a budget of infinity, as a number that can be divided."""
 
 
 def check_step_solver(label: str, inner_solver: AbstractInnerSolver | None) -> AbstractStepSolver:
@@ -43,10 +47,8 @@ def check_step_solver(label: str, inner_solver: AbstractInnerSolver | None) -> A
 
 def check_width(label: str, width: int | None, memory_budget: float) -> None:
     """Raise ``ValueError`` for settings that mean nothing."""
-    if width is not None and width < 1:
-        raise ValueError(f"{label} needs width >= 1 or None, got {width}.")
-    if not memory_budget > 0:
-        raise ValueError(f"{label} needs memory_budget > 0 bytes, got {memory_budget}.")
+    check_count(label, "width", width, 1, none=True)
+    check_budget(label, memory_budget)
 
 
 def width_of(width: int | None, inner_params: Params) -> int:
@@ -85,7 +87,7 @@ def room(
     moving = num_bytes(start.tensors())
     column = moving + num_bytes(outer_params.values())
     working = column + 2 * num_bytes(inner_params.values()) + graph
-    left = budget - graph - moving
+    left = min(budget, _UNLIMITED) - graph - moving
     width = min(width, int(max(left, 0) // (column + working)))
     if width < 1:
         raise RequirementError(

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 
 from .. import _tree
+from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._twice import goes_through_once_differentiable
 from .._typing import Params
@@ -70,8 +71,8 @@ class Auto(AbstractHypergradientEstimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.memory_budget > 0:
-            raise ValueError(f"Auto needs memory_budget > 0 bytes, got {self.memory_budget}.")
+        check_budget("Auto", self.memory_budget)
+        check_count("Auto", "seed", self.seed, 0)
 
     def choose(
         self,

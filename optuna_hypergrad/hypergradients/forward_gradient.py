@@ -64,6 +64,11 @@ class ForwardGradient(AbstractDirectionalEstimator):
         super().__post_init__()
         check_width("ForwardGradient", self.width, self.memory_budget)
         control = self.control_variate
+        if control is not None and not isinstance(control, AbstractHypergradientEstimator):
+            raise ValueError(
+                f"ForwardGradient needs an estimator such as Unroll(truncation=5), or None, as control_variate=, got "
+                f"{control!r:.80}."
+            )
         if isinstance(control, AbstractDirectionalEstimator) and control.seed == self.seed:
             raise ValueError(
                 f"ForwardGradient and its control_variate both have seed={self.seed}: their directions would be "

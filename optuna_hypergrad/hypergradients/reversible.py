@@ -49,9 +49,9 @@ class Reversible(AbstractPullbackEstimator):
     fraction_bits: int = 44
 
     def __post_init__(self) -> None:
-        if not 8 <= self.fraction_bits <= 60:
+        if type(self.fraction_bits) is not int or not 8 <= self.fraction_bits <= 60:
             raise ValueError(
-                f"Reversible needs fraction_bits from 8 to 60, got {self.fraction_bits}."
+                f"Reversible needs fraction_bits from 8 to 60, got {self.fraction_bits!r:.80}."
             )
 
     def check(

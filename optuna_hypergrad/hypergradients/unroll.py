@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
@@ -51,10 +52,8 @@ class Unroll(AbstractPullbackEstimator):
             raise ValueError(
                 f'Unroll needs recompute "auto", "never", "sqrt" or "tree", got {self.recompute!r}.'
             )
-        if not self.memory_budget > 0:
-            raise ValueError(f"Unroll needs memory_budget > 0 bytes, got {self.memory_budget}.")
-        if self.truncation is not None and self.truncation < 1:
-            raise ValueError(f"Unroll needs truncation >= 1 or None, got {self.truncation}.")
+        check_budget("Unroll", self.memory_budget)
+        check_count("Unroll", "truncation", self.truncation, 1, none=True)
 
     def check(
         self,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import is_number
 from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
@@ -52,8 +53,8 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.mu < float("inf"):
-            raise ValueError(f"ZerothOrder needs a finite mu > 0, got {self.mu}.")
+        if not (is_number(self.mu) and 0 < self.mu < float("inf")):
+            raise ValueError(f"ZerothOrder needs a finite mu > 0, got {self.mu!r:.80}.")
 
     def check(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._arguments import is_number
 from .._errors import RequirementError
 from .._typing import Params
 
@@ -65,6 +66,24 @@ def times(tree: Params, factor: Value) -> Params:
             f"{sorted(tree)}."
         )
     return {k: v * factor[k] for k, v in tree.items()}
+
+
+def check_setting(label: str, setting: object) -> None:
+    """Refuse what is no number, name or schedule; a tensor above all, which would be a constant.
+
+    Raises:
+        ValueError: naming ``label``.
+    """
+    if isinstance(setting, Tensor):
+        raise ValueError(
+            f"{label} is a tensor, of which no hypergradient would be taken. To tune it, put it among the outer "
+            f'parameters and give its name ({{"lr": lr}} and step_size="lr"); otherwise give float(...).'
+        )
+    if not (is_number(setting) or isinstance(setting, str) or callable(setting)):
+        raise ValueError(
+            f"{label} must be a number, the name of an outer parameter, or a function of (outer_params, step), got "
+            f"{setting!r:.80}."
+        )
 
 
 def check_number(label: str, setting: Setting, low: float, high: float = math.inf) -> None:
