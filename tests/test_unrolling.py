@@ -253,6 +253,16 @@ def test_a_budget_is_kept_or_refused() -> None:
         ({"step_size": "rate"}, {"lr": 0.1}, "step_size is the outer parameter 'rate'"),
         ({"weight_decay": "l2"}, {"lr": 0.1}, "weight_decay is the outer parameter 'l2'"),
         ({"step_size": lambda lam, t: {"w1": lam["lr"]}}, {"lr": 0.1}, r"has factors for \['w1'\]"),
+        (
+            {"step_size": lambda lam, t: lam["lr"]},
+            {"lr": [0.1] * 7},
+            r"gave a tensor of shape \(7,\)",
+        ),
+        (
+            {"step_size": lambda lam, t: {"w1": 0.1, "b1": lam["lr"], "w2": 0.1}},
+            {"lr": [[0.1] * 7] * 2},
+            r"factor of shape \(2, 7\) for 'b1', which has the shape \(7,\)",
+        ),
     ],
 )
 def test_settings_that_cannot_be_resolved_are_named(
@@ -302,3 +312,37 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], messag
 def test_solvers_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ohg.Adam(**settings)
+
+
+@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Reversible()])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ohg.HeavyBall("lr", 4, momentum=lambda lam, t: {"a": lam["each"], "b": 0.5}),
+        ohg.HeavyBall(lambda lam, t: {"a": lam["each"], "b": lam["lr"]}, 4, weight_decay="lr"),
+        ohg.AdamW(lambda lam, t: {"a": lam["each"], "b": lam["lr"]}, 4, beta1="lr"),
+        ohg.Adam(0.1, 4),
+    ],
+)
+def test_inner_parameters_keep_their_dtypes(estimator: Any, solver: Any) -> None:
+    """Also 0-d ones, which torch promotes, under settings in float64."""
+    if isinstance(solver, ohg.Adam) and isinstance(estimator, ohg.Reversible):
+        return
+    x = problems.randn(9, 3, seed=1)
+
+    def g(w: Params, lam: Params, _: Any) -> Tensor:
+        if any(v.dtype != x.dtype for v in w.values()):
+            raise TypeError("the inner parameters have changed their dtype")
+        return ((x @ w["a"] - w["b"] - 1) ** 2).mean() + (lam["each"] * w["a"] ** 2).sum().to(x)
+
+    def f(w: Params, lam: Params, _: Any) -> Tensor:
+        return w["a"].square().sum() + w["b"] * lam["lr"]
+
+    lam = {"each": torch.tensor([0.1, 0.2, 0.3], dtype=F64), "lr": torch.tensor(0.05, dtype=F64)}
+    problem, values = ohg.BilevelProblem(g, f), []
+    for x in (x, x.float()):  # noqa: B020
+        w = {"a": torch.ones(3, dtype=x.dtype), "b": torch.zeros((), dtype=x.dtype)}
+        found = ohg.hypergradient(problem, w, lam, estimator=estimator, inner_solver=solver)
+        assert all(v.dtype == x.dtype for v in found.inner_params.values())
+        values.append(found.value)
+    assert relative_error(*values) < 1e-4

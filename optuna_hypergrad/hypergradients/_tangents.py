@@ -166,9 +166,11 @@ class Pushforward:
             return found
 
         try:
-            return list(torch.func.vmap(push)(*block.point, *bent, *block.outer.values()))
+            moved = torch.func.vmap(push)(*block.point, *bent, *block.outer.values())
         except RuntimeError as error:  # no forward mode, or a look at a value
             raise _OtherwiseError from error
+        # 0-d factors in float64 promote tangents that vmap has given a dimension
+        return [new.to(old.dtype) for new, old in zip(moved, tensors, strict=True)]
 
     def _take_whole(
         self, before: Point, index: int, blocks: list[Columns]

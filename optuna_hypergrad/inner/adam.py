@@ -72,10 +72,12 @@ class Adam(AbstractStepSolver):
                     f"{name} of Adam must be one number for all inner parameters."
                 )
             products[name] = state["products"][name] * beta
-            moments[name] = {k: beta * m + (1 - beta) * new[k] for k, m in moments[name].items()}
+            moments[name] = {
+                k: (beta * m + (1 - beta) * new[k]).to(m.dtype) for k, m in moments[name].items()
+            }
         unbias1, unbias2 = 1 - products["beta1"], 1 - products["beta2"]
         scaled = {
-            k: (m / unbias1) / (moments["beta2"][k] / unbias2 + self.eps**2).sqrt()
+            k: ((m / unbias1) / (moments["beta2"][k] / unbias2 + self.eps**2).sqrt()).to(m.dtype)
             for k, m in moments["beta1"].items()
         }
         eta = self.setting("step_size", outer_params, index)
