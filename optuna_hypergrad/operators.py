@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _tree
 from ._errors import ObjectiveError
-from ._twice import check_differentiable_twice
+from ._twice import check_differentiable_twice, saying_what_has_no_second_derivative
 from ._typing import Batch, Objective, Params
 
 
@@ -235,15 +235,16 @@ def vjp_through_kept_graph(
         return torch.autograd.grad(
             tuple(outputs), tuple(inputs), tuple(cotangents), retain_graph=True, allow_unused=True
         )
-    found: tuple[Tensor | None, ...] = _run_backward(
-        tuple(outputs),
-        tuple(cotangents),
-        True,
-        False,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    with saying_what_has_no_second_derivative():
+        found: tuple[Tensor | None, ...] = _run_backward(
+            tuple(outputs),
+            tuple(cotangents),
+            True,
+            False,
+            tuple(inputs),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
     return found
 
 

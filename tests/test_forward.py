@@ -254,8 +254,11 @@ def test_an_operation_without_a_second_derivative_is_named() -> None:
             found = torch.nn.functional.scaled_dot_product_attention(q * x[:, None], q, q)
         return found.sum((0, 1, 3))
 
-    with pytest.raises(ohg.RequirementError, match=r"flash_attention.*or use ZerothOrder"):
-        with_three(attention, ohg.ForwardMode())
+    for estimator in ohg.ForwardMode(), ohg.Unroll(), ohg.Unroll(recompute="tree"), ohg.Implicit():
+        with pytest.raises(
+            ohg.RequirementError, match=r"flash_attention.*sdpa_kernel.*or use ZerothOrder"
+        ):
+            with_three(attention, estimator)
 
 
 class Once(torch.autograd.Function):

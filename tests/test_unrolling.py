@@ -346,3 +346,16 @@ def test_inner_parameters_keep_their_dtypes(estimator: Any, solver: Any) -> None
         assert all(v.dtype == x.dtype for v in found.inner_params.values())
         values.append(found.value)
     assert relative_error(*values) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Implicit(damping=1.0)])
+def test_inference_mode_is_refused_by_name(estimator: Any) -> None:
+    solver, lam = ohg.GradientDescent(0.1, 3), hypers()
+    with torch.no_grad():
+        ohg.hypergradient(PROBLEM, start(), lam, estimator=estimator, inner_solver=solver)
+    with torch.inference_mode():
+        made = start()
+        with pytest.raises(ohg.ProblemError, match=r"inference_mode\(\) is on"):
+            ohg.hypergradient(PROBLEM, start(), lam, estimator=estimator, inner_solver=solver)
+    with pytest.raises(ohg.ProblemError, match=r"inner_params\['w1'\] was made under .* clone\(\)"):
+        ohg.hypergradient(PROBLEM, made, lam, estimator=estimator, inner_solver=solver)

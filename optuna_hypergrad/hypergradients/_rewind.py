@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._twice import check_differentiable_twice
+from .._twice import check_differentiable_twice, saying_what_has_no_second_derivative
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
@@ -282,13 +282,14 @@ def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) ->
         for output, cotangent in zip(tape.after.tensors(), at.point, strict=True)
         if output.requires_grad and cotangent is not None
     ]
-    found = torch.autograd.grad(
-        [output for output, _ in alive],
-        (*tape.before.tensors(), *outer_params.values()),
-        [cotangent for _, cotangent in alive],
-        allow_unused=True,
-        retain_graph=keep,
-    )
+    with saying_what_has_no_second_derivative():
+        found = torch.autograd.grad(
+            [output for output, _ in alive],
+            (*tape.before.tensors(), *outer_params.values()),
+            [cotangent for _, cotangent in alive],
+            allow_unused=True,
+            retain_graph=keep,
+        )
     at.point[:] = found[: len(at.point)]
     at.outer[:] = map(_added, at.outer, found[len(at.point) :])
 
