@@ -401,3 +401,19 @@ def test_what_is_no_method_is_refused(methods: dict[str, Any], message: str) -> 
     if methods.get("estimator", 0) is not None:
         with pytest.raises(ohg.RequirementError, match=f"minimize_bilevel needs an .*{message}"):
             ohg.minimize_bilevel(PROBLEM, start(), hypers(), num_steps=1, **given)
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode, ohg.ForwardGradient])
+def test_further_runs_that_end_elsewhere_are_no_silent_error(estimator: Any) -> None:
+    def dropped_out(w: Params, lam: Params, batch: Any) -> Tensor:
+        kept = torch.nn.functional.dropout(w["w2"], 0.5)
+        return unrolling.inner({**w, "w2": kept}, lam, batch)
+
+    problem = ohg.BilevelProblem(dropped_out, unrolling.outer, inner_batch=unrolling.batch_of)
+    given = {"inner_solver": ohg.HeavyBall(0.1, 5)}
+    ohg.hypergradient(problem, start(), hypers(), estimator=estimator(), **given)
+    scarce = estimator(width=1, memory_budget=16_000)
+    several = ohg.hypergradient(PROBLEM, start(), hypers(), estimator=scarce, **given)
+    assert several.stats["num_passes"] > 1
+    with pytest.raises(ohg.RequirementError, match=r"ended elsewhere: .* dropout .* memory_budget"):
+        ohg.hypergradient(problem, start(), hypers(), estimator=scarce, **given)

@@ -348,7 +348,7 @@ def test_inner_parameters_keep_their_dtypes(estimator: Any, solver: Any) -> None
     assert relative_error(*values) < 1e-4
 
 
-@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Implicit(damping=1.0)])
+@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Implicit(damping=10.0)])
 def test_inference_mode_is_refused_by_name(estimator: Any) -> None:
     solver, lam = ohg.GradientDescent(0.1, 3), hypers()
     with torch.no_grad():
@@ -359,3 +359,23 @@ def test_inference_mode_is_refused_by_name(estimator: Any) -> None:
             ohg.hypergradient(PROBLEM, start(), lam, estimator=estimator, inner_solver=solver)
     with pytest.raises(ohg.ProblemError, match=r"inner_params\['w1'\] was made under .* clone\(\)"):
         ohg.hypergradient(PROBLEM, made, lam, estimator=estimator, inner_solver=solver)
+
+
+@pytest.mark.parametrize("recompute", ["sqrt", "tree"])
+@pytest.mark.parametrize("rtol", [0.0, 1e-12])
+def test_steps_that_are_not_the_same_twice_are_no_silent_error(recompute: Any, rtol: float) -> None:
+    def dropped_out(w: Params, lam: Params, batch: Any) -> Tensor:
+        return inner({**w, "w2": torch.nn.functional.dropout(w["w2"], 0.5)}, lam, batch)
+
+    problem = ohg.BilevelProblem(dropped_out, outer, inner_batch=batch_of)
+    solver = ohg.HeavyBall(0.1, STEPS, rtol=rtol)
+    with pytest.raises(
+        ohg.RequirementError, match=r"led elsewhere: .* dropout .*recompute='never'"
+    ):
+        ohg.hypergradient(
+            problem,
+            start(),
+            hypers(),
+            estimator=ohg.Unroll(recompute=recompute),
+            inner_solver=solver,
+        )

@@ -276,9 +276,10 @@ def outer_value_at(
     problem: BilevelProblem, inner_params: Params, outer_params: Params, step: int
 ) -> float:
     """``f`` on outer batch ``step``, as a number."""
-    with torch.no_grad():
-        value = problem.outer_objective(inner_params, outer_params, problem.outer_batch(step))
-        return float(scalar(value, "outer_objective"))
+    w, lam = _tree.detach(inner_params), _tree.detach(outer_params)
+    with torch.enable_grad():  # it may take derivatives of its own
+        value = problem.outer_objective(w, lam, problem.outer_batch(step))
+        return float(scalar(value, "outer_objective").detach())
 
 
 def outer_gradients(

@@ -12,10 +12,10 @@ from .. import _tree
 from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._typing import Params
-from ..inner import AbstractInnerSolver, AbstractStepSolver
+from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution
 from ..inner._base import InnerState
 from ..problem import BilevelProblem
-from ._rewind import Point
+from ._rewind import NOT_REPEATED, Point, meets
 
 _UNLIMITED = 1e18
 """Bytes: a budget of infinity, as a number that can be divided."""
@@ -120,6 +120,22 @@ def passes(columns: range, width: int, room: Room) -> list[list[range]]:
         planned[-1].append(block)
         free -= len(block)
     return planned
+
+
+def check_repeated(
+    label: str, again: InnerSolution, first: InnerSolution, inner_params: Params
+) -> None:
+    """Refuse columns along another trajectory than the first one.
+
+    Raises:
+        RequirementError: saying what makes them differ.
+    """
+    same = again.num_steps == first.num_steps
+    if not (same and meets(again.inner_params, first.inner_params, inner_params)):
+        raise RequirementError(
+            f"{label} ran the inner problem again for further columns, which do not all fit into memory_budget, and it "
+            f"ended elsewhere: {NOT_REPEATED} Or raise memory_budget, so that one run is enough."
+        )
 
 
 def contract(cotangent: Params, columns: Params) -> Tensor:

@@ -19,7 +19,15 @@ from ._base import (
     combine,
     outer_gradients,
 )
-from ._columns import check_step_solver, check_width, contract, passes, room, width_of
+from ._columns import (
+    check_repeated,
+    check_step_solver,
+    check_width,
+    contract,
+    passes,
+    room,
+    width_of,
+)
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from ._directions import flat
 from ._tangents import Pushforward
@@ -133,7 +141,8 @@ class ForwardGradient(AbstractDirectionalEstimator):
         scalars = [contract(slope, y) for y in pushed.columns()]
         for blocks in plan[1:]:
             del pushed  # its columns, before there are others
-            pushed = run(blocks)[1]
+            again, pushed = run(blocks)
+            check_repeated("ForwardGradient", again, solution, inner_params)
             scalars += [contract(slope, y) for y in pushed.columns()]
         known = replace(
             known,

@@ -16,6 +16,7 @@ from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution
+from ..inner._base import AbstractBlackBox
 from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import EstimatorState, HypergradientEstimate, _first_failure, run_inner
@@ -105,6 +106,8 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
         value, base = solved(at)
         result = _first_failure(base.result, _finite_value(value, "at lam"))
+        if result:
+            self._check_repeatable(problem, inner_solver, base.inner_params, outer_params, step)
         scalars: list[float] = []
         seen: list[Tensor] = []
         for i, row in zip(numbers, sampled.each(numbers), strict=True):
@@ -143,6 +146,37 @@ class ZerothOrder(AbstractDirectionalEstimator):
             moving=frozenset(outer_params),
         )
 
+    def _check_repeatable(
+        self,
+        problem: BilevelProblem,
+        inner_solver: AbstractInnerSolver | None,
+        inner_params: Params,
+        outer_params: Params,
+        step: int,
+    ) -> None:
+        """Refuse objectives that are not the same twice at the solution; whatever they vary by is divided by ``mu``.
+
+        Raises:
+            RequirementError: naming the one.
+        """
+        for label, objective, batch_of, index in (
+            ("outer_objective", problem.outer_objective, problem.outer_batch, step),
+            ("inner_objective", problem.inner_objective, problem.inner_batch, 0),
+        ):
+            if label == "inner_objective" and isinstance(inner_solver, AbstractBlackBox):
+                continue
+            with torch.enable_grad():
+                first, second = (
+                    float(scalar(objective(w, lam, batch_of(index)), label).detach())
+                    for w, lam in [(_tree.clone(inner_params), _tree.clone(outer_params))] * 2
+                )
+            if abs(first - second) > 1e-2 * self.mu * max(abs(first), abs(second)):
+                raise RequirementError(
+                    f"{label} gave {first:.9g} and then {second:.9g} at the same place: differences over mu={self.mu:g} "
+                    f"are of that, and not of lam. Draw random numbers (dropout) from a generator that is seeded by the "
+                    f"batch, or switch them off."
+                )
+
     def _rounding(self, value: Tensor, seen: Tensor, all_entries: bool) -> Result:
         """Whether ``h`` moved at all, and by more than it is rounded by."""
         moved = float((seen.double() - value.double()).abs().max())
@@ -166,7 +200,7 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
 
 def _value(problem: BilevelProblem, found: InnerSolution, lam: Params, step: int) -> Tensor:
-    with torch.no_grad():
+    with torch.enable_grad():  # it may take derivatives of its own
         value = problem.outer_objective(found.inner_params, lam, problem.outer_batch(step))
         return scalar(value, "outer_objective").detach()
 
