@@ -56,6 +56,10 @@ class Descent:
         )
 
     @property
+    def levels(self) -> float:
+        return self._exact.levels()
+
+    @property
     def num_steps(self) -> int:
         return self._end - self._start
 
