@@ -356,9 +356,9 @@ def test_a_budget_that_holds_nothing_is_refused() -> None:
         found(memory_budget=100)
 
 
-@pytest.mark.parametrize("numbers", [range(2, 8), range(6), range(16, 24), range(8, 0)])
-def test_torn_groups_are_refused(numbers: range) -> None:
-    with pytest.raises(ohg.RequirementError, match=r"20 directions in groups of 4.*shares"):
+@pytest.mark.parametrize("numbers", [range(2, 8), range(6), range(16, 24), range(8, 0), [0, 1]])
+def test_torn_groups_are_refused(numbers: Any) -> None:
+    with pytest.raises(ohg.RequirementError, match=r"directions.*shares"):
         ESTIMATOR.partial(PROBLEM, ADAM, start(), LAM, directions=numbers)
 
 

@@ -20,7 +20,7 @@ from ._base import (
     _finite,
     _first_failure,
 )
-from ._directions import LAWS, Directions, Law, shaped
+from ._directions import LAWS, WITHOUT_REPLACEMENT, Directions, Law, shaped
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,13 @@ class AbstractDirectionalEstimator(AbstractHypergradientEstimator):
                 f"{label} needs directions to be one of {named}, got {self.directions!r}."
             )
         check_count(label, "seed", self.seed, 0)
+
+    def is_exact(self, outer_params: Params) -> bool:
+        """Whether the directions leave nothing to chance: as many as there are entries, and no two alike."""
+        sampled = self._sampled(outer_params, 0)
+        return self.directions in WITHOUT_REPLACEMENT and (
+            sampled.most(self.num_directions) == sampled.size
+        )
 
     @abc.abstractmethod
     def partial(
@@ -156,6 +163,10 @@ class AbstractDirectionalEstimator(AbstractHypergradientEstimator):
         count = sampled.most(self.num_directions)
         if directions is None:
             return range(count)
+        if not isinstance(directions, range):
+            raise RequirementError(
+                f"{type(self).__name__} needs directions= to be a range that shares(...) gives, not {directions!r:.80}."
+            )
         whole = directions.start % group == 0 and (
             directions.stop % group == 0 or directions.stop == count
         )
