@@ -200,3 +200,14 @@ def test_a_second_derivative_is_never_left_out(estimator: AbstractHypergradientE
         ohg.hypergradient(
             ohg.BilevelProblem(rough, outer), W, FEW, estimator=estimator, inner_solver=STEPS
         )
+
+
+def test_differences_in_single_precision_take_longer_steps() -> None:
+    box = ohg.BlackBox(lambda lam: float(lam["x"].square().sum()))
+    lam = {"x": torch.tensor([95.0, 3.0])}
+    found = ohg.hypergradient(
+        box.problem(), box.start(), lam, estimator=ohg.Auto(), inner_solver=box
+    )
+    assert torch.allclose(found.value["x"], 2 * lam["x"], rtol=1e-2)
+    said = ohg.Auto().explain(box.problem(), box.start(), lam, inner_solver=box)
+    assert said.startswith("Auto takes ZerothOrder(num_directions=2, mu=0.01)")

@@ -372,3 +372,13 @@ def test_an_outer_objective_may_take_derivatives_of_its_own() -> None:
             problem, *given, inner_solver=solver, estimator=estimator, num_steps=2
         )
         assert found.result
+
+
+def test_hyperparameters_smaller_than_the_step_are_pointed_out() -> None:
+    box = ohg.BlackBox(lambda lam: float(lam["x"].square().sum()))
+    given = box.problem(), box.start(), {"x": torch.full((3,), 1e-6, dtype=torch.float64)}
+    with pytest.warns(
+        UserWarning, match=r"moves 'x' by more than its largest entry, 1e-06.*lower mu"
+    ):
+        ohg.hypergradient(*given, estimator=ohg.ZerothOrder(), inner_solver=box)
+    ohg.hypergradient(*given, estimator=ohg.ZerothOrder(mu=1e-7), inner_solver=box)

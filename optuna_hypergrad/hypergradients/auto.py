@@ -83,7 +83,7 @@ class Auto(AbstractHypergradientEstimator):
     ) -> Choice:
         """The estimator for this problem; takes about 4 gradient evaluations."""
         kind, reason = self._kind(problem, inner_solver, inner_params, outer_params)
-        return Choice(self._build(kind, inner_solver, outer_params), reason)
+        return Choice(self._build(kind, inner_solver, inner_params, outer_params), reason)
 
     def explain(
         self,
@@ -123,7 +123,7 @@ class Auto(AbstractHypergradientEstimator):
             kind, reason = self._kind(problem, inner_solver, inner_params, outer_params)
         else:
             kind = _KINDS[int(chosen)]
-        estimator = self._build(kind, inner_solver, outer_params)
+        estimator = self._build(kind, inner_solver, inner_params, outer_params)
         if chosen is None:
             _logger.info(f"Auto takes {_short(estimator)}: {reason}")
         found = estimator.estimate(
@@ -180,7 +180,11 @@ class Auto(AbstractHypergradientEstimator):
         )
 
     def _build(
-        self, kind: Kind, inner_solver: AbstractInnerSolver | None, outer_params: Params
+        self,
+        kind: Kind,
+        inner_solver: AbstractInnerSolver | None,
+        inner_params: Params,
+        outer_params: Params,
     ) -> AbstractHypergradientEstimator:
         n, budget = _tree.num_entries(outer_params), self.memory_budget
         if kind == "implicit":
@@ -190,7 +194,11 @@ class Auto(AbstractHypergradientEstimator):
         if kind == "reverse":
             return Unroll(memory_budget=budget)
         if kind == "differences":
-            return ZerothOrder(num_directions=min(n, _FEW), seed=self.seed)
+            rough = any(
+                torch.finfo(v.dtype).eps > 1e-10
+                for v in (*inner_params.values(), *outer_params.values())
+            )
+            return ZerothOrder(min(n, _FEW), seed=self.seed, mu=1e-2 if rough else 1e-4)
         assert isinstance(inner_solver, AbstractStepSolver)
         cheap = Unroll(truncation=max(1, inner_solver.max_steps // 50), recompute="tree")
         return TwoPhase(
@@ -228,7 +236,7 @@ def _short(estimator: AbstractHypergradientEstimator) -> str:
         return f"TwoPhase({_short(estimator.first)}, {_short(estimator.second)})"
     settings = {
         Unroll: ("truncation", "memory_budget"),
-        ZerothOrder: ("num_directions",),
+        ZerothOrder: ("num_directions", "mu"),
         ForwardGradient: ("num_directions",),
         ForwardMode: (),
         Implicit: (),

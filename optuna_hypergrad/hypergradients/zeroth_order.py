@@ -70,12 +70,19 @@ class ZerothOrder(AbstractDirectionalEstimator):
                 "given; pass inner_solver=, or use Implicit at a solution found elsewhere."
             )
         for name, v in outer_params.items():
-            spacing = torch.finfo(v.dtype).eps * float(v.detach().abs().max()) if v.numel() else 0.0
+            largest = float(v.detach().abs().max()) if v.numel() else 0.0
+            spacing = torch.finfo(v.dtype).eps * largest
             if self.mu < 10 * spacing:
                 raise RequirementError(
                     f"ZerothOrder(mu={self.mu:g}) is lost in the rounding of {name!r}, whose entries of up to "
-                    f"{float(v.detach().abs().max()):.3g} are {spacing:.1g} apart in {v.dtype}; raise mu, scale "
+                    f"{largest:.3g} are {spacing:.1g} apart in {v.dtype}; raise mu, scale "
                     f"{name!r} (or take its logarithm), or use float64."
+                )
+            if 0 < largest < self.mu:
+                warnings.warn(
+                    f"ZerothOrder(mu={self.mu:g}) moves {name!r} by more than its largest entry, {largest:.3g}: scale "
+                    f"{name!r} (or take its logarithm), or lower mu.",
+                    stacklevel=3,
                 )
 
     def group(self, inner_params: Params) -> int:
@@ -174,7 +181,7 @@ class ZerothOrder(AbstractDirectionalEstimator):
                 raise RequirementError(
                     f"{label} gave {first:.9g} and then {second:.9g} at the same place: differences over mu={self.mu:g} "
                     f"are of that, and not of lam. Draw random numbers (dropout) from a generator that is seeded by the "
-                    f"batch, or switch them off."
+                    f"batch, or switch them off, and write to no argument."
                 )
 
     def _rounding(self, value: Tensor, seen: Tensor, all_entries: bool) -> Result:
