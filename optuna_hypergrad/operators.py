@@ -376,4 +376,6 @@ def scalar(value: object, label: str) -> Tensor:
         raise ObjectiveError(
             f"{label} returned a tensor of shape {tuple(value.shape)}; reduce it to a scalar, e.g. by .mean()."
         )
+    if value.is_complex():
+        raise ObjectiveError(f"{label} returned a complex number; take its real part or its abs().")
     return value.reshape(())

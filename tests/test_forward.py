@@ -417,3 +417,19 @@ def test_further_runs_that_end_elsewhere_are_no_silent_error(estimator: Any) -> 
     assert several.stats["num_passes"] > 1
     with pytest.raises(ohg.RequirementError, match=r"ended elsewhere: .* dropout .* memory_budget"):
         ohg.hypergradient(problem, start(), hypers(), estimator=scarce, **given)
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode(), ohg.ForwardGradient(), ohg.Auto()])
+@pytest.mark.parametrize(
+    ("function", "message"), [(float, "a float"), (lambda v: v * 1j, "a complex number")]
+)
+def test_what_is_no_real_tensor_is_no_objective(
+    estimator: Any, function: Any, message: str
+) -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: function(sum(v.detach().sum() for v in w.values())), unrolling.outer
+    )
+    with pytest.raises(ohg.ObjectiveError, match=f"inner_objective returned {message}"):
+        ohg.hypergradient(
+            problem, start(), hypers(), estimator=estimator, inner_solver=ohg.HeavyBall(0.1, 3)
+        )

@@ -379,3 +379,21 @@ def test_steps_that_are_not_the_same_twice_are_no_silent_error(recompute: Any, r
             estimator=ohg.Unroll(recompute=recompute),
             inner_solver=solver,
         )
+
+
+@pytest.mark.parametrize(("tolerance", "ends"), [({"atol": 1e-9}, False), ({"rtol": 0.93}, True)])
+@pytest.mark.parametrize("truncation", [None, 3])
+def test_a_tolerance_that_is_not_met_is_a_failure_also_of_the_last_steps(
+    tolerance: dict[str, float], ends: bool, truncation: int | None
+) -> None:
+    found = ohg.hypergradient(
+        ohg.BilevelProblem(inner, outer, inner_batch=lambda step: batch_of(0)),
+        start(),
+        hypers(),
+        estimator=ohg.Unroll(truncation=truncation),
+        inner_solver=ohg.GradientDescent(0.05, 6, **tolerance),
+        throw=False,
+    )
+    assert bool(found.result) is ends
+    if not ends:
+        assert found.result.status is ohg.Status.MAX_STEPS_REACHED

@@ -319,7 +319,8 @@ def combine(
             raise ZeroHypergradientError(
                 f"The hypergradient of {name!r} under {method} is zero by construction: neither the outer "
                 f"objective nor what {method} differentiates depends on it. {sees} Use {name!r} in an "
-                f"objective, take it out of outer_params, or choose another estimator."
+                f"objective (the tensor in its second argument: not one from outside, and no float(...) or "
+                f"detach() of it), take it out of outer_params, or choose another estimator."
             )
         value = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         total[name] = value.detach().to(like.dtype)

@@ -14,6 +14,7 @@ from .._errors import RequirementError
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution
 from ..inner._base import InnerState
+from ..operators import scalar
 from ..problem import BilevelProblem
 from ._rewind import NOT_REPEATED, Point, meets
 
@@ -164,7 +165,9 @@ def graph_bytes(
             return tensor
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = problem.inner_objective(w, lam, problem.inner_batch(index))
+            value = scalar(
+                problem.inner_objective(w, lam, problem.inner_batch(index)), "inner_objective"
+            )
             if not value.requires_grad:
                 return {}, [value]
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)

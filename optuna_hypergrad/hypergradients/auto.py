@@ -15,6 +15,7 @@ from .._twice import goes_through_once_differentiable
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver
 from ..inner._base import AbstractBlackBox
+from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import AbstractHypergradientEstimator, EstimatorState, HypergradientEstimate
 from ._columns import graph_bytes, num_bytes
@@ -215,7 +216,7 @@ def _missing_derivative(
     """What torch says of an inner objective that cannot be differentiated twice; ``None`` if it can."""
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        value = problem.inner_objective(w, lam, problem.inner_batch(0))
+        value = scalar(problem.inner_objective(w, lam, problem.inner_batch(0)), "inner_objective")
         if not value.requires_grad:
             return None  # the estimator says what is wrong
         try:
