@@ -344,6 +344,11 @@ def test_a_trajectory_that_diverges_is_a_failed_result() -> None:
         ({"width": 0}, "width >= 1"),
         ({"memory_budget": -1.0}, "memory_budget > 0 bytes"),
         ({"control_variate": ohg.ForwardGradient(2)}, "both have seed=0.*another seed"),
+        ({"control_variate": ohg.Auto()}, "both have seed=0.*another seed"),
+        (
+            {"control_variate": ohg.TwoPhase(ohg.Unroll(), ohg.ForwardGradient(2), 0)},
+            "both have seed=0.*another seed",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -77,7 +77,7 @@ class ForwardGradient(AbstractDirectionalEstimator):
                 f"ForwardGradient needs an estimator such as Unroll(truncation=5), or None, as control_variate=, got "
                 f"{control!r:.80}."
             )
-        if isinstance(control, AbstractDirectionalEstimator) and control.seed == self.seed:
+        if control is not None and self.seed in _seeds(control):
             raise ValueError(
                 f"ForwardGradient and its control_variate both have seed={self.seed}: their directions would be "
                 f"the same, and the estimate biased. Give one of them another seed."
@@ -163,3 +163,13 @@ class ForwardGradient(AbstractDirectionalEstimator):
             control,
             pushed.seen,
         )
+
+
+def _seeds(estimator: AbstractHypergradientEstimator) -> set[int]:
+    """Of an estimator and of those in it."""
+    settings = vars(estimator)
+    found = {settings["seed"]} if "seed" in settings else set()
+    for value in settings.values():
+        if isinstance(value, AbstractHypergradientEstimator):
+            found |= _seeds(value)
+    return found
