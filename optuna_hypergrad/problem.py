@@ -24,6 +24,10 @@ def full_batch(step: int) -> Batch:
 class BilevelProblem:
     """``min over lam of f(w*(lam), lam)`` with ``w*(lam) = argmin over w of g(w, lam)``.
 
+    The objectives are functions: they are called as often as a method needs them, so what they change outside (running
+    statistics of batch normalization, for an outer objective in ``eval()`` mode) depends on the method. Keep such state out
+    of them.
+
     Args:
         inner_objective: ``g(inner_params, outer_params, batch) -> scalar tensor``.
         outer_objective: ``f(inner_params, outer_params, batch) -> scalar tensor``.

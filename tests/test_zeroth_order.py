@@ -382,3 +382,21 @@ def test_hyperparameters_smaller_than_the_step_are_pointed_out() -> None:
     ):
         ohg.hypergradient(*given, estimator=ohg.ZerothOrder(), inner_solver=box)
     ohg.hypergradient(*given, estimator=ohg.ZerothOrder(mu=1e-7), inner_solver=box)
+
+
+def test_running_statistics_that_leak_into_the_outer_value_are_refused() -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.BatchNorm1d(3, affine=False).double(), torch.randn(8, 3, dtype=F64)
+
+    def train(w: Any, lam: Any, _: Any) -> Tensor:
+        return ((net.train()(x @ w["w"]) - lam["x"]) ** 2).mean() + (w["w"] ** 2).mean()
+
+    problem = ohg.BilevelProblem(train, lambda w, lam, _: (net.eval()(x @ w["w"]) ** 2).mean())
+    with pytest.raises(ohg.RequirementError, match=r"outer_objective gave .*running statistics"):
+        ohg.hypergradient(
+            problem,
+            {"w": torch.eye(3, dtype=F64)},
+            {"x": torch.ones(3, dtype=F64)},
+            estimator=ohg.ZerothOrder(),
+            inner_solver=ohg.GradientDescent(0.1, 3),
+        )

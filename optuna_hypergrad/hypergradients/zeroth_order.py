@@ -166,22 +166,21 @@ class ZerothOrder(AbstractDirectionalEstimator):
         Raises:
             RequirementError: naming the one.
         """
-        for label, objective, batch_of, index in (
-            ("outer_objective", problem.outer_objective, problem.outer_batch, step),
-            ("inner_objective", problem.inner_objective, problem.inner_batch, 0),
-        ):
-            if label == "inner_objective" and isinstance(inner_solver, AbstractBlackBox):
-                continue
+        inner = ("inner_objective", problem.inner_objective, problem.inner_batch, 0)
+        outer = ("outer_objective", problem.outer_objective, problem.outer_batch, step)
+        between = [] if isinstance(inner_solver, AbstractBlackBox) else [inner, inner]
+        known: dict[str, float] = {}
+        for label, objective, batch_of, index in (outer, *between, outer):
+            w, lam = _tree.clone(inner_params), _tree.clone(outer_params)
             with torch.enable_grad():
-                first, second = (
-                    float(scalar(objective(w, lam, batch_of(index)), label).detach())
-                    for w, lam in [(_tree.clone(inner_params), _tree.clone(outer_params))] * 2
-                )
-            if abs(first - second) > 1e-2 * self.mu * max(abs(first), abs(second)):
+                now = float(scalar(objective(w, lam, batch_of(index)), label).detach())
+            first = known.setdefault(label, now)
+            if abs(first - now) > 1e-2 * self.mu * max(abs(first), abs(now)):
                 raise RequirementError(
-                    f"{label} gave {first:.9g} and then {second:.9g} at the same place: differences over mu={self.mu:g} "
+                    f"{label} gave {first:.9g} and then {now:.9g} at the same place: differences over mu={self.mu:g} "
                     f"are of that, and not of lam. Draw random numbers (dropout) from a generator that is seeded by the "
-                    f"batch, or switch them off, and write to no argument."
+                    f"batch, or switch them off, and see that the objectives change nothing that they use (running "
+                    f"statistics of batch normalization)."
                 )
 
     def _rounding(self, value: Tensor, seen: Tensor, all_entries: bool) -> Result:
