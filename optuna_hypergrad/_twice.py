@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -43,3 +45,27 @@ def check_differentiable_twice(gradients: Iterable[Tensor]) -> None:
             "second derivatives would be left out. Write its backward with differentiable operations and without "
             "the mark, use an operation of torch in its place, or use ZerothOrder."
         )
+
+
+def other_ways(said: str) -> str:
+    """What to do about an operation of which torch has ``said`` that it has no second derivative."""
+    math = " (attention: under torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+    return (
+        f"Write it with operations that torch can differentiate twice{math if 'scaled_dot_product' in said else ''}, "
+        f"or use ZerothOrder, which differentiates nothing."
+    )
+
+
+@contextmanager
+def saying_what_has_no_second_derivative() -> Iterator[None]:
+    """Turns what torch says where it cannot go through the graph of a gradient into advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        if not re.search(r"derivative for .*not implemented", said):
+            raise
+        raise RequirementError(
+            f"inner_objective must be differentiable twice, and one of its operations is not ({said:.200}). "
+            f"{other_ways(said)}"
+        ) from error

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
 
 from . import _tree
+from ._arguments import check_count, is_number
 from ._differences import directional_derivative, noise_level
 from ._errors import HypergradError, RequirementError, SolverError
 from ._typing import Params
-from .hypergradients import AbstractHypergradientEstimator, hypergradient
+from .hypergradients import (
+    AbstractDirectionalEstimator,
+    AbstractHypergradientEstimator,
+    Auto,
+    TwoPhase,
+    ZerothOrder,
+    hypergradient,
+)
 from .hypergradients._base import outer_value_at
 from .inner import AbstractInnerSolver, inner_solve
 from .operators import Hessian
@@ -24,6 +32,7 @@ _USELESS = 0.5
 """Relative uncertainty of a finite difference from which nothing is concluded at all."""
 _NEGLIGIBLE = 1e-6
 """Of the largest derivative (along directions in proportion to the hyperparameters)."""
+_SEEDS_APART = 1_000_003
 ALL = "(all together)"
 
 
@@ -36,7 +45,7 @@ class DirectionCheck:
         finite_difference: Derivative of ``f(w(lam), lam)`` along it.
         uncertainty: Of the finite difference, by its own account.
         estimate: The estimated hypergradient times the direction.
-        standard_error: Of ``estimate``, where there were several estimates; else 0.
+        standard_error: Of ``estimate``, where there were several estimates; else 0, or infinite if it is random.
         relative_error: The difference of the two, relative to the larger one.
         verdict: ``"unclear"`` where uncertainties are too large to tell.
     """
@@ -137,7 +146,8 @@ def check_hypergradient(
         inner_solver: As for :func:`hypergradient`.
         reference_solver: Solves the inner problem for the finite differences; ``inner_solver`` by default.
         num_directions: That move all hyperparameters at once.
-        num_estimates: How many estimates are averaged: for estimators that are random.
+        num_estimates: How many estimates are averaged: for estimators that are random. A third of them is used up to
+            choose the directions.
         rtol: A relative error up to here is taken for right.
         step: Index of the outer batch.
         seed: Of the directions.
@@ -151,11 +161,11 @@ def check_hypergradient(
     for label, number, low in (
         ("num_directions", num_directions, 0),
         ("num_estimates", num_estimates, 1),
+        ("step", step, 0),
     ):
-        if number < low:
-            raise ValueError(f"check_hypergradient needs {label} >= {low}, got {number}.")
-    if not 0 < rtol < 1:
-        raise ValueError(f"check_hypergradient needs rtol between 0 and 1, got {rtol}.")
+        check_count("check_hypergradient", label, number, low)
+    if not (is_number(rtol) and 0 < rtol < 1):
+        raise ValueError(f"check_hypergradient needs rtol between 0 and 1, got {rtol!r:.80}.")
     if not isinstance(estimator, AbstractHypergradientEstimator):
         raise RequirementError(
             f"check_hypergradient checks an estimator such as Implicit() or Unroll(), not {estimator!r:.80}."
@@ -201,10 +211,18 @@ def check_hypergradient(
         except HypergradError:
             return math.nan
 
+    varies = any(not torch.equal(e[k], estimates[0][k]) for e in estimates for k in e)
+    # a direction that leans towards the noise of an estimate must not judge it
+    third = max(1, num_estimates // 3) if varies else 0
+    leaning, judged = estimates[: third or None], estimates[third:]
+    alone = (varies and len(judged) < 2) or (
+        num_estimates == 1
+        and _is_random(estimator, problem, inner_solver, inner_params, outer_params, step)
+    )
     generator = torch.Generator().manual_seed(seed)
     directions = [
-        (name, _direction(names, outer_params, estimates, generator))
-        for name, names in [(k, [k]) for k in outer_params]
+        (name, _direction(names, outer_params, leaning, generator))
+        for name, names in [(k, [k]) for k, v in outer_params.items() if v.numel()]
         + [(ALL, list(outer_params))] * num_directions
     ]
     middle = value(outer_params)
@@ -215,7 +233,12 @@ def check_hypergradient(
         )
         for _, d in directions
     ]
-    rows = _judge(directions, differences, estimates, middle, rtol)
+    if alone:
+        notes.append(
+            f"{type(estimator).__name__} is random, and {num_estimates} of its estimates tell nothing: pass "
+            f"num_estimates=16 or more."
+        )
+    rows = _judge(directions, differences, judged, middle, rtol, alone)
     moved = 0.0
     if "stationary_point" in estimator.requires and any(r.verdict == "wrong" for r in rows):
         moved = _moves_on(problem, solver, inner_params, outer_params)
@@ -227,11 +250,40 @@ def check_hypergradient(
 
 
 def _with_seed(estimator: AbstractHypergradientEstimator, i: int) -> AbstractHypergradientEstimator:
+    """It, and all estimators in it, with other random numbers: for each ``i`` others."""
     known: Any = estimator
-    if i == 0 or not isinstance(getattr(estimator, "seed", None), int):
+    if i == 0 or not hasattr(known, "__dataclass_fields__"):
         return estimator
-    renewed: AbstractHypergradientEstimator = replace(known, seed=known.seed + i)
-    return renewed
+    renewed: dict[str, Any] = {}
+    for f in fields(known):
+        value = getattr(known, f.name)
+        if f.name == "seed" and isinstance(value, int):
+            renewed["seed"] = value + i * _SEEDS_APART
+        elif isinstance(value, AbstractHypergradientEstimator):
+            renewed[f.name] = _with_seed(value, i)
+    other: AbstractHypergradientEstimator = replace(known, **renewed)
+    return other
+
+
+def _is_random(
+    estimator: AbstractHypergradientEstimator,
+    problem: BilevelProblem,
+    inner_solver: AbstractInnerSolver | None,
+    inner_params: Params,
+    outer_params: Params,
+    step: int,
+) -> bool:
+    """Whether its first estimate is one of many that it could have been."""
+    if isinstance(estimator, TwoPhase):
+        due = isinstance(estimator.switch, int) and step >= estimator.switch
+        estimator = estimator.second if due else estimator.first
+    elif isinstance(estimator, Auto):
+        estimator = estimator.choose(problem, inner_solver, inner_params, outer_params).estimator
+    elif isinstance(estimator, AbstractDirectionalEstimator):
+        return not estimator.is_exact(outer_params)
+    else:
+        return False
+    return _is_random(estimator, problem, inner_solver, inner_params, outer_params, step)
 
 
 def _direction(
@@ -258,6 +310,7 @@ def _judge(
     estimates: list[Params],
     middle: float,
     rtol: float,
+    alone: bool,
 ) -> list[DirectionCheck]:
     products = [
         torch.stack([torch.stack([(e[k] * d[k]).sum() for k in d]).sum() for e in estimates])
@@ -271,6 +324,8 @@ def _judge(
     ):
         estimate = float(product.mean())
         spread = float(product.std()) / math.sqrt(len(product)) if len(product) > 1 else 0.0
+        if alone:
+            spread = math.inf
         scale = max(abs(found), abs(estimate), _NEGLIGIBLE * largest) or 1.0
         off, doubt = abs(found - estimate), uncertainty + 3 * spread
         resolved = max(abs(found), 1e-2 * steepest, 1e-8 * abs(middle))
@@ -348,6 +403,8 @@ def _biases(estimator: AbstractHypergradientEstimator) -> str:
         known.append(f"damping={damping:g}")
     if not isinstance(getattr(estimator, "curvature", Hessian()), Hessian):
         known.append(f"curvature={type(getattr(estimator, 'curvature', None)).__name__}(...)")
+    if isinstance(estimator, ZerothOrder) and not estimator.central:
+        known.append(f"mu={estimator.mu:g} without central=True")
     if not known:
         return ""
     return (

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _tree
 from ._errors import ObjectiveError
-from ._twice import check_differentiable_twice
+from ._twice import check_differentiable_twice, saying_what_has_no_second_derivative
 from ._typing import Batch, Objective, Params
 
 
@@ -235,15 +235,16 @@ def vjp_through_kept_graph(
         return torch.autograd.grad(
             tuple(outputs), tuple(inputs), tuple(cotangents), retain_graph=True, allow_unused=True
         )
-    found: tuple[Tensor | None, ...] = _run_backward(
-        tuple(outputs),
-        tuple(cotangents),
-        True,
-        False,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
+    with saying_what_has_no_second_derivative():
+        found: tuple[Tensor | None, ...] = _run_backward(
+            tuple(outputs),
+            tuple(cotangents),
+            True,
+            False,
+            tuple(inputs),
+            allow_unreachable=True,
+            accumulate_grad=False,
+        )
     return found
 
 
@@ -375,4 +376,6 @@ def scalar(value: object, label: str) -> Tensor:
         raise ObjectiveError(
             f"{label} returned a tensor of shape {tuple(value.shape)}; reduce it to a scalar, e.g. by .mean()."
         )
+    if value.is_complex():
+        raise ObjectiveError(f"{label} returned a complex number; take its real part or its abs().")
     return value.reshape(())

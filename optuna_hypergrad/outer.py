@@ -15,12 +15,13 @@ import torch
 from tqdm.auto import tqdm
 
 from . import _optuna, _tree
+from ._arguments import check_count
 from ._errors import HyperparameterError, SolverError
 from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
 from .hypergradients import AbstractHypergradientEstimator, Implicit
-from .hypergradients._base import outer_value_at, run_inner
+from .hypergradients._base import check_methods, outer_value_at, run_inner
 from .inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
 from .outer_run import OptimizerFactory, OuterRun
 from .problem import BilevelProblem, check_problem
@@ -135,17 +136,23 @@ def minimize_bilevel(
         optuna.TrialPruned: if the trial's pruner says so.
     """
     estimator = Implicit() if estimator is None else estimator
+    check_methods("minimize_bilevel", estimator, inner_solver)
+    if not callable(optimizer):
+        raise ValueError(
+            f"minimize_bilevel needs optimizer= to be a factory, such as functools.partial(torch.optim.Adam, lr=0.1), "
+            f"got {optimizer!r:.80}."
+        )
+    for label, number, none in (
+        ("num_steps", num_steps, False),
+        ("burn_in", burn_in, False),
+        ("checkpoint_every", checkpoint_every, True),
+        ("retrain_steps", retrain_steps, True),
+    ):
+        check_count("minimize_bilevel", label, number, 0, none=none)
     domains = _domains(outer_params, bounds or {})
     check_problem(problem, inner_params, outer_params)
     estimator.check(problem, inner_solver, inner_params, outer_params)
     _check_start(outer_params, domains)
-    for label, number in (
-        ("num_steps", num_steps),
-        ("burn_in", burn_in),
-        ("checkpoint_every", checkpoint_every),
-    ):
-        if number is not None and number < 0:
-            raise ValueError(f"minimize_bilevel needs {label} >= 0, and it is {number}.")
 
     run = OuterRun.start(inner_params, outer_params, domains, optimizer, warm_start)
     if checkpoint_every is None:
@@ -319,10 +326,20 @@ def _domains(
     domains = {}
     for name in outer_params:
         given = bounds.get(name, Domain())
-        domain = given if isinstance(given, Domain) else Domain(float(given[0]), float(given[1]))
+        domain = given if isinstance(given, Domain) else _domain(name, given)
         domain.check(name)
         domains[name] = domain
     return domains
+
+
+def _domain(name: str, given: tuple[float, float]) -> Domain:
+    try:
+        low, high = given
+        return Domain(float(low), float(high))
+    except (TypeError, ValueError):
+        raise HyperparameterError(
+            f"bounds[{name!r}] is {given!r:.80}; give (low, high), or a Domain."
+        ) from None
 
 
 def _check_start(outer_params: Params, domains: dict[str, Domain]) -> None:

@@ -24,6 +24,10 @@ def full_batch(step: int) -> Batch:
 class BilevelProblem:
     """``min over lam of f(w*(lam), lam)`` with ``w*(lam) = argmin over w of g(w, lam)``.
 
+    The objectives are functions: they are called as often as a method needs them, so what they change outside (running
+    statistics of batch normalization, for an outer objective in ``eval()`` mode) depends on the method. Keep such state out
+    of them.
+
     Args:
         inner_objective: ``g(inner_params, outer_params, batch) -> scalar tensor``.
         outer_objective: ``f(inner_params, outer_params, batch) -> scalar tensor``.
@@ -45,8 +49,13 @@ def check_problem(
 
     Raises:
         HyperparameterError: if the outer parameters are not named floating-point tensors.
-        ProblemError: if the inner parameters are not, or a batch cannot be replayed.
+        ProblemError: if the inner parameters are not, a batch cannot be replayed, or autograd is shut off.
     """
+    if torch.is_inference_mode_enabled():
+        raise ProblemError(
+            "torch.inference_mode() is on, and nothing can be differentiated in it; call this outside of it (under "
+            "torch.no_grad() it may be called)."
+        )
     check_params(outer_params, "outer_params", HyperparameterError)
     check_params(inner_params, "inner_params", ProblemError)
     for label, batch_of in (
@@ -79,6 +88,11 @@ def check_params(params: Mapping[str, Tensor], label: str, error: type[Exception
         if not value.is_floating_point():
             raise error(
                 f"{label}[{name!r}] has dtype {value.dtype}, which has no gradient; use a floating-point dtype."
+            )
+        if value.is_inference():
+            raise error(
+                f"{label}[{name!r}] was made under torch.inference_mode(), and cannot be differentiated; clone() it "
+                f"outside of that."
             )
         if value.numel() and not _tree.finite(value):
             raise error(

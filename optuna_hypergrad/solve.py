@@ -62,8 +62,8 @@ def solve(
         )
     if not isinstance(estimator, AbstractPullbackEstimator):
         raise RequirementError(
-            f"ohg.solve needs an estimator with a pullback (Implicit, Unroll, ForwardMode), not {estimator!r:.80}; use "
-            f"ohg.hypergradient(...) with this one."
+            f"ohg.solve needs an estimator with a pullback (Implicit, Unroll, ForwardMode, Reversible), not "
+            f"{estimator!r:.80}; ohg.minimize_bilevel and ohg.hypergradient take any."
         )
     problem = BilevelProblem(inner_objective, _no_outer_objective, inner_batch=inner_batch)
     check_problem(problem, inner_params, outer_params)

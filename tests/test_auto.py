@@ -187,6 +187,8 @@ def test_a_run_says_it_once_and_is_continued_with_the_same(told: list[str]) -> N
 def test_what_cannot_be_used_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="Auto needs memory_budget > 0"):
         ohg.Auto(memory_budget=0)
+    with pytest.raises(ValueError, match="Auto needs seed >= 0"):
+        ohg.Auto(seed=-1)
     lam = {**FEW, "unused": torch.tensor(1.0, dtype=F64)}
     with pytest.raises(ohg.ZeroHypergradientError, match="'unused'"):
         ohg.hypergradient(PROBLEM, W, lam, estimator=ohg.Auto(), inner_solver=STEPS)
@@ -198,3 +200,14 @@ def test_a_second_derivative_is_never_left_out(estimator: AbstractHypergradientE
         ohg.hypergradient(
             ohg.BilevelProblem(rough, outer), W, FEW, estimator=estimator, inner_solver=STEPS
         )
+
+
+def test_differences_in_single_precision_take_longer_steps() -> None:
+    box = ohg.BlackBox(lambda lam: float(lam["x"].square().sum()))
+    lam = {"x": torch.tensor([95.0, 3.0])}
+    found = ohg.hypergradient(
+        box.problem(), box.start(), lam, estimator=ohg.Auto(), inner_solver=box
+    )
+    assert torch.allclose(found.value["x"], 2 * lam["x"], rtol=1e-2)
+    said = ohg.Auto().explain(box.problem(), box.start(), lam, inner_solver=box)
+    assert said.startswith("Auto takes ZerothOrder(num_directions=2, mu=0.01)")

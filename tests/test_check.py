@@ -238,6 +238,8 @@ def test_the_report_is_a_table_with_a_sentence() -> None:
     [
         ({"num_directions": -1}, ValueError, "num_directions >= 0"),
         ({"num_estimates": 0}, ValueError, "num_estimates >= 1"),
+        ({"num_estimates": "8"}, ValueError, "num_estimates >= 1, an integer"),
+        ({"rtol": "0.1"}, ValueError, "rtol between 0 and 1"),
         ({"rtol": 0.0}, ValueError, "rtol between 0 and 1"),
         ({"estimator": "implicit"}, ohg.RequirementError, "checks an estimator"),
         ({"inner_solver": None}, ohg.RequirementError, "no solver was given"),
@@ -304,3 +306,76 @@ def test_a_kink_is_no_derivative() -> None:
     found, error = directional_derivative(kinked, ONE, ONE, middle=1.0, epsilon=2e-16)
     assert found == pytest.approx(2)
     assert error == pytest.approx(2)
+
+
+RANDOM = ohg.ForwardGradient(1, directions="rademacher")
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        RANDOM,
+        ohg.TwoPhase(ohg.Unroll(), RANDOM, switch=0),
+        ohg.ForwardGradient(1, control_variate=dataclasses.replace(RANDOM, seed=1)),
+    ],
+)
+def test_random_estimators_are_judged_by_several_estimates(estimator: Any) -> None:
+    one = check("momentum_descent", estimator, DESCENT)
+    assert one.ok
+    assert not one.conclusive
+    assert "is random, and 1 of its estimates tell nothing: pass num_estimates=16" in str(one)
+    several = check("momentum_descent", estimator, DESCENT, num_estimates=48)
+    assert several.ok, several
+    assert all(r.standard_error > 0 for r in several.rows)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.ForwardGradient(None),
+        ohg.ForwardGradient(50, directions="coordinate"),
+        ohg.TwoPhase(ohg.Unroll(), RANDOM),
+        ohg.Auto(),
+    ],
+)
+def test_estimators_that_are_not_random_need_one_estimate(estimator: Any) -> None:
+    report = check("momentum_descent", estimator, DESCENT)
+    assert report.ok
+    assert report.conclusive
+    assert not report.notes
+
+
+def test_hyperparameters_without_entries_are_passed_over() -> None:
+    case = cases.case("momentum_descent")
+    outer = case.problem.outer_objective
+    problem = dataclasses.replace(
+        case.problem, outer_objective=lambda w, lam, b: outer(w, lam, b) + lam["none"].sum()
+    )
+    report = ohg.check_hypergradient(
+        problem,
+        case.inner_params,
+        {**case.outer_params, "none": torch.zeros(0, dtype=F64)},
+        estimator=ohg.Unroll(),
+        inner_solver=DESCENT,
+    )
+    assert report.ok
+    assert report.conclusive
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_noise_of_many_hyperparameters_is_not_taken_for_an_error(seed: int) -> None:
+    x, y = randn(200, 5, seed=0), randn(200, seed=1)
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (lam["weight"].exp() * (x @ w["w"] - y) ** 2).mean(),
+        lambda w, lam, _: ((x[:50] @ w["w"] - 1) ** 2).mean(),
+    )
+    report = ohg.check_hypergradient(
+        problem,
+        {"w": torch.zeros(5, dtype=F64)},
+        {"weight": 0.1 * randn(200, seed=2)},
+        estimator=ohg.ForwardGradient(8, seed=seed),
+        inner_solver=ohg.GradientDescent(0.1, 10),
+        num_estimates=16,
+        seed=seed,
+    )
+    assert report.ok, str(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import cases
@@ -253,8 +254,11 @@ def test_an_operation_without_a_second_derivative_is_named() -> None:
             found = torch.nn.functional.scaled_dot_product_attention(q * x[:, None], q, q)
         return found.sum((0, 1, 3))
 
-    with pytest.raises(ohg.RequirementError, match=r"flash_attention.*or use ZerothOrder"):
-        with_three(attention, ohg.ForwardMode())
+    for estimator in ohg.ForwardMode(), ohg.Unroll(), ohg.Unroll(recompute="tree"), ohg.Implicit():
+        with pytest.raises(
+            ohg.RequirementError, match=r"flash_attention.*sdpa_kernel.*or use ZerothOrder"
+        ):
+            with_three(attention, estimator)
 
 
 class Once(torch.autograd.Function):
@@ -344,7 +348,14 @@ def test_a_budget_that_holds_nothing_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"width": 0}, "width >= 1"), ({"memory_budget": 0}, "memory_budget > 0 bytes")],
+    [
+        ({"width": 0}, "width >= 1"),
+        ({"width": 2.5}, r"width >= 1, an integer, or None, got 2\.5"),
+        ({"width": True}, "an integer"),
+        ({"memory_budget": 0}, "memory_budget > 0 bytes"),
+        ({"memory_budget": "1e9"}, "memory_budget > 0 bytes, a number, got '1e9'"),
+        ({"memory_budget": math.nan}, "memory_budget > 0 bytes"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -356,4 +367,69 @@ def test_a_hyperparameter_that_no_step_depends_on_is_named() -> None:
     with pytest.raises(ohg.ZeroHypergradientError, match=r"'unused' under ForwardMode is zero by"):
         ohg.hypergradient(
             PROBLEM, start(), lam, estimator=ohg.ForwardMode(), inner_solver=ohg.Adam(max_steps=3)
+        )
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode, ohg.ForwardGradient, ohg.Auto, ohg.Unroll])
+def test_a_budget_without_end_is_one(estimator: Any) -> None:
+    given = PROBLEM, start(), hypers()
+    unlimited, limited = (
+        ohg.hypergradient(
+            *given, estimator=estimator(memory_budget=b), inner_solver=ohg.HeavyBall(0.1, 3)
+        )
+        for b in (math.inf, 1e9)
+    )
+    assert relative_error(unlimited.value, limited.value) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            {"estimator": ohg.Unroll},
+            r"estimator such as Implicit\(\) or Unroll\(\) as estimator=, not <class",
+        ),
+        ({"estimator": None}, "as estimator=, not None"),
+        ({"inner_solver": torch.optim.SGD}, "as inner_solver=, not <class"),
+        ({"inner_solver": ohg.HeavyBall}, "as inner_solver=, not <class"),
+    ],
+)
+def test_what_is_no_method_is_refused(methods: dict[str, Any], message: str) -> None:
+    given = {"estimator": ohg.ForwardMode(), "inner_solver": ohg.HeavyBall(0.1, 3), **methods}
+    with pytest.raises(ohg.RequirementError, match=f"hypergradient needs an .*{message}"):
+        ohg.hypergradient(PROBLEM, start(), hypers(), **given)
+    if methods.get("estimator", 0) is not None:
+        with pytest.raises(ohg.RequirementError, match=f"minimize_bilevel needs an .*{message}"):
+            ohg.minimize_bilevel(PROBLEM, start(), hypers(), num_steps=1, **given)
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode, ohg.ForwardGradient])
+def test_further_runs_that_end_elsewhere_are_no_silent_error(estimator: Any) -> None:
+    def dropped_out(w: Params, lam: Params, batch: Any) -> Tensor:
+        kept = torch.nn.functional.dropout(w["w2"], 0.5)
+        return unrolling.inner({**w, "w2": kept}, lam, batch)
+
+    problem = ohg.BilevelProblem(dropped_out, unrolling.outer, inner_batch=unrolling.batch_of)
+    given = {"inner_solver": ohg.HeavyBall(0.1, 5)}
+    ohg.hypergradient(problem, start(), hypers(), estimator=estimator(), **given)
+    scarce = estimator(width=1, memory_budget=16_000)
+    several = ohg.hypergradient(PROBLEM, start(), hypers(), estimator=scarce, **given)
+    assert several.stats["num_passes"] > 1
+    with pytest.raises(ohg.RequirementError, match=r"ended elsewhere: .* dropout .* memory_budget"):
+        ohg.hypergradient(problem, start(), hypers(), estimator=scarce, **given)
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode(), ohg.ForwardGradient(), ohg.Auto()])
+@pytest.mark.parametrize(
+    ("function", "message"), [(float, "a float"), (lambda v: v * 1j, "a complex number")]
+)
+def test_what_is_no_real_tensor_is_no_objective(
+    estimator: Any, function: Any, message: str
+) -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: function(sum(v.detach().sum() for v in w.values())), unrolling.outer
+    )
+    with pytest.raises(ohg.ObjectiveError, match=f"inner_objective returned {message}"):
+        ohg.hypergradient(
+            problem, start(), hypers(), estimator=estimator, inner_solver=ohg.HeavyBall(0.1, 3)
         )

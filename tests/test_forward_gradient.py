@@ -335,10 +335,20 @@ def test_a_trajectory_that_diverges_is_a_failed_result() -> None:
     [
         ({"num_directions": 0}, "num_directions >= 1 or None, got 0"),
         ({"directions": "haar"}, "one of 'orthogonal', .* got 'haar'"),
+        ({"num_directions": 2.5}, r"num_directions >= 1, an integer, or None, got 2\.5"),
+        ({"num_directions": True}, "an integer"),
+        ({"num_directions": "8"}, "an integer, or None, got '8'"),
         ({"seed": -1}, "seed >= 0"),
+        ({"seed": None}, "seed >= 0, an integer, got None"),
+        ({"control_variate": ohg.Unroll}, "as control_variate=, got <class"),
         ({"width": 0}, "width >= 1"),
         ({"memory_budget": -1.0}, "memory_budget > 0 bytes"),
         ({"control_variate": ohg.ForwardGradient(2)}, "both have seed=0.*another seed"),
+        ({"control_variate": ohg.Auto()}, "both have seed=0.*another seed"),
+        (
+            {"control_variate": ohg.TwoPhase(ohg.Unroll(), ohg.ForwardGradient(2), 0)},
+            "both have seed=0.*another seed",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -351,9 +361,9 @@ def test_a_budget_that_holds_nothing_is_refused() -> None:
         found(memory_budget=100)
 
 
-@pytest.mark.parametrize("numbers", [range(2, 8), range(6), range(16, 24), range(8, 0)])
-def test_torn_groups_are_refused(numbers: range) -> None:
-    with pytest.raises(ohg.RequirementError, match=r"20 directions in groups of 4.*shares"):
+@pytest.mark.parametrize("numbers", [range(2, 8), range(6), range(16, 24), range(8, 0), [0, 1]])
+def test_torn_groups_are_refused(numbers: Any) -> None:
+    with pytest.raises(ohg.RequirementError, match=r"directions.*shares"):
         ESTIMATOR.partial(PROBLEM, ADAM, start(), LAM, directions=numbers)
 
 
@@ -361,3 +371,21 @@ def test_scalars_that_are_missing_are_noticed() -> None:
     part = share(0, 2)
     with pytest.raises(ohg.RequirementError, match=r"all 20 directions, and was given \(8,\)"):
         ESTIMATOR.combine(LAM, part, part.scalars)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5])
+def test_numbers_of_processes_that_mean_nothing_are_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match="shares needs num_processes >= 1"):
+        ohg.ForwardGradient(20).shares(start(), hypers(), number)
+
+
+def test_a_step_before_the_first_is_refused() -> None:
+    with pytest.raises(ValueError, match="hypergradient needs step >= 0, got -1"):
+        ohg.hypergradient(
+            PROBLEM,
+            start(),
+            hypers(),
+            estimator=ohg.ForwardGradient(),
+            inner_solver=ohg.HeavyBall(0.1, 3),
+            step=-1,
+        )

@@ -292,7 +292,15 @@ def test_a_study_of_two_objectives_is_not_reported_to() -> None:
         ),
         ({"num_steps": -1}, ValueError, "num_steps >= 0"),
         ({"burn_in": -1}, ValueError, "burn_in >= 0"),
-        ({"checkpoint_every": -5}, ValueError, "checkpoint_every >= 0, and it is -5"),
+        ({"checkpoint_every": -5}, ValueError, "checkpoint_every >= 0 or None, got -5"),
+        ({"num_steps": 2.5}, ValueError, r"num_steps >= 0, an integer, got 2\.5"),
+        ({"burn_in": None}, ValueError, "burn_in >= 0, an integer, got None"),
+        (
+            {"bounds": {"log_decay": 3.0}},
+            ohg.HyperparameterError,
+            r"give \(low, high\), or a Domain",
+        ),
+        ({"optimizer": "adam"}, ValueError, "optimizer= to be a factory"),
         ({"estimator": ohg.Unroll()}, ohg.RequirementError, "LBFGS cannot be unrolled"),
     ],
 )

@@ -429,9 +429,28 @@ def test_what_cannot_be_undone_is_refused_by_name(
         )
 
 
-def test_bits_are_refused_where_they_are_none() -> None:
-    with pytest.raises(ValueError, match="fraction_bits from 8 to 60, got 0"):
-        ohg.Reversible(0)
+@pytest.mark.parametrize("bits", [0, 61, 44.0, "44", None])
+def test_bits_are_refused_where_they_are_none(bits: Any) -> None:
+    with pytest.raises(ValueError, match=f"fraction_bits from 8 to 60, got {bits!r}"):
+        ohg.Reversible(bits)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-12, 1e-9])
+def test_what_would_be_rounded_away_is_no_silent_zero(size: float) -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (lam["c"] * (w["w"] - size).square()).sum(),
+        lambda w, lam, _: (w["w"] / size - 2).square().sum(),
+    )
+    w0, lam = {"w": torch.full((3,), 3 * size, dtype=F64)}, {"c": torch.ones(3, dtype=F64)}
+    solver = ohg.HeavyBall(0.05, 5, momentum=0.5)
+    with pytest.raises(ohg.RequirementError, match=r"rounded away\. Raise fraction_bits"):
+        ohg.hypergradient(problem, w0, lam, estimator=ohg.Reversible(), inner_solver=solver)
+    if size == 1e-9:
+        kept, undone = (
+            ohg.hypergradient(problem, w0, lam, estimator=e, inner_solver=solver).value
+            for e in (ohg.Unroll(), ohg.Reversible(60))
+        )
+        assert relative_error(undone, kept) < 1e-6
 
 
 LINE = ohg.BilevelProblem(

@@ -142,7 +142,9 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], messag
         ohg.TwoPhase(**{"first": CHEAP, "second": DEAR, **settings})
 
 
-@pytest.mark.parametrize("settings", [{"patience": 0}, {"rtol": -1.0}, {"rtol": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"patience": 0}, {"patience": 2.5}, {"rtol": -1.0}, {"rtol": 1.0}, {"rtol": "0"}]
+)
 def test_conditions_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Stalled needs"):
         ohg.Stalled(**settings)

@@ -253,6 +253,16 @@ def test_a_budget_is_kept_or_refused() -> None:
         ({"step_size": "rate"}, {"lr": 0.1}, "step_size is the outer parameter 'rate'"),
         ({"weight_decay": "l2"}, {"lr": 0.1}, "weight_decay is the outer parameter 'l2'"),
         ({"step_size": lambda lam, t: {"w1": lam["lr"]}}, {"lr": 0.1}, r"has factors for \['w1'\]"),
+        (
+            {"step_size": lambda lam, t: lam["lr"]},
+            {"lr": [0.1] * 7},
+            r"gave a tensor of shape \(7,\)",
+        ),
+        (
+            {"step_size": lambda lam, t: {"w1": 0.1, "b1": lam["lr"], "w2": 0.1}},
+            {"lr": [[0.1] * 7] * 2},
+            r"factor of shape \(2, 7\) for 'b1', which has the shape \(7,\)",
+        ),
     ],
 )
 def test_settings_that_cannot_be_resolved_are_named(
@@ -269,3 +279,121 @@ def test_a_decay_of_the_solver_is_no_part_of_the_inner_problem() -> None:
     solver = ohg.HeavyBall(0.1, 5, weight_decay=0.1)
     with pytest.raises(ohg.RequirementError, match="Write the decay into inner_objective"):
         ohg.hypergradient(PROBLEM, start(), hypers(), estimator=ohg.Implicit(), inner_solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"truncation": 2.5}, r"truncation >= 1, an integer, or None, got 2\.5"),
+        ({"truncation": True}, "an integer"),
+        ({"truncation": float("nan")}, "an integer"),
+        ({"memory_budget": "1e9"}, "memory_budget > 0 bytes"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ohg.Unroll(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_steps": 2.5}, r"Adam needs max_steps >= 0, an integer, got 2\.5"),
+        ({"max_steps": "10"}, "max_steps >= 0, an integer, got '10'"),
+        ({"rtol": float("nan")}, "rtol >= 0, got nan"),
+        ({"atol": "1e-3"}, "atol >= 0"),
+        ({"max_norm": "1"}, "max_norm > 0"),
+        ({"eps": "1"}, "eps > 0"),
+        ({"step_size": None}, "step_size must be a number, the name"),
+        ({"beta1": [0.9]}, "beta1 must be a number, the name"),
+        ({"weight_decay": torch.tensor(0.1)}, "weight_decay is a tensor, .* give its name"),
+    ],
+)
+def test_solvers_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ohg.Adam(**settings)
+
+
+@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Reversible()])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ohg.HeavyBall("lr", 4, momentum=lambda lam, t: {"a": lam["each"], "b": 0.5}),
+        ohg.HeavyBall(lambda lam, t: {"a": lam["each"], "b": lam["lr"]}, 4, weight_decay="lr"),
+        ohg.AdamW(lambda lam, t: {"a": lam["each"], "b": lam["lr"]}, 4, beta1="lr"),
+        ohg.Adam(0.1, 4),
+    ],
+)
+def test_inner_parameters_keep_their_dtypes(estimator: Any, solver: Any) -> None:
+    """Also 0-d ones, which torch promotes, under settings in float64."""
+    if isinstance(solver, ohg.Adam) and isinstance(estimator, ohg.Reversible):
+        return
+    x = problems.randn(9, 3, seed=1)
+
+    def g(w: Params, lam: Params, _: Any) -> Tensor:
+        if any(v.dtype != x.dtype for v in w.values()):
+            raise TypeError("the inner parameters have changed their dtype")
+        return ((x @ w["a"] - w["b"] - 1) ** 2).mean() + (lam["each"] * w["a"] ** 2).sum().to(x)
+
+    def f(w: Params, lam: Params, _: Any) -> Tensor:
+        return w["a"].square().sum() + w["b"] * lam["lr"]
+
+    lam = {"each": torch.tensor([0.1, 0.2, 0.3], dtype=F64), "lr": torch.tensor(0.05, dtype=F64)}
+    problem, values = ohg.BilevelProblem(g, f), []
+    for x in (x, x.float()):  # noqa: B020
+        w = {"a": torch.ones(3, dtype=x.dtype), "b": torch.zeros((), dtype=x.dtype)}
+        found = ohg.hypergradient(problem, w, lam, estimator=estimator, inner_solver=solver)
+        assert all(v.dtype == x.dtype for v in found.inner_params.values())
+        values.append(found.value)
+    assert relative_error(*values) < 1e-4
+
+
+@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Implicit(damping=10.0)])
+def test_inference_mode_is_refused_by_name(estimator: Any) -> None:
+    solver, lam = ohg.GradientDescent(0.1, 3), hypers()
+    with torch.no_grad():
+        ohg.hypergradient(PROBLEM, start(), lam, estimator=estimator, inner_solver=solver)
+    with torch.inference_mode():
+        made = start()
+        with pytest.raises(ohg.ProblemError, match=r"inference_mode\(\) is on"):
+            ohg.hypergradient(PROBLEM, start(), lam, estimator=estimator, inner_solver=solver)
+    with pytest.raises(ohg.ProblemError, match=r"inner_params\['w1'\] was made under .* clone\(\)"):
+        ohg.hypergradient(PROBLEM, made, lam, estimator=estimator, inner_solver=solver)
+
+
+@pytest.mark.parametrize("recompute", ["sqrt", "tree"])
+@pytest.mark.parametrize("rtol", [0.0, 1e-12])
+def test_steps_that_are_not_the_same_twice_are_no_silent_error(recompute: Any, rtol: float) -> None:
+    def dropped_out(w: Params, lam: Params, batch: Any) -> Tensor:
+        return inner({**w, "w2": torch.nn.functional.dropout(w["w2"], 0.5)}, lam, batch)
+
+    problem = ohg.BilevelProblem(dropped_out, outer, inner_batch=batch_of)
+    solver = ohg.HeavyBall(0.1, STEPS, rtol=rtol)
+    with pytest.raises(
+        ohg.RequirementError, match=r"led elsewhere: .* dropout .*recompute='never'"
+    ):
+        ohg.hypergradient(
+            problem,
+            start(),
+            hypers(),
+            estimator=ohg.Unroll(recompute=recompute),
+            inner_solver=solver,
+        )
+
+
+@pytest.mark.parametrize(("tolerance", "ends"), [({"atol": 1e-9}, False), ({"rtol": 0.93}, True)])
+@pytest.mark.parametrize("truncation", [None, 3])
+def test_a_tolerance_that_is_not_met_is_a_failure_also_of_the_last_steps(
+    tolerance: dict[str, float], ends: bool, truncation: int | None
+) -> None:
+    found = ohg.hypergradient(
+        ohg.BilevelProblem(inner, outer, inner_batch=lambda step: batch_of(0)),
+        start(),
+        hypers(),
+        estimator=ohg.Unroll(truncation=truncation),
+        inner_solver=ohg.GradientDescent(0.05, 6, **tolerance),
+        throw=False,
+    )
+    assert bool(found.result) is ends
+    if not ends:
+        assert found.result.status is ohg.Status.MAX_STEPS_REACHED

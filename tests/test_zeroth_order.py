@@ -10,6 +10,7 @@ from typing import Any
 import cases
 import numpy as np
 import optuna
+import problems
 import pytest
 import torch
 from problems import F64, relative_error
@@ -282,6 +283,7 @@ def test_differences_that_drown_in_rounding_are_warned_of() -> None:
         ({"mu": 0.0}, "finite mu > 0, got 0.0"),
         ({"mu": -1e-4}, "finite mu > 0"),
         ({"mu": math.nan}, "finite mu > 0"),
+        ({"mu": "1e-4"}, "finite mu > 0, got '1e-4'"),
         ({"num_directions": 0}, "ZerothOrder needs num_directions >= 1"),
         ({"directions": "hadamard"}, "ZerothOrder needs directions to be one of"),
     ],
@@ -330,3 +332,71 @@ def test_an_interrupted_run_goes_on_bit_for_bit(inner: str, tmp_path: Path) -> N
     ]
     for k in straight.outer_params:
         assert torch.equal(resumed.outer_params[k], straight.outer_params[k])
+
+
+@pytest.mark.parametrize("which", ["inner", "outer"])
+def test_objectives_that_are_not_the_same_twice_are_refused(which: str) -> None:
+    case = problems.ridge()
+
+    def noisy(objective: Any) -> Any:
+        return lambda w, lam, batch: objective(w, lam, batch) * (1 + 0.1 * torch.rand(()))
+
+    objectives = {"inner": case.problem.inner_objective, "outer": case.problem.outer_objective}
+    objectives[which] = noisy(objectives[which])
+    with pytest.raises(
+        ohg.RequirementError, match=rf"{which}_objective gave .* and then .*dropout"
+    ):
+        ohg.hypergradient(
+            ohg.BilevelProblem(*objectives.values()),
+            case.inner_params,
+            case.outer_params,
+            estimator=ohg.ZerothOrder(2),
+            inner_solver=ohg.GradientDescent(0.1, 5),
+        )
+
+
+def test_an_outer_objective_may_take_derivatives_of_its_own() -> None:
+    """As a residual of a differential equation does."""
+
+    def residual(w: Any, lam: Any, _: Any) -> Any:
+        x = torch.linspace(0, 1, 5, dtype=torch.float64, requires_grad=True)
+        u = (w["w"] * x.sin()).sum()
+        (slope,) = torch.autograd.grad(u, x, create_graph=True)
+        return (slope - 1).square().mean()
+
+    problem = ohg.BilevelProblem(lambda w, lam, _: ((w["w"] - lam["x"]) ** 2).sum(), residual)
+    given = [{k: torch.full((), 0.3, dtype=torch.float64)} for k in "wx"]
+    solver = ohg.GradientDescent(0.1, 5)
+    for estimator in ohg.ZerothOrder(), ohg.Unroll():
+        found = ohg.minimize_bilevel(
+            problem, *given, inner_solver=solver, estimator=estimator, num_steps=2
+        )
+        assert found.result
+
+
+def test_hyperparameters_smaller_than_the_step_are_pointed_out() -> None:
+    box = ohg.BlackBox(lambda lam: float(lam["x"].square().sum()))
+    given = box.problem(), box.start(), {"x": torch.full((3,), 1e-6, dtype=torch.float64)}
+    with pytest.warns(
+        UserWarning, match=r"moves 'x' by more than its largest entry, 1e-06.*lower mu"
+    ):
+        ohg.hypergradient(*given, estimator=ohg.ZerothOrder(), inner_solver=box)
+    ohg.hypergradient(*given, estimator=ohg.ZerothOrder(mu=1e-7), inner_solver=box)
+
+
+def test_running_statistics_that_leak_into_the_outer_value_are_refused() -> None:
+    torch.manual_seed(0)
+    net, x = torch.nn.BatchNorm1d(3, affine=False).double(), torch.randn(8, 3, dtype=F64)
+
+    def train(w: Any, lam: Any, _: Any) -> Tensor:
+        return ((net.train()(x @ w["w"]) - lam["x"]) ** 2).mean() + (w["w"] ** 2).mean()
+
+    problem = ohg.BilevelProblem(train, lambda w, lam, _: (net.eval()(x @ w["w"]) ** 2).mean())
+    with pytest.raises(ohg.RequirementError, match=r"outer_objective gave .*running statistics"):
+        ohg.hypergradient(
+            problem,
+            {"w": torch.eye(3, dtype=F64)},
+            {"x": torch.ones(3, dtype=F64)},
+            estimator=ohg.ZerothOrder(),
+            inner_solver=ohg.GradientDescent(0.1, 3),
+        )

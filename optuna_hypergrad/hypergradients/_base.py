@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import check_count
 from .._errors import ObjectiveError, RequirementError, ZeroHypergradientError
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
@@ -224,12 +225,31 @@ def hypergradient(
         RequirementError: if the method cannot see a hyperparameter or use the solver.
         SolverError: if a solve failed and ``throw`` is set.
     """
+    check_count("hypergradient", "step", step, 0)
+    check_methods("hypergradient", estimator, inner_solver)
     check_problem(problem, inner_params, outer_params, step)
     estimator.check(problem, inner_solver, inner_params, outer_params)
     estimate = estimator.estimate(problem, inner_solver, inner_params, outer_params, step, state)
     if throw:
         estimate.result.raise_if_failed()
     return estimate
+
+
+def check_methods(caller: str, estimator: object, inner_solver: object) -> None:
+    """Refuse anything but an estimator and an inner solver, or none.
+
+    Raises:
+        RequirementError: naming ``caller``.
+    """
+    if not isinstance(estimator, AbstractHypergradientEstimator):
+        raise RequirementError(
+            f"{caller} needs an estimator such as Implicit() or Unroll() as estimator=, not {estimator!r:.80}."
+        )
+    if not (inner_solver is None or isinstance(inner_solver, AbstractInnerSolver)):
+        raise RequirementError(
+            f"{caller} needs an inner solver such as HeavyBall(0.1, max_steps=100) as inner_solver=, not "
+            f"{inner_solver!r:.80}."
+        )
 
 
 def run_inner(
@@ -256,9 +276,10 @@ def outer_value_at(
     problem: BilevelProblem, inner_params: Params, outer_params: Params, step: int
 ) -> float:
     """``f`` on outer batch ``step``, as a number."""
-    with torch.no_grad():
-        value = problem.outer_objective(inner_params, outer_params, problem.outer_batch(step))
-        return float(scalar(value, "outer_objective"))
+    w, lam = _tree.detach(inner_params), _tree.detach(outer_params)
+    with torch.enable_grad():  # it may take derivatives of its own
+        value = problem.outer_objective(w, lam, problem.outer_batch(step))
+        return float(scalar(value, "outer_objective").detach())
 
 
 def outer_gradients(
@@ -298,7 +319,8 @@ def combine(
             raise ZeroHypergradientError(
                 f"The hypergradient of {name!r} under {method} is zero by construction: neither the outer "
                 f"objective nor what {method} differentiates depends on it. {sees} Use {name!r} in an "
-                f"objective, take it out of outer_params, or choose another estimator."
+                f"objective (the tensor in its second argument: not one from outside, and no float(...) or "
+                f"detach() of it), take it out of outer_params, or choose another estimator."
             )
         value = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         total[name] = value.detach().to(like.dtype)

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._typing import Params
-from ..inner import AbstractInnerSolver, AbstractStepSolver
+from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution
 from ..inner._base import InnerState
+from ..operators import scalar
 from ..problem import BilevelProblem
-from ._rewind import Point
+from ._rewind import NOT_REPEATED, Point, meets
+
+_UNLIMITED = 1e18
+"""Bytes: a budget of infinity, as a number that can be divided."""
 
 
 def check_step_solver(label: str, inner_solver: AbstractInnerSolver | None) -> AbstractStepSolver:
@@ -43,10 +48,8 @@ def check_step_solver(label: str, inner_solver: AbstractInnerSolver | None) -> A
 
 def check_width(label: str, width: int | None, memory_budget: float) -> None:
     """Raise ``ValueError`` for settings that mean nothing."""
-    if width is not None and width < 1:
-        raise ValueError(f"{label} needs width >= 1 or None, got {width}.")
-    if not memory_budget > 0:
-        raise ValueError(f"{label} needs memory_budget > 0 bytes, got {memory_budget}.")
+    check_count(label, "width", width, 1, none=True)
+    check_budget(label, memory_budget)
 
 
 def width_of(width: int | None, inner_params: Params) -> int:
@@ -85,7 +88,7 @@ def room(
     moving = num_bytes(start.tensors())
     column = moving + num_bytes(outer_params.values())
     working = column + 2 * num_bytes(inner_params.values()) + graph
-    left = budget - graph - moving
+    left = min(budget, _UNLIMITED) - graph - moving
     width = min(width, int(max(left, 0) // (column + working)))
     if width < 1:
         raise RequirementError(
@@ -120,6 +123,22 @@ def passes(columns: range, width: int, room: Room) -> list[list[range]]:
     return planned
 
 
+def check_repeated(
+    label: str, again: InnerSolution, first: InnerSolution, inner_params: Params
+) -> None:
+    """Refuse columns along another trajectory than the first one.
+
+    Raises:
+        RequirementError: saying what makes them differ.
+    """
+    same = again.num_steps == first.num_steps
+    if not (same and meets(again.inner_params, first.inner_params, inner_params)):
+        raise RequirementError(
+            f"{label} ran the inner problem again for further columns, which do not all fit into memory_budget, and it "
+            f"ended elsewhere: {NOT_REPEATED} Or raise memory_budget, so that one run is enough."
+        )
+
+
 def contract(cotangent: Params, columns: Params) -> Tensor:
     """``<cotangent, column>`` for each column: ``(B,)``, in float64 on the CPU."""
     rows = len(next(iter(columns.values())))
@@ -146,7 +165,9 @@ def graph_bytes(
             return tensor
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            value = problem.inner_objective(w, lam, problem.inner_batch(index))
+            value = scalar(
+                problem.inner_objective(w, lam, problem.inner_batch(index)), "inner_objective"
+            )
             if not value.requires_grad:
                 return {}, [value]
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._arguments import check_count
 from .._errors import RequirementError
 from .._typing import Params
 from ..inner import AbstractInnerSolver
@@ -19,7 +20,7 @@ from ._base import (
     _finite,
     _first_failure,
 )
-from ._directions import LAWS, Directions, Law, shaped
+from ._directions import LAWS, WITHOUT_REPLACEMENT, Directions, Law, shaped
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,20 @@ class AbstractDirectionalEstimator(AbstractHypergradientEstimator):
 
     def __post_init__(self) -> None:
         label = type(self).__name__
-        if self.num_directions is not None and self.num_directions < 1:
-            raise ValueError(
-                f"{label} needs num_directions >= 1 or None, got {self.num_directions}."
-            )
+        check_count(label, "num_directions", self.num_directions, 1, none=True)
         if self.directions not in LAWS:
             named = ", ".join(repr(law) for law in LAWS)
             raise ValueError(
                 f"{label} needs directions to be one of {named}, got {self.directions!r}."
             )
-        if self.seed < 0:
-            raise ValueError(f"{label} needs seed >= 0, got {self.seed}.")
+        check_count(label, "seed", self.seed, 0)
+
+    def is_exact(self, outer_params: Params) -> bool:
+        """Whether the directions leave nothing to chance: as many as there are entries, and no two alike."""
+        sampled = self._sampled(outer_params, 0)
+        return self.directions in WITHOUT_REPLACEMENT and (
+            sampled.most(self.num_directions) == sampled.size
+        )
 
     @abc.abstractmethod
     def partial(
@@ -98,6 +102,7 @@ class AbstractDirectionalEstimator(AbstractHypergradientEstimator):
 
     def shares(self, inner_params: Params, outer_params: Params, num_processes: int) -> list[range]:
         """The directions of each process, in whole groups; empty ones where there are fewer groups."""
+        check_count(f"{type(self).__name__}.shares", "num_processes", num_processes, 1)
         count, group = (
             self._sampled(outer_params, 0).most(self.num_directions),
             self.group(inner_params),
@@ -158,6 +163,10 @@ class AbstractDirectionalEstimator(AbstractHypergradientEstimator):
         count = sampled.most(self.num_directions)
         if directions is None:
             return range(count)
+        if not isinstance(directions, range):
+            raise RequirementError(
+                f"{type(self).__name__} needs directions= to be a range that shares(...) gives, not {directions!r:.80}."
+            )
         whole = directions.start % group == 0 and (
             directions.stop % group == 0 or directions.stop == count
         )

@@ -16,7 +16,7 @@ from .._typing import Params
 
 Law = Literal["orthogonal", "rademacher", "gaussian", "coordinate"]
 LAWS: tuple[Law, ...] = ("orthogonal", "rademacher", "gaussian", "coordinate")
-_WITHOUT_REPLACEMENT = ("orthogonal", "coordinate")
+WITHOUT_REPLACEMENT = ("orthogonal", "coordinate")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Directions:
         """How many directions there are to take: all that were asked for, unless fewer are exact already."""
         if asked is None:
             return self.size
-        return min(asked, self.size) if self.law in _WITHOUT_REPLACEMENT else asked
+        return min(asked, self.size) if self.law in WITHOUT_REPLACEMENT else asked
 
     def each(self, numbers: range) -> Iterator[Tensor]:
         """One after the other, ``(N,)`` in float64 on the CPU."""
         size = self.size
-        if self.law not in _WITHOUT_REPLACEMENT:
+        if self.law not in WITHOUT_REPLACEMENT:
             draw = _signs if self.law == "rademacher" else _normals
             yield from (draw(size, self._generator(1 + i)) for i in numbers)
             return

@@ -132,6 +132,10 @@ class FixedPoint:
             self._seen_v = {k: _decode(self._v[k], self._v_bits, u) for k, u in self._w0.items()}
         return self._seen_v
 
+    def levels(self) -> float:
+        """How many steps of the resolution lie below what ``w`` can have reached; infinite if it has not moved."""
+        return self._w_bound * 2.0**self._bits or math.inf
+
     def num_bytes_aside(self) -> int:
         """Of what was put aside so far: all that grows with the number of steps."""
         full = [t for f in self._full for t in (f.low, f.high)]

@@ -56,6 +56,10 @@ class Descent:
         )
 
     @property
+    def levels(self) -> float:
+        return self._exact.levels()
+
+    @property
     def num_steps(self) -> int:
         return self._end - self._start
 
@@ -161,7 +165,8 @@ def rational(solver: HeavyBall, outer_params: Params, index: int, inner_params: 
     """
     value = solver.setting("momentum", _tree.detach(outer_params), index)
     if isinstance(value, dict):
-        each = times({k: torch.ones_like(v) for k, v in inner_params.items()}, value)
+        ones = {k: torch.ones_like(v, dtype=torch.float64) for k, v in inner_params.items()}
+        each = times(ones, value)
     else:
         each = dict.fromkeys(inner_params, torch.as_tensor(value, dtype=torch.float64))
     label = repr(solver.momentum) if isinstance(solver.momentum, str) else "momentum"
@@ -196,7 +201,7 @@ def _rounded(setting: Setting) -> Callable[[Params, int], Tensor | Params]:
     def schedule(outer_params: Params, index: int) -> Tensor | Params:
         value: Value = resolve(setting, outer_params, index, "momentum")
         if isinstance(value, dict):
-            return {k: nearest(v) for k, v in value.items()}
+            return {k: nearest(torch.as_tensor(v, dtype=torch.float64)) for k, v in value.items()}
         return nearest(torch.as_tensor(value, dtype=torch.float64))
 
     return schedule

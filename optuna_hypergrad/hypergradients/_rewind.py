@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._twice import check_differentiable_twice
+from .._twice import check_differentiable_twice, saying_what_has_no_second_derivative
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
@@ -118,6 +118,26 @@ def within(budget: float) -> Planner:
     return choose
 
 
+NOT_REPEATED = (
+    "the gradient of inner_objective was not the same when it was taken again. Look for dropout or other random "
+    "numbers (draw them from a generator that is seeded by the batch), an inner_batch that gives other data for the "
+    "same step, and tensors that were written to in between."
+)
+
+
+def meets(found: Params, known: Params, start: Params) -> bool:
+    """Whether the same steps from ``start`` have led to the same place, but for rounding."""
+    names = [k for k, v in known.items() if v.numel()]
+    if not names:
+        return True
+    off, way, size = (
+        max(float((a[k].detach() - b[k].detach()).abs().max()) for k in names)
+        for a, b in ((found, known), (known, start), (known, _tree.zeros_like(known)))
+    )
+    epsilon = max(torch.finfo(known[k].dtype).eps for k in names)
+    return not off > 1e-2 * way + 1e3 * epsilon * size
+
+
 @dataclass
 class Cotangent:
     """Of a point, entry by entry as in ``Point.tensors``, and of the outer parameters, summed up."""
@@ -152,6 +172,7 @@ class Rewinder:
         self._kept: list[tuple[int, Point]] = []
         self._recorded: list[tuple[int, Tape]] = []
         self._first = self._count = 0
+        self._last: Point | None = None
 
     def take(
         self, inner_params: Params, state: InnerState, index: int
@@ -167,28 +188,35 @@ class Rewinder:
         else:
             if position % self._plan.stride(self._num_steps) == 0:
                 self._kept.append((position, point))
-            return self._step(point, position)
+            moved = self._step(point, position)
+            self._last = Point(moved[0], moved[1])
+            return moved
         if self._keeps_tape(position):
             self._recorded.append((position, tape))
         else:
             self._kept.append((position, point))
-        after = tape.after.map(_tree.detach)
+        after = self._last = tape.after.map(_tree.detach)
         return after.inner_params, after.state, value, gradient
 
     def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
-        """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``."""
+        """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``.
+
+        Raises:
+            RequirementError: if steps that are taken again lead elsewhere.
+        """
         start = self._kept[0][1] if self._kept else self._recorded[0][1].before
         num_params, num_states = len(start.inner_params), len(start.tensors())
         at = Cotangent(
             [*cotangent.values(), *[None] * (num_states - num_params)], [None] * len(self._lam)
         )
-        end = self._count
+        end, arrival = self._count, self._last
         for position, tape in reversed(self._recorded):
             pull_through(tape, self._lam, at, keep=True)
-            end = position
+            end, arrival = position, tape.before
         for position, point in reversed(self._kept):
-            self._pull_stretch(position, end, point, at)
-            end = position
+            assert arrival is not None
+            self._pull_stretch(position, end, point, arrival, at)
+            end, arrival = position, point
         initial = dict(zip(start.inner_params, at.point, strict=False))
         return dict(zip(self._lam, at.outer, strict=True)), initial
 
@@ -229,14 +257,22 @@ class Rewinder:
             return True
         return self._exact and position >= self._num_steps - self._plan.tapes
 
-    def _pull_stretch(self, start: int, end: int, point: Point, at: Cotangent) -> None:
-        """Pull ``at``, of the point before step ``end``, back to ``point``, before step ``start``."""
+    def _pull_stretch(
+        self, start: int, end: int, point: Point, arrival: Point, at: Cotangent
+    ) -> None:
+        """Pull ``at``, of ``arrival``, before step ``end``, back to ``point``, before step ``start``."""
         if end - start <= self._plan.tapes:
-            tapes = []
+            tapes, begun = [], point
             for position in range(start, end):
                 tapes.append(self._record(point, position)[0])
                 point = tapes[-1].after.map(_tree.detach)
             self.num_recomputed += end - start
+            if not meets(point.inner_params, arrival.inner_params, begun.inner_params):
+                raise RequirementError(
+                    f"Unroll took the inner steps {self._first + start} to {self._first + end - 1} again on the way back, "
+                    f"and they led elsewhere: {NOT_REPEATED} Or use Unroll(recompute='never'), which takes no step "
+                    f"twice."
+                )
             while tapes:
                 pull_through(tapes.pop(), self._lam, at, keep=False)
             return
@@ -251,8 +287,8 @@ class Rewinder:
                 kept.append((position + 1, point))
         while kept:
             position, point = kept.pop()
-            self._pull_stretch(position, end, point, at)
-            end = position
+            self._pull_stretch(position, end, point, arrival, at)
+            end, arrival = position, point
 
     def _step(self, point: Point, position: int) -> tuple[Params, InnerState, Tensor, Params]:
         lam, index = _tree.detach(self._lam), self._first + position
@@ -282,13 +318,14 @@ def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) ->
         for output, cotangent in zip(tape.after.tensors(), at.point, strict=True)
         if output.requires_grad and cotangent is not None
     ]
-    found = torch.autograd.grad(
-        [output for output, _ in alive],
-        (*tape.before.tensors(), *outer_params.values()),
-        [cotangent for _, cotangent in alive],
-        allow_unused=True,
-        retain_graph=keep,
-    )
+    with saying_what_has_no_second_derivative():
+        found = torch.autograd.grad(
+            [output for output, _ in alive],
+            (*tape.before.tensors(), *outer_params.values()),
+            [cotangent for _, cotangent in alive],
+            allow_unused=True,
+            retain_graph=keep,
+        )
     at.point[:] = found[: len(at.point)]
     at.outer[:] = map(_added, at.outer, found[len(at.point) :])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._twice import goes_through_once_differentiable, nodes_of
+from .._twice import goes_through_once_differentiable, nodes_of, other_ways
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
@@ -166,9 +166,11 @@ class Pushforward:
             return found
 
         try:
-            return list(torch.func.vmap(push)(*block.point, *bent, *block.outer.values()))
+            moved = torch.func.vmap(push)(*block.point, *bent, *block.outer.values())
         except RuntimeError as error:  # no forward mode, or a look at a value
             raise _OtherwiseError from error
+        # 0-d factors in float64 promote tangents that vmap has given a dimension
+        return [new.to(old.dtype) for new, old in zip(moved, tensors, strict=True)]
 
     def _take_whole(
         self, before: Point, index: int, blocks: list[Columns]
@@ -288,8 +290,7 @@ class Pushforward:
         return RequirementError(
             f"{self._label} differentiates each inner step, which takes two derivatives of inner_objective, and "
             f"one of its operations has no second one ({_first_line(error)}"
-            f"{'; its own autograd functions: ' if custom else ''}{custom}). Write it with operations that torch "
-            f"can differentiate twice, or use ZerothOrder, which differentiates nothing."
+            f"{'; its own autograd functions: ' if custom else ''}{custom}). {other_ways(str(error))}"
         )
 
 

@@ -9,11 +9,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 
 from .. import _tree
+from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._twice import goes_through_once_differentiable
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver
 from ..inner._base import AbstractBlackBox
+from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import AbstractHypergradientEstimator, EstimatorState, HypergradientEstimate
 from ._columns import graph_bytes, num_bytes
@@ -70,8 +72,8 @@ class Auto(AbstractHypergradientEstimator):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.memory_budget > 0:
-            raise ValueError(f"Auto needs memory_budget > 0 bytes, got {self.memory_budget}.")
+        check_budget("Auto", self.memory_budget)
+        check_count("Auto", "seed", self.seed, 0)
 
     def choose(
         self,
@@ -82,7 +84,7 @@ class Auto(AbstractHypergradientEstimator):
     ) -> Choice:
         """The estimator for this problem; takes about 4 gradient evaluations."""
         kind, reason = self._kind(problem, inner_solver, inner_params, outer_params)
-        return Choice(self._build(kind, inner_solver, outer_params), reason)
+        return Choice(self._build(kind, inner_solver, inner_params, outer_params), reason)
 
     def explain(
         self,
@@ -122,7 +124,7 @@ class Auto(AbstractHypergradientEstimator):
             kind, reason = self._kind(problem, inner_solver, inner_params, outer_params)
         else:
             kind = _KINDS[int(chosen)]
-        estimator = self._build(kind, inner_solver, outer_params)
+        estimator = self._build(kind, inner_solver, inner_params, outer_params)
         if chosen is None:
             _logger.info(f"Auto takes {_short(estimator)}: {reason}")
         found = estimator.estimate(
@@ -179,7 +181,11 @@ class Auto(AbstractHypergradientEstimator):
         )
 
     def _build(
-        self, kind: Kind, inner_solver: AbstractInnerSolver | None, outer_params: Params
+        self,
+        kind: Kind,
+        inner_solver: AbstractInnerSolver | None,
+        inner_params: Params,
+        outer_params: Params,
     ) -> AbstractHypergradientEstimator:
         n, budget = _tree.num_entries(outer_params), self.memory_budget
         if kind == "implicit":
@@ -189,7 +195,11 @@ class Auto(AbstractHypergradientEstimator):
         if kind == "reverse":
             return Unroll(memory_budget=budget)
         if kind == "differences":
-            return ZerothOrder(num_directions=min(n, _FEW), seed=self.seed)
+            rough = any(
+                torch.finfo(v.dtype).eps > 1e-10
+                for v in (*inner_params.values(), *outer_params.values())
+            )
+            return ZerothOrder(min(n, _FEW), seed=self.seed, mu=1e-2 if rough else 1e-4)
         assert isinstance(inner_solver, AbstractStepSolver)
         cheap = Unroll(truncation=max(1, inner_solver.max_steps // 50), recompute="tree")
         return TwoPhase(
@@ -206,7 +216,7 @@ def _missing_derivative(
     """What torch says of an inner objective that cannot be differentiated twice; ``None`` if it can."""
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        value = problem.inner_objective(w, lam, problem.inner_batch(0))
+        value = scalar(problem.inner_objective(w, lam, problem.inner_batch(0)), "inner_objective")
         if not value.requires_grad:
             return None  # the estimator says what is wrong
         try:
@@ -227,7 +237,7 @@ def _short(estimator: AbstractHypergradientEstimator) -> str:
         return f"TwoPhase({_short(estimator.first)}, {_short(estimator.second)})"
     settings = {
         Unroll: ("truncation", "memory_budget"),
-        ZerothOrder: ("num_directions",),
+        ZerothOrder: ("num_directions", "mu"),
         ForwardGradient: ("num_directions",),
         ForwardMode: (),
         Implicit: (),

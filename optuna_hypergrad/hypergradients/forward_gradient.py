@@ -19,7 +19,15 @@ from ._base import (
     combine,
     outer_gradients,
 )
-from ._columns import check_step_solver, check_width, contract, passes, room, width_of
+from ._columns import (
+    check_repeated,
+    check_step_solver,
+    check_width,
+    contract,
+    passes,
+    room,
+    width_of,
+)
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from ._directions import flat
 from ._tangents import Pushforward
@@ -64,7 +72,12 @@ class ForwardGradient(AbstractDirectionalEstimator):
         super().__post_init__()
         check_width("ForwardGradient", self.width, self.memory_budget)
         control = self.control_variate
-        if isinstance(control, AbstractDirectionalEstimator) and control.seed == self.seed:
+        if control is not None and not isinstance(control, AbstractHypergradientEstimator):
+            raise ValueError(
+                f"ForwardGradient needs an estimator such as Unroll(truncation=5), or None, as control_variate=, got "
+                f"{control!r:.80}."
+            )
+        if control is not None and self.seed in _seeds(control):
             raise ValueError(
                 f"ForwardGradient and its control_variate both have seed={self.seed}: their directions would be "
                 f"the same, and the estimate biased. Give one of them another seed."
@@ -128,7 +141,8 @@ class ForwardGradient(AbstractDirectionalEstimator):
         scalars = [contract(slope, y) for y in pushed.columns()]
         for blocks in plan[1:]:
             del pushed  # its columns, before there are others
-            pushed = run(blocks)[1]
+            again, pushed = run(blocks)
+            check_repeated("ForwardGradient", again, solution, inner_params)
             scalars += [contract(slope, y) for y in pushed.columns()]
         known = replace(
             known,
@@ -149,3 +163,13 @@ class ForwardGradient(AbstractDirectionalEstimator):
             control,
             pushed.seen,
         )
+
+
+def _seeds(estimator: AbstractHypergradientEstimator) -> set[int]:
+    """Of an estimator and of those in it."""
+    settings = vars(estimator)
+    found = {settings["seed"]} if "seed" in settings else set()
+    for value in settings.values():
+        if isinstance(value, AbstractHypergradientEstimator):
+            found |= _seeds(value)
+    return found

@@ -13,7 +13,15 @@ from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
 from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
-from ._columns import check_step_solver, check_width, contract, passes, room, width_of
+from ._columns import (
+    check_repeated,
+    check_step_solver,
+    check_width,
+    contract,
+    passes,
+    room,
+    width_of,
+)
 from ._directions import shaped, unit_rows
 from ._tangents import Pushforward
 
@@ -88,7 +96,8 @@ class ForwardMode(AbstractPullbackEstimator):
         def pullback(cotangent: Params) -> Pulled:
             found: list[Tensor] = []
             for blocks in plan:
-                pushed = first if whole else run(blocks)[1]
+                again, pushed = (solution, first) if whole else run(blocks)
+                check_repeated("ForwardMode", again, solution, inner_params)
                 found += [contract(cotangent, y) for y in pushed.columns()]
                 del pushed  # its columns, before there are others
             cotangent.clear()

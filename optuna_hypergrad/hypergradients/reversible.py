@@ -15,6 +15,9 @@ from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
 from ._fixed_point import OutOfRangeError
 from ._reversing import Descent, rational
 
+_FEW_LEVELS = 2.0**20
+"""Multiples of the resolution below which rounding shows in the hypergradient."""
+
 
 @dataclass(frozen=True)
 class Reversible(AbstractPullbackEstimator):
@@ -34,7 +37,8 @@ class Reversible(AbstractPullbackEstimator):
 
     Args:
         fraction_bits: Inner parameters must stay below ``2^(61 - fraction_bits)`` in magnitude: 131,072 by default,
-            at a resolution of 5.7e-14. Growing out of it is a failure that says so.
+            at a resolution of 5.7e-14. Growing out of it is a failure that says so; so small that they would be
+            rounded away, they are refused.
     """
 
     name: ClassVar[str] = "reversible"
@@ -49,9 +53,9 @@ class Reversible(AbstractPullbackEstimator):
     fraction_bits: int = 44
 
     def __post_init__(self) -> None:
-        if not 8 <= self.fraction_bits <= 60:
+        if type(self.fraction_bits) is not int or not 8 <= self.fraction_bits <= 60:
             raise ValueError(
-                f"Reversible needs fraction_bits from 8 to 60, got {self.fraction_bits}."
+                f"Reversible needs fraction_bits from 8 to 60, got {self.fraction_bits!r:.80}."
             )
 
     def check(
@@ -123,6 +127,13 @@ class Reversible(AbstractPullbackEstimator):
             state=memory,
             take=descent.take,
         )
+        if descent.levels < _FEW_LEVELS and not descent.failed:
+            resolution = 2.0**-self.fraction_bits
+            raise RequirementError(
+                f"inner_params stay below {descent.levels * resolution:.3g} in magnitude, and Reversible(fraction_bits="
+                f"{self.fraction_bits}) holds them in multiples of {resolution:.3g}: they would be rounded away. Raise "
+                f"fraction_bits, rescale them, or use Unroll."
+            )
         if descent.too_large:
             message = (
                 f"The inner parameters reached {descent.too_large:.3g} at inner step {descent.num_steps}. Lower the step "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from .._arguments import check_count, is_number
 from .._typing import Params
 from ..inner import AbstractInnerSolver
 from ..problem import BilevelProblem
@@ -25,11 +26,9 @@ class Stalled:
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or not 0 <= self.rtol < 1:
-            raise ValueError(
-                f"Stalled needs patience >= 1 and 0 <= rtol < 1, got patience={self.patience} and "
-                f"rtol={self.rtol}."
-            )
+        check_count("Stalled", "patience", self.patience, 1)
+        if not (is_number(self.rtol) and 0 <= self.rtol < 1):
+            raise ValueError(f"Stalled needs 0 <= rtol < 1, got {self.rtol!r:.80}.")
 
 
 @dataclass(frozen=True)

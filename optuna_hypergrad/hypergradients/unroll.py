@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
+from .. import _tree
+from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
+from ..inner._base import InnerState, StepFunction, take_step, verdict
 from ..problem import BilevelProblem
 from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
 from ._rewind import Planner, Rewinder, square_root, tree, whole_tape, within
@@ -51,10 +57,8 @@ class Unroll(AbstractPullbackEstimator):
             raise ValueError(
                 f'Unroll needs recompute "auto", "never", "sqrt" or "tree", got {self.recompute!r}.'
             )
-        if not self.memory_budget > 0:
-            raise ValueError(f"Unroll needs memory_budget > 0 bytes, got {self.memory_budget}.")
-        if self.truncation is not None and self.truncation < 1:
-            raise ValueError(f"Unroll needs truncation >= 1 or None, got {self.truncation}.")
+        check_budget("Unroll", self.memory_budget)
+        check_count("Unroll", "truncation", self.truncation, 1, none=True)
 
     def check(
         self,
@@ -90,6 +94,22 @@ class Unroll(AbstractPullbackEstimator):
         assert isinstance(inner_solver, AbstractStepSolver)
         state = EstimatorState() if state is None else state
         index, memory, start, skipped = state.inner_index, state.solver_state, inner_params, 0
+        tolerant = inner_solver.rtol > 0 or inner_solver.atol > 0
+        norms: list[float] = []
+        converged = False
+
+        def watched(take: StepFunction) -> StepFunction:
+            """Steps after which the norm of the gradient is known."""
+
+            def step(
+                w: Params, memory: InnerState, index: int
+            ) -> tuple[Params, InnerState, Tensor, Params]:
+                moved = take(w, memory, index)
+                norms.append(float(_tree.norm(_tree.detach(moved[3]))))
+                return moved
+
+            return step if tolerant and self.truncation is not None else take
+
         if self.truncation is not None and self.truncation < inner_solver.max_steps:
             lead = inner_solver.max_steps - self.truncation
             head = inner_solve(
@@ -99,7 +119,11 @@ class Unroll(AbstractPullbackEstimator):
                 outer_params,
                 start=index,
                 state=memory,
+                take=watched(
+                    partial(take_step, problem, inner_solver, _tree.detach(outer_params), False)
+                ),
             )
+            converged = bool(head.result)
             index, memory, start, skipped = (
                 index + head.num_steps,
                 head.state,
@@ -107,11 +131,9 @@ class Unroll(AbstractPullbackEstimator):
                 head.num_steps,
             )
         num_steps = self.truncation if skipped else None
-        tolerant = not skipped and (inner_solver.rtol > 0 or inner_solver.atol > 0)
         most = inner_solver.max_steps - skipped
-        rewinder = Rewinder(
-            problem, inner_solver, outer_params, self._planner(), most, exact=not tolerant
-        )
+        exact = bool(skipped) or not tolerant
+        rewinder = Rewinder(problem, inner_solver, outer_params, self._planner(), most, exact)
         tail = inner_solve(
             problem,
             inner_solver,
@@ -120,9 +142,13 @@ class Unroll(AbstractPullbackEstimator):
             start=index,
             state=memory,
             num_steps=num_steps,
-            take=rewinder.take,
+            take=watched(rewinder.take),
         )
         truncated = skipped > 0
+        if truncated and tolerant and not converged and tail.result:
+            met = norms[-1] <= max(inner_solver.atol, inner_solver.rtol * norms[0])
+            result = verdict(inner_solver, tail.inner_params, tail.value, norms[-1], met)
+            tail = replace(tail, gradient_norm=norms[-1], result=result)
 
         def pullback(cotangent: Params) -> Pulled:
             before = rewinder.num_recomputed

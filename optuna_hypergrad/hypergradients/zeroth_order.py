@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import is_number
 from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution
+from ..inner._base import AbstractBlackBox
 from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import EstimatorState, HypergradientEstimate, _first_failure, run_inner
@@ -52,8 +54,8 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.mu < float("inf"):
-            raise ValueError(f"ZerothOrder needs a finite mu > 0, got {self.mu}.")
+        if not (is_number(self.mu) and 0 < self.mu < float("inf")):
+            raise ValueError(f"ZerothOrder needs a finite mu > 0, got {self.mu!r:.80}.")
 
     def check(
         self,
@@ -68,12 +70,19 @@ class ZerothOrder(AbstractDirectionalEstimator):
                 "given; pass inner_solver=, or use Implicit at a solution found elsewhere."
             )
         for name, v in outer_params.items():
-            spacing = torch.finfo(v.dtype).eps * float(v.detach().abs().max()) if v.numel() else 0.0
+            largest = float(v.detach().abs().max()) if v.numel() else 0.0
+            spacing = torch.finfo(v.dtype).eps * largest
             if self.mu < 10 * spacing:
                 raise RequirementError(
                     f"ZerothOrder(mu={self.mu:g}) is lost in the rounding of {name!r}, whose entries of up to "
-                    f"{float(v.detach().abs().max()):.3g} are {spacing:.1g} apart in {v.dtype}; raise mu, scale "
+                    f"{largest:.3g} are {spacing:.1g} apart in {v.dtype}; raise mu, scale "
                     f"{name!r} (or take its logarithm), or use float64."
+                )
+            if 0 < largest < self.mu:
+                warnings.warn(
+                    f"ZerothOrder(mu={self.mu:g}) moves {name!r} by more than its largest entry, {largest:.3g}: scale "
+                    f"{name!r} (or take its logarithm), or lower mu.",
+                    stacklevel=3,
                 )
 
     def group(self, inner_params: Params) -> int:
@@ -104,6 +113,8 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
         value, base = solved(at)
         result = _first_failure(base.result, _finite_value(value, "at lam"))
+        if result:
+            self._check_repeatable(problem, inner_solver, base.inner_params, outer_params, step)
         scalars: list[float] = []
         seen: list[Tensor] = []
         for i, row in zip(numbers, sampled.each(numbers), strict=True):
@@ -142,6 +153,36 @@ class ZerothOrder(AbstractDirectionalEstimator):
             moving=frozenset(outer_params),
         )
 
+    def _check_repeatable(
+        self,
+        problem: BilevelProblem,
+        inner_solver: AbstractInnerSolver | None,
+        inner_params: Params,
+        outer_params: Params,
+        step: int,
+    ) -> None:
+        """Refuse objectives that are not the same twice at the solution; whatever they vary by is divided by ``mu``.
+
+        Raises:
+            RequirementError: naming the one.
+        """
+        inner = ("inner_objective", problem.inner_objective, problem.inner_batch, 0)
+        outer = ("outer_objective", problem.outer_objective, problem.outer_batch, step)
+        between = [] if isinstance(inner_solver, AbstractBlackBox) else [inner, inner]
+        known: dict[str, float] = {}
+        for label, objective, batch_of, index in (outer, *between, outer):
+            w, lam = _tree.clone(inner_params), _tree.clone(outer_params)
+            with torch.enable_grad():
+                now = float(scalar(objective(w, lam, batch_of(index)), label).detach())
+            first = known.setdefault(label, now)
+            if abs(first - now) > 1e-2 * self.mu * max(abs(first), abs(now)):
+                raise RequirementError(
+                    f"{label} gave {first:.9g} and then {now:.9g} at the same place: differences over mu={self.mu:g} "
+                    f"are of that, and not of lam. Draw random numbers (dropout) from a generator that is seeded by the "
+                    f"batch, or switch them off, and see that the objectives change nothing that they use (running "
+                    f"statistics of batch normalization)."
+                )
+
     def _rounding(self, value: Tensor, seen: Tensor, all_entries: bool) -> Result:
         """Whether ``h`` moved at all, and by more than it is rounded by."""
         moved = float((seen.double() - value.double()).abs().max())
@@ -165,7 +206,7 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
 
 def _value(problem: BilevelProblem, found: InnerSolution, lam: Params, step: int) -> Tensor:
-    with torch.no_grad():
+    with torch.enable_grad():  # it may take derivatives of its own
         value = problem.outer_objective(found.inner_params, lam, problem.outer_batch(step))
         return scalar(value, "outer_objective").detach()
 

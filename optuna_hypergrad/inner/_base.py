@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import check_count, is_number
 from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from .._typing import Params
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._settings import Setting, Value, check_number, resolve, times
+from ._settings import Setting, Value, check_number, check_setting, resolve, times
 
 InnerState = dict[str, Params]
 """A solver's memory between steps, by role (``{"velocity": {...}}``). Empty for none."""
@@ -112,15 +113,20 @@ class AbstractStepSolver(AbstractInnerSolver):
 
     def __post_init__(self) -> None:
         label = type(self).__name__
-        if self.max_steps < 0 or self.rtol < 0 or self.atol < 0:
-            raise ValueError(f"{label} needs max_steps, rtol and atol >= 0.")
+        check_count(label, "max_steps", self.max_steps, 0)
+        for name in ("rtol", "atol"):
+            tolerance = getattr(self, name)
+            if not (is_number(tolerance) and tolerance >= 0):
+                raise ValueError(f"{label} needs {name} >= 0, got {tolerance!r:.80}.")
+        for name in self.settings:
+            check_setting(f"{label}: {name}", getattr(self, name))
         if isinstance(self.step_size, (int, float)) and not (
             self.step_size > 0 and math.isfinite(self.step_size)
         ):
             raise ValueError(f"{label} needs a positive finite step_size, got {self.step_size}.")
         check_number(f"{label}: weight_decay", self.weight_decay, 0.0)
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(f"{label} needs max_norm > 0 or None, got {self.max_norm}.")
+        if self.max_norm is not None and not (is_number(self.max_norm) and self.max_norm > 0):
+            raise ValueError(f"{label} needs max_norm > 0 or None, got {self.max_norm!r:.80}.")
 
     def hyperparameters(self) -> frozenset[str]:
         return frozenset(v for s in self.settings if isinstance(v := getattr(self, s), str))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .._arguments import is_number
 from .._errors import RequirementError
 from .._typing import Params
 
@@ -25,7 +26,13 @@ def resolve(setting: Setting, outer_params: Params, index: int, label: str) -> V
             has no entry for this step.
     """
     if callable(setting):
-        return setting(outer_params, index)
+        value = setting(outer_params, index)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            raise RequirementError(
+                f"The inner solver's {label} is a function that gave a tensor of shape {tuple(value.shape)} at step "
+                f"{index}; it must give one number, or a dict with a factor for each inner parameter."
+            )
+        return value
     if not isinstance(setting, str):
         return setting
     if setting not in outer_params:
@@ -52,19 +59,45 @@ def resolve(setting: Setting, outer_params: Params, index: int, label: str) -> V
 
 
 def times(tree: Params, factor: Value) -> Params:
-    """``tree`` times a number, or entry by entry times a tree of factors that broadcast.
+    """``tree`` times a number, or entry by entry times a tree of factors that broadcast; in its own dtypes.
 
     Raises:
         RequirementError: if the factors are not those of ``tree``.
     """
     if not isinstance(factor, dict):
-        return {k: v * factor for k, v in tree.items()}
+        return {k: (v * factor).to(v.dtype) for k, v in tree.items()}
     if factor.keys() != tree.keys():
         raise RequirementError(
             f"A setting of the inner solver has factors for {sorted(factor)}, and the inner parameters are "
             f"{sorted(tree)}."
         )
-    return {k: v * factor[k] for k, v in tree.items()}
+    for k, v in tree.items():
+        shape = tuple(getattr(factor[k], "shape", ()))
+        aligned = zip(reversed(shape), reversed(v.shape), strict=False)
+        if len(shape) > v.dim() or any(n not in (1, size) for n, size in aligned):
+            raise RequirementError(
+                f"A setting of the inner solver has a factor of shape {shape} for {k!r}, which has the shape "
+                f"{tuple(v.shape)}; give one that broadcasts to it."
+            )
+    return {k: (v * factor[k]).to(v.dtype) for k, v in tree.items()}
+
+
+def check_setting(label: str, setting: object) -> None:
+    """Refuse what is no number, name or schedule; a tensor above all, which would be a constant.
+
+    Raises:
+        ValueError: naming ``label``.
+    """
+    if isinstance(setting, Tensor):
+        raise ValueError(
+            f"{label} is a tensor, of which no hypergradient would be taken. To tune it, put it among the outer "
+            f'parameters and give its name ({{"lr": lr}} and step_size="lr"); otherwise give float(...).'
+        )
+    if not (is_number(setting) or isinstance(setting, str) or callable(setting)):
+        raise ValueError(
+            f"{label} must be a number, the name of an outer parameter, or a function of (outer_params, step), got "
+            f"{setting!r:.80}."
+        )
 
 
 def check_number(label: str, setting: Setting, low: float, high: float = math.inf) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import is_number
 from .._errors import RequirementError
 from .._typing import Params
 from ._base import AbstractStepSolver, Evaluate, InnerState
@@ -40,8 +41,8 @@ class Adam(AbstractStepSolver):
         label = type(self).__name__
         check_number(f"{label}: beta1", self.beta1, 0.0, 1.0)
         check_number(f"{label}: beta2", self.beta2, 0.0, 1.0)
-        if not self.eps > 0:
-            raise ValueError(f"{label} needs eps > 0, got {self.eps}.")
+        if not (is_number(self.eps) and self.eps > 0):
+            raise ValueError(f"{label} needs eps > 0, got {self.eps!r:.80}.")
 
     def init(self, inner_params: Params) -> InnerState:
         device = next(iter(inner_params.values())).device
@@ -71,10 +72,12 @@ class Adam(AbstractStepSolver):
                     f"{name} of Adam must be one number for all inner parameters."
                 )
             products[name] = state["products"][name] * beta
-            moments[name] = {k: beta * m + (1 - beta) * new[k] for k, m in moments[name].items()}
+            moments[name] = {
+                k: (beta * m + (1 - beta) * new[k]).to(m.dtype) for k, m in moments[name].items()
+            }
         unbias1, unbias2 = 1 - products["beta1"], 1 - products["beta2"]
         scaled = {
-            k: (m / unbias1) / (moments["beta2"][k] / unbias2 + self.eps**2).sqrt()
+            k: ((m / unbias1) / (moments["beta2"][k] / unbias2 + self.eps**2).sqrt()).to(m.dtype)
             for k, m in moments["beta1"].items()
         }
         eta = self.setting("step_size", outer_params, index)

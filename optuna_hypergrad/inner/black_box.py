@@ -41,6 +41,12 @@ class BlackBox(AbstractBlackBox):
     name: ClassVar[str] = "black_box"
     function: Callable[[Params], Any]
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(
+                f"BlackBox needs a function of the outer parameters, got {self.function!r:.80}."
+            )
+
     def problem(
         self,
         outer_objective: Objective | None = None,
