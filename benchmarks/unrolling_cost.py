@@ -16,6 +16,8 @@ Peers live in ``benchmarks/.peers-venv``, as those of ``product_cost.py``, with 
 
     python benchmarks/unrolling_cost.py --data DIR   # MNIST's gzip files; digits enlarged without
     python benchmarks/unrolling_cost.py --tasks mlp --peers ours torch --repetitions 3
+
+It takes hours of CPU time; stopped, it goes on from the .json beside the table, which is removed to begin anew.
 """
 
 from __future__ import annotations
@@ -86,8 +88,10 @@ GROWTH = [
 
 
 def run(options: argparse.Namespace, stored: Path) -> dict[str, Any]:
-    """All figures; they are in ``stored`` (.json) as far as the run came."""
+    """All figures; they are in ``stored`` (.json) as far as the run came, and are not measured again."""
     found: dict[str, Any] = {"rows": {}, "missing": {}, "growth": {}}
+    if stored.exists():
+        found |= json.loads(stored.read_text())
     with tempfile.TemporaryDirectory() as scratch:
         environments = Environments(Path(scratch), {})
         usable = []
@@ -108,6 +112,9 @@ def run(options: argparse.Namespace, stored: Path) -> dict[str, Any]:
                 command = [sys.executable, str(PEERS / "prepare.py"), name, str(task)]
                 subprocess.run([*command, "--unroll", str(STEPS), *data], check=True)
                 for row in usable:
+                    if f"{name}/{row.peer.label}" in found["rows"]:
+                        bar.update()
+                        continue
                     place = environments, row.peer, task, row.solver, options.threads
                     figures = measure(*place, "--repetitions", str(options.repetitions))
                     if "failure" not in figures:
@@ -119,6 +126,9 @@ def run(options: argparse.Namespace, stored: Path) -> dict[str, Any]:
                 if name == "mlp":
                     for peer, solver, lengths in growth:
                         for length in lengths:
+                            if f"{peer.label}/{length}" in found["growth"]:
+                                bar.update()
+                                continue
                             place = environments, peer, task, solver, options.threads
                             figures = measure(*place, "--memory", "--steps", str(length))
                             found["growth"][f"{peer.label}/{length}"] = figures.get("megabytes")

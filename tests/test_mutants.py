@@ -168,8 +168,8 @@ MUTANTS = [
     Mutant(
         "forget the tangents of the solver's memory",
         "hypergradients/_tangents.py",
-        "return list(torch.func.vmap(push)(*block.point,",
-        "return list(torch.func.vmap(push)(*(t * (i < len(gradient)) for i, t in enumerate(block.point)),",
+        "torch.func.vmap(push)(*block.point,",
+        "torch.func.vmap(push)(*(t * (i < len(gradient)) for i, t in enumerate(block.point)),",
         f"{FORWARD}[algebra-nesterov]",
     ),
     Mutant(
