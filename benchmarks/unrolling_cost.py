@@ -197,7 +197,7 @@ def _line(row: Row, figures: dict[str, Any]) -> str:
         f"**{value:.2f}** ({low / share:.2f}-{high / share:.2f})",
         ", ".join(targets),
         f"{figures['megabytes']:,.0f}" if figures.get("megabytes") is not None else "-",
-        *("-" if e is None else f"{e:.0e}" for e in errors),
+        *("random" if row.directions > 1 else "-" if e is None else f"{e:.0e}" for e in errors),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -212,6 +212,7 @@ def draw(found: dict[str, Any], options: argparse.Namespace, path: Path) -> None
         1, len(options.tasks), figsize=(5.2 * len(options.tasks), 3.8), squeeze=False
     )
     for axis, name in zip(axes[0], options.tasks, strict=True):
+        placed: list[tuple[float, float]] = []
         for row in ROWS:
             figures = found["rows"].get(f"{name}/{row.peer.label}", {})
             if not figures.get("megabytes"):
@@ -220,9 +221,11 @@ def draw(found: dict[str, Any], options: argparse.Namespace, path: Path) -> None
             mine = row.peer.label.startswith("ours")
             axis.scatter(*at, color="tab:blue" if mine else "tab:gray", zorder=2)
             label = row.peer.label.removeprefix("ours, ")
-            axis.annotate(label, at, (4, 4), textcoords="offset points", fontsize=7)
+            crowd = sum(abs(x - at[0]) < 0.4 and 0.8 < y / at[1] < 1.25 for x, y in placed)
+            placed.append(at)
+            axis.annotate(label, at, (5, 4 - 9 * crowd), textcoords="offset points", fontsize=7)
         axis.set_yscale("log")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 6.5)
         axis.set_title(TASKS[name], fontsize=9)
         axis.set_xlabel("gradient evaluations a step (and direction)", fontsize=8)
         axis.grid(alpha=0.3, zorder=0)
