@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution
 from ..inner._base import InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem
+from ._memory import num_bytes, saved_storages, storages
 from ._rewind import NOT_REPEATED, Point, meets
 
 _UNLIMITED = 1e18
@@ -146,10 +146,6 @@ def contract(cotangent: Params, columns: Params) -> Tensor:
     return torch.stack([p.to("cpu", torch.float64) for p in parts]).sum(0)
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def graph_bytes(
     problem: BilevelProblem, inner_params: Params, outer_params: Params, index: int
 ) -> int:
@@ -158,13 +154,7 @@ def graph_bytes(
     at = (*w.values(), *lam.values())
 
     def build() -> tuple[dict[int, int], list[Tensor]]:
-        held: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.enable_grad(), saved_storages() as held:
             value = scalar(
                 problem.inner_objective(w, lam, problem.inner_batch(index)), "inner_objective"
             )
@@ -172,9 +162,7 @@ def graph_bytes(
                 return {}, [value]
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
         slopes = [g for g in found if g is not None]
-        for slope in slopes:
-            pack(slope)
-        return held, [value, *slopes]
+        return held | storages(slopes), [value, *slopes]
 
     shared, alive = build()
     held, _ = build()  # what lies where it lay for the first one, which is alive, is not its own

@@ -9,7 +9,7 @@ that are closer together, and so on: a tree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
 from ._base import Cotangents
+from ._memory import num_bytes, saved_storages, storages
 
 
 @dataclass(frozen=True)
@@ -221,36 +222,24 @@ class Rewinder:
         return dict(zip(self._lam, at.outer, strict=True)), initial
 
     def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
-        held: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_storages() as held:
             begun = self._record(point, 0)
         check_differentiable_twice(begun[0].after.tensors())
-        shared = {t.untyped_storage().data_ptr() for t in self._lam.values()}
+        shared = set(storages(self._lam.values()))
         if self._planner is not whole_tape:
             shared |= self._data(begun[0])
         size = sum(n for address, n in held.items() if address not in shared)
-        self._plan = self._planner(self._num_steps, size, _num_bytes(point.tensors()))
+        self._plan = self._planner(self._num_steps, size, num_bytes(point.tensors()))
         return begun
 
     def _data(self, tape: Tape) -> set[int]:
         """Where the data lie that every tape refers to: what a second graph saves from where ``tape`` does."""
-        found: set[int] = set()
-
-        def pack(tensor: Tensor) -> Tensor:
-            found.add(tensor.untyped_storage().data_ptr())
-            return tensor
-
         w = tape.before.inner_params
         batch = self._problem.inner_batch(self._first)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.enable_grad(), saved_storages() as found:
             alive = self._problem.inner_objective(w, self._lam, batch)
         del alive
-        return found - {v.untyped_storage().data_ptr() for v in w.values()}
+        return found.keys() - storages(w.values()).keys()
 
     def _keeps_tape(self, position: int) -> bool:
         if self._plan.tapes >= self._num_steps:
@@ -335,7 +324,3 @@ def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if part is None:
         return total
     return part.clone() if total is None else total.add_(part)
-
-
-def _num_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -18,7 +18,8 @@ from ..inner._base import AbstractBlackBox
 from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import AbstractHypergradientEstimator, EstimatorState, HypergradientEstimate
-from ._columns import graph_bytes, num_bytes
+from ._columns import graph_bytes
+from ._memory import num_bytes
 from ._rewind import within
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
