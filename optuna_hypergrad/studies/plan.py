@@ -78,6 +78,14 @@ class Memory:
     store: TensorStore | None = None
     said: set[str] = field(default_factory=set)
 
+    def begin_anew(self, sign: float) -> None:
+        """For another study: SQLite gives the id of a deleted one to the next, which has fewer trials."""
+        self.ledger = Ledger(sign)
+        self.plans.clear()
+        self.cursors.clear()
+        self.store = None
+        self.said.clear()
+
     def say_once(self, subject: str, text: str) -> None:
         if subject not in self.said:
             self.said.add(subject)

@@ -209,12 +209,13 @@ class HypergradientSampler(BaseSampler):
         """Whether gradients are to decide about ``trial``."""
         # Not under memory.lock: this waits for the database, whose holder may wait for that lock.
         self._leases.begin(study, trial)
-        self._forget_deleted(study, trial)
         memory = self._memory(study)
         with memory.lock:
             self._warn_of_pickles(memory, study)
+            trials = _optuna.recent_trials(study, max(trial.number + 1, memory.ledger.seen))
+            if len(trials) < memory.ledger.seen:
+                memory.begin_anew(_optuna.sign_of(study))
             ledger = memory.ledger
-            trials = _optuna.recent_trials(study, max(trial.number + 1, ledger.seen))
             ledger.sync(trials)
             if succeed(study, trial, trials, ledger.unfinished):
                 trials = _optuna.all_trials(study)
@@ -423,12 +424,6 @@ class HypergradientSampler(BaseSampler):
         if key not in studies:
             studies.setdefault(key, Memory(Ledger(_optuna.sign_of(study))))
         return studies[key]
-
-    def _forget_deleted(self, study: Study, trial: FrozenTrial) -> None:
-        """SQLite gives the id of a deleted study to the next one, which has seen fewer trials."""
-        seen = self._memory(study).ledger.seen
-        if len(_optuna.recent_trials(study, max(trial.number + 1, seen))) < seen:
-            del self._memories[_optuna.storage_of(study)][_optuna.study_id_of(study)]
 
     def _claim_start(self, memory: Memory, plan: Plan, study: Study, trial: FrozenTrial) -> None:
         """The trial has turned out to be differentiated: it opens a trajectory."""
