@@ -26,12 +26,8 @@ class Weights(nn.Module):
         return list(self.weights)
 
 
-def build(
-    task: measure.Task, solver: str, options: argparse.Namespace
-) -> tuple[Callable[[], object], Callable[[], measure.Arrays]]:
-    if solver != "neumann":
-        raise SystemExit("higher unrolls; it has no CG")
-    t = TorchTask(task, options)
+def unrolling(t: TorchTask, num_steps: int) -> Callable[[], measure.Arrays]:
+    """The hypergradient through so many steps of gradient descent."""
     names = tuple(t.inner)
     module = Weights(t.inner)
     descent = torch.optim.SGD(module.parameters(), lr=t.alpha)
@@ -39,7 +35,7 @@ def build(
     def hypergradient() -> measure.Arrays:
         _, lam = t.leaves()
         with higher.innerloop_ctx(module, descent) as (functional, differentiable):
-            for _ in range(t.products + 1):
+            for _ in range(num_steps):
                 w = dict(zip(names, functional(), strict=True))
                 differentiable.step(t.inner_objective(w, lam, t.train))
             w = dict(zip(names, functional(), strict=True))
@@ -47,7 +43,16 @@ def build(
             found = torch.autograd.grad(loss, tuple(lam.values()))
         return dict(zip(lam, found, strict=True))
 
-    return t.gradient, hypergradient
+    return hypergradient
+
+
+def build(
+    task: measure.Task, solver: str, options: argparse.Namespace
+) -> tuple[Callable[[], object], Callable[[], measure.Arrays]]:
+    if solver != "neumann":
+        raise SystemExit("higher unrolls; it has no CG")
+    t = TorchTask(task, options)
+    return t.gradient, unrolling(t, t.products + 1)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import higher
 import measure
-import torch
-from peer_higher import Weights
+from peer_higher import unrolling
 from torch_task import TorchTask
 
 
@@ -18,21 +16,7 @@ def build(
     if solver != "descent":
         raise SystemExit("gradient descent only")
     t = TorchTask(task, options)
-    names = tuple(t.inner)
-    module = Weights(t.inner)
-    descent = torch.optim.SGD(module.parameters(), lr=t.alpha)
-
-    def hypergradient() -> measure.Arrays:
-        _, lam = t.leaves()
-        with higher.innerloop_ctx(module, descent) as (functional, differentiable):
-            for _ in range(t.products):
-                w = dict(zip(names, functional(), strict=True))
-                differentiable.step(t.inner_objective(w, lam, t.train))
-            w = dict(zip(names, functional(), strict=True))
-            found = torch.autograd.grad(t.outer_objective(w, lam, t.valid), tuple(lam.values()))
-        return dict(zip(lam, found, strict=True))
-
-    return t.gradient, hypergradient
+    return t.gradient, unrolling(t, t.products)
 
 
 if __name__ == "__main__":
