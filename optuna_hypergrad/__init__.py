@@ -17,7 +17,8 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
-from .check import HypergradientReport, check_hypergradient
+from .check import check_hypergradient
+from .check_report import HypergradientReport
 from .evaluate import evaluate
 from .hypergradients import (
     Auto,
