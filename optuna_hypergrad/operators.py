@@ -143,6 +143,7 @@ class InnerGraph:
     def __init__(
         self, inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
     ) -> None:
+        self.inner_objective, self.batch = inner_objective, batch
         self.inner_params = _tree.leaves(inner_params)
         self.outer_params = _tree.leaves(outer_params)
         self.layout = Flattener(inner_params)
@@ -279,7 +280,7 @@ class GaussNewtonOperator(AbstractLinearOperator):
     """``J^T (d2 loss / d outputs2) J`` plus the exact Hessian of a regularizer, graphs kept."""
 
     def __init__(self, curvature: GaussNewton, graph: InnerGraph, batch: Batch) -> None:
-        layout = graph.layout
+        self.graph, layout = graph, graph.layout
         self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
         self._layout = layout
         lam = _tree.detach(graph.outer_params)
