@@ -12,6 +12,8 @@ from ._work import Work
 
 _BETA1, _BETA2 = 0.7, 0.99
 _DECAY_STEPS = 10.0
+_GAIN = 1e-3
+"""Of the average value, relative to all progress, that patience starts anew for."""
 
 
 def start_averaging(work: Work, reach: float, error: float) -> None:
@@ -52,7 +54,7 @@ def take_in_noisy(work: Work, patience: int) -> None:
         if work.value < n["best"]:
             n["best"] = work.value
             t["point"] = work.point
-        if n["smooth"] < n["best_smooth"]:
+        if n["smooth"] < n["best_smooth"] - _GAIN * max(work.progress(), 0.0):
             n["best_smooth"], n["since_best"] = n["smooth"], 0
     if n["since_best"] >= patience:
         work.stop = f"Noisy values did not become better on average in {patience} evaluations."
