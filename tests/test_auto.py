@@ -72,14 +72,14 @@ def rough(w: Params, lam: Params, batch: Any) -> Tensor:
             ohg.Implicit,
             "until its tolerance is met",
         ),
-        (PROBLEM, STEPS, FEW, {}, ohg.ForwardMode, "only 1 hyperparameters"),
+        (PROBLEM, STEPS, FEW, {}, ohg.ForwardMode, "only 1 hyperparameter,"),
         (
             PROBLEM,
             ohg.Adam("lr", max_steps=20, atol=1e-8),
             LR,
             {},
             ohg.ForwardMode,
-            "only 1 hyperparameters",
+            "only 1 hyperparameter,",
         ),
         (
             PROBLEM,

@@ -142,7 +142,7 @@ class Auto(AbstractHypergradientEstimator):
         outer_params: Params,
     ) -> tuple[Kind, str]:
         n, p = _tree.num_entries(outer_params), _tree.num_entries(inner_params)
-        sizes = f"{n:,} hyperparameters, {p:,} inner parameters"
+        sizes = f"{_counted(n, 'hyperparameter')}, {_counted(p, 'inner parameter')}"
         if isinstance(inner_solver, AbstractBlackBox):
             return "differences", f"nothing is known about the black box but its results ({sizes})."
         missing = _missing_derivative(problem, inner_params, outer_params)
@@ -154,7 +154,7 @@ class Auto(AbstractHypergradientEstimator):
         if not isinstance(inner_solver, AbstractStepSolver):
             what = "given" if inner_solver is None else f"found by {type(inner_solver).__name__}"
             return "implicit", f"the inner solution is {what}, however it is reached ({sizes})."
-        steps = f"{inner_solver.max_steps:,} inner steps"
+        steps = _counted(inner_solver.max_steps, "inner step")
         steering = sorted(inner_solver.hyperparameters() & outer_params.keys())
         seen = bool(steering) or inner_solver.has_schedule() or inner_solver.weight_decay != 0.0
         if not seen and (inner_solver.rtol > 0 or inner_solver.atol > 0):
@@ -163,9 +163,10 @@ class Auto(AbstractHypergradientEstimator):
                 f"at most {steps})."
             )
         if n <= _FEW:
+            few = "is only 1 hyperparameter" if n == 1 else f"are only {n} hyperparameters"
             return "forward", (
-                f"there are only {n:,} hyperparameters, so forward mode is exact, with no tape ({p:,} inner "
-                f"parameters, {steps})."
+                f"there {few}, so forward mode is exact, with no tape "
+                f"({_counted(p, 'inner parameter')}, {steps})."
             )
         state = num_bytes(inner_params.values()) * (1 + len(inner_solver.init(inner_params)))
         tape = graph_bytes(problem, inner_params, outer_params, 0) + 2 * state
@@ -231,6 +232,10 @@ def _missing_derivative(
         except (RuntimeError, NotImplementedError) as error:
             return str(error).split("\n")[0][:120]
     return None
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _short(estimator: AbstractHypergradientEstimator) -> str:
