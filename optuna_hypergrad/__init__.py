@@ -20,6 +20,7 @@ from ._typing import Batch, Objective, Params
 from .check import check_hypergradient
 from .check_report import HypergradientReport
 from .evaluate import evaluate
+from .gauss_newton import GaussNewton
 from .hypergradients import (
     Auto,
     ForwardGradient,
@@ -35,7 +36,7 @@ from .hypergradients import (
 )
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
 from .inner import LBFGS, Adam, AdamW, BlackBox, GradientDescent, HeavyBall, NewtonCG, inner_solve
-from .operators import GaussNewton, Hessian
+from .operators import Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
 from .search_space import Domain
