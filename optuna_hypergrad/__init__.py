@@ -19,6 +19,8 @@ from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .check import check_hypergradient
 from .check_report import HypergradientReport
+from .curvature import probe_curvature
+from .curvature_report import CurvatureReport
 from .evaluate import evaluate
 from .gauss_newton import GaussNewton
 from .hypergradients import (
@@ -67,6 +69,7 @@ __all__ = [
     "BlackBox",
     "ConnectionLostError",
     "CorruptTensorError",
+    "CurvatureReport",
     "DifferentiableTrial",
     "Direct",
     "Domain",
@@ -114,6 +117,7 @@ __all__ = [
     "linear_solve",
     "load_tensors",
     "minimize_bilevel",
+    "probe_curvature",
     "report_hypergradient",
     "solve",
 ]
