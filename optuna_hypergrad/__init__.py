@@ -37,7 +37,17 @@ from .hypergradients import (
     hypergradient,
 )
 from .ihvp import CG, Direct, Identity, Neumann, linear_solve
-from .inner import LBFGS, Adam, AdamW, BlackBox, GradientDescent, HeavyBall, NewtonCG, inner_solve
+from .inner import (
+    LBFGS,
+    Adam,
+    AdamW,
+    BlackBox,
+    GradientDescent,
+    HeavyBall,
+    Lookahead,
+    NewtonCG,
+    inner_solve,
+)
 from .operators import Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
@@ -86,6 +96,7 @@ __all__ = [
     "HyperparameterError",
     "Identity",
     "Implicit",
+    "Lookahead",
     "MissingTensorError",
     "Neumann",
     "NewtonCG",

@@ -224,6 +224,8 @@ INNER_SOLVERS: list[tuple[AbstractInnerSolver, str, float]] = [
     (ohg.Adam(lambda lam, t: 0.05 * 0.995**t, max_steps=4000), "ridge", 1e-6),
     (ohg.Adam(lambda lam, t: 0.2 * 0.995**t, max_steps=4000), "quadratic", 1e-6),
     (ohg.AdamW(lambda lam, t: 0.05 * 0.995**t, 4000, weight_decay=0.0), "ridge", 1e-6),
+    (ohg.Lookahead(ohg.GradientDescent(0.3, max_steps=5000, rtol=1e-11)), "ridge", 1e-9),
+    (ohg.Lookahead(ohg.HeavyBall(0.2, max_steps=5000, rtol=1e-11), 4), "quadratic", 1e-9),
     (ohg.NewtonCG(atol=1e-11), "ridge", 1e-9),
     (ohg.NewtonCG(atol=1e-11), "quadratic", 1e-9),
     (ohg.BlackBox(lambda lam: case("ridge").solution(lam)), "ridge", 1e-15),

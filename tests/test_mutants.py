@@ -39,6 +39,8 @@ UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
+LOOKAHEAD = "tests/test_lookahead.py"
+CURVATURE = "tests/test_curvature.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
@@ -248,6 +250,27 @@ MUTANTS = [
                 "late = self._exact.velocity(); self._exact.unmove(",
             ),
         ),
+    ),
+    Mutant(
+        "hand out the fast weights of Lookahead",
+        "inner/lookahead.py",
+        "return moved, after, value, gradient",
+        "return fast, after, value, gradient",
+        f"{LOOKAHEAD}::test_between_two_slow_steps_the_inner_params_stand_still",
+    ),
+    Mutant(
+        "begin each period of Lookahead at its old fast weights",
+        "inner/lookahead.py",
+        "begins = phase == 0",
+        "begins = phase < 0",
+        f"{LOOKAHEAD}::test_the_variance_on_a_noisy_quadratic_is_that_of_the_formula[0.5-5]",
+    ),
+    Mutant(
+        "forget what batches add to the largest eigenvalue",
+        "curvature_report.py",
+        "return bare + added / bare if bare > edge",
+        "return bare if bare > edge",
+        f"{CURVATURE}::test_the_largest_eigenvalue_at_other_batch_sizes_is_predicted[0]",
     ),
     Mutant(
         "do not look where the way back has led",

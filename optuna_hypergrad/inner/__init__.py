@@ -14,6 +14,7 @@ from .black_box import BlackBox
 from .gradient_descent import GradientDescent
 from .heavy_ball import HeavyBall
 from .lbfgs import LBFGS
+from .lookahead import Lookahead
 from .newton_cg import NewtonCG
 
 REGISTRY = registry(AbstractInnerSolver, globals())
@@ -31,6 +32,7 @@ __all__ = [
     "GradientDescent",
     "HeavyBall",
     "InnerSolution",
+    "Lookahead",
     "NewtonCG",
     "inner_solve",
 ]
