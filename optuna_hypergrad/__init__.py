@@ -46,6 +46,7 @@ from .inner import (
     HeavyBall,
     Lookahead,
     NewtonCG,
+    SketchySGD,
     inner_solve,
 )
 from .operators import Hessian
@@ -110,6 +111,7 @@ __all__ = [
     "Retention",
     "RetryingStorage",
     "Reversible",
+    "SketchySGD",
     "SolverError",
     "Stalled",
     "Status",

@@ -22,7 +22,13 @@ from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
 from .hypergradients import AbstractHypergradientEstimator, Implicit
 from .hypergradients._base import check_methods, outer_value_at, run_inner
-from .inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
+from .inner import (
+    AbstractCurvatureSolver,
+    AbstractInnerSolver,
+    AbstractStepSolver,
+    InnerSolution,
+    inner_solve,
+)
 from .outer_run import OptimizerFactory, OuterRun
 from .problem import BilevelProblem, check_problem
 from .search_space import Domain
@@ -298,7 +304,9 @@ def _retrain(
     num_steps: int | None,
 ) -> InnerSolution:
     """From the first ``w``, at the last ``lam``, with as many inner steps as the run has taken if nobody says."""
-    if num_steps is None and isinstance(inner_solver, AbstractStepSolver):
+    if num_steps is None and isinstance(
+        inner_solver, (AbstractStepSolver, AbstractCurvatureSolver)
+    ):
         num_steps = run.state.inner_index if run.warm_start else inner_solver.max_steps
     return inner_solve(problem, inner_solver, first_params, run.outer_params, num_steps=num_steps)
 

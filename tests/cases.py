@@ -117,6 +117,17 @@ HYPERGRADIENTS = [
         for p in (*SMOOTH, "momentum_descent")
     ),
     *(
+        Row(
+            estimator,
+            ohg.SketchySGD(),
+            "ridge",
+            error=ohg.RequirementError,
+            message="SketchySGD",
+        )
+        for estimator in (ohg.Unroll(), ohg.ForwardMode(), ohg.Reversible())
+    ),
+    Row(ohg.Implicit(ohg.CG(200, 1e-12)), ohg.SketchySGD(3000, 1e-11), "quadratic", rtol=1e-8),
+    *(
         Row(ohg.Unroll(), None, p, error=ohg.RequirementError, message="none was given")
         for p in (*SMOOTH, "momentum_descent")
     ),
@@ -228,6 +239,8 @@ INNER_SOLVERS: list[tuple[AbstractInnerSolver, str, float]] = [
     (ohg.Lookahead(ohg.HeavyBall(0.2, max_steps=5000, rtol=1e-11), 4), "quadratic", 1e-9),
     (ohg.NewtonCG(atol=1e-11), "ridge", 1e-9),
     (ohg.NewtonCG(atol=1e-11), "quadratic", 1e-9),
+    (ohg.SketchySGD(max_steps=3000, rtol=1e-11, rank=4), "ridge", 1e-9),
+    (ohg.SketchySGD(max_steps=3000, rtol=1e-11, refresh_every=7), "quadratic", 1e-9),
     (ohg.BlackBox(lambda lam: case("ridge").solution(lam)), "ridge", 1e-15),
     (ohg.LBFGS(atol=1e-11), "ridge", 1e-9),
     (ohg.LBFGS(atol=1e-11), "quadratic", 1e-9),

@@ -3,6 +3,7 @@
 from .._registry import registry
 from ._base import (
     AbstractBlackBox,
+    AbstractCurvatureSolver,
     AbstractInnerSolver,
     AbstractMinimizer,
     AbstractStepSolver,
@@ -16,6 +17,7 @@ from .heavy_ball import HeavyBall
 from .lbfgs import LBFGS
 from .lookahead import Lookahead
 from .newton_cg import NewtonCG
+from .sketchy_sgd import SketchySGD
 
 REGISTRY = registry(AbstractInnerSolver, globals())
 
@@ -23,6 +25,7 @@ __all__ = [
     "LBFGS",
     "REGISTRY",
     "AbstractBlackBox",
+    "AbstractCurvatureSolver",
     "AbstractInnerSolver",
     "AbstractMinimizer",
     "AbstractStepSolver",
@@ -34,5 +37,6 @@ __all__ = [
     "InnerSolution",
     "Lookahead",
     "NewtonCG",
+    "SketchySGD",
     "inner_solve",
 ]
