@@ -22,7 +22,7 @@ from .check_report import HypergradientReport
 from .curvature import probe_curvature
 from .curvature_report import CurvatureReport
 from .evaluate import evaluate
-from .gauss_newton import GaussNewton
+from .gauss_newton import Fisher, GaussNewton
 from .hypergradients import (
     Auto,
     ForwardGradient,
@@ -84,6 +84,7 @@ __all__ = [
     "DifferentiableTrial",
     "Direct",
     "Domain",
+    "Fisher",
     "ForwardGradient",
     "ForwardMode",
     "GaussNewton",

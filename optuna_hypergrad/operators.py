@@ -307,6 +307,10 @@ class AbstractCurvature(abc.ABC):
     @abc.abstractmethod
     def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator: ...
 
+    def average(self, graph: InnerGraph, batches: Sequence[Batch]) -> AbstractLinearOperator:
+        """The mean over several batches; ``graph`` is that of :func:`mean_objective` on all of them."""
+        return AveragedOperator([self.build(graph, batch) for batch in batches])
+
 
 @dataclass(frozen=True)
 class Hessian(AbstractCurvature):
@@ -314,6 +318,19 @@ class Hessian(AbstractCurvature):
 
     def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator:
         return HessianOperator(graph)
+
+    def average(self, graph: InnerGraph, batches: Sequence[Batch]) -> AbstractLinearOperator:
+        return HessianOperator(graph)
+
+
+def mean_objective(objective: Objective) -> Objective:
+    """The objective whose batch is several batches: its mean over them."""
+
+    def mean(inner_params: Params, outer_params: Params, batches: Batch) -> Tensor:
+        values = [objective(inner_params, outer_params, batch) for batch in batches]
+        return torch.stack([scalar(v, "inner_objective") for v in values]).mean()
+
+    return mean
 
 
 def scalar(value: object, label: str) -> Tensor:

@@ -16,6 +16,7 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "learning_rate": ({"num_trials": 5}, 0.8),
     "learned_schedule": ({"num_trials": 5}, 0.3),
     "condensed_digits": ({"num_trials": 5}, 0.6),
+    "choosing_a_solver": ({"num_products": (5, 40)}, 1e-3),  # the relative error
 }
 
 

@@ -40,6 +40,7 @@ OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 LOOKAHEAD = "tests/test_lookahead.py"
+OPERATORS = "tests/test_operators.py"
 CURVATURE = "tests/test_curvature.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
@@ -264,6 +265,20 @@ MUTANTS = [
         "begins = phase == 0",
         "begins = phase < 0",
         f"{LOOKAHEAD}::test_the_variance_on_a_noisy_quadratic_is_that_of_the_formula[0.5-5]",
+    ),
+    Mutant(
+        "forget that probabilities add up to one in the Fisher information",
+        "gauss_newton.py",
+        "(p * x).sum(1, keepdim=True) if classes else p * x",
+        "0.0 if classes else p * x",
+        f"{OPERATORS}::test_the_fisher_information_is_the_expectation_that_it_is_named_for",
+    ),
+    Mutant(
+        "sum over batches in place of their mean",
+        "operators.py",
+        'torch.stack([scalar(v, "inner_objective") for v in values]).mean()',
+        'torch.stack([scalar(v, "inner_objective") for v in values]).sum()',
+        f"{OPERATORS}::test_all_parts_together_are_the_whole[Fisher]",
     ),
     Mutant(
         "forget what batches add to the largest eigenvalue",

@@ -9,13 +9,21 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import _tree
+from .._arguments import check_count
 from .._errors import RequirementError
 from .._typing import Batch, Objective, Params
 from ..ihvp import CG, AbstractLinearSolver, LinearSolution, Neumann, linear_solve
 from ..ihvp._base import without_products
 from ..inner import AbstractInnerSolver, GradientDescent
-from ..operators import AbstractCurvature, DampedOperator, Flattener, Hessian, InnerGraph
-from ..problem import BilevelProblem
+from ..operators import (
+    AbstractCurvature,
+    DampedOperator,
+    Flattener,
+    Hessian,
+    InnerGraph,
+    mean_objective,
+)
+from ..problem import BilevelProblem, full_batch
 from ._base import (
     AbstractPullbackEstimator,
     Cotangents,
@@ -35,7 +43,10 @@ class Implicit(AbstractPullbackEstimator):
     Cost: the inner solve, then 2 gradient evaluations, the linear solver's products and one mixed
     product. Memory: one double-backward graph and about 4 vectors of the inner size, however many
     inner steps there were. The error is at most proportional to ``inner_gradient_norm`` (in the
-    stats) and to the linear solver's residual.
+    stats) and to the linear solver's residual. All products of a solve are with one matrix: dropout masks are
+    drawn once for all of them, and batch normalization in ``train()`` mode moves its running statistics once.
+    Parameters in half precision are multiplied in half precision, and everything between the products is float32:
+    expect an error of about a percent in bfloat16, and a tenth of that in float16.
 
     References: Bengio (2000), "Gradient-based optimization of hyperparameters"; Pedregosa (2016);
     Lorraine, Vicol & Duvenaud (2020), equations 3-5.
@@ -43,7 +54,10 @@ class Implicit(AbstractPullbackEstimator):
     Args:
         solver: Of ``H v = f_w``.
         damping: Added to the diagonal of ``H``. A bias; what makes singular problems solvable.
-        curvature: ``Hessian()``, or ``GaussNewton(...)`` in its place.
+        curvature: ``Hessian()``, or ``GaussNewton(...)`` or ``Fisher(...)`` in its place.
+        num_batches: ``H`` and ``M`` are means over so many inner batches, those that would come next; for
+            ``g_w = 0`` on all data and ``inner_batch`` that gives parts of it. Cost and memory: the graphs of all
+            of them at once, and products that go through each.
         compile: Compile the whole loop of products with ``torch.compile``, once per inner objective
             (tens of seconds, more for long loops); then 2-4 times faster where tensors are small.
             ``inner_gradient_norm`` is then the inner solver's own, where it has one.
@@ -60,10 +74,20 @@ class Implicit(AbstractPullbackEstimator):
     damping: float = 0.0
     curvature: AbstractCurvature = field(default_factory=Hessian)
     compile: bool = False
+    num_batches: int = 1
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
             raise ValueError(f"Implicit needs damping >= 0, got {self.damping}.")
+        check_count("Implicit", "num_batches", self.num_batches, 1)
+        if not isinstance(self.curvature, AbstractCurvature):
+            raise ValueError(
+                f"Implicit needs Hessian(), GaussNewton(...) or Fisher(...) as curvature, got {self.curvature!r:.80}."
+            )
+        if self.compile and self.num_batches > 1:
+            raise ValueError(
+                "Implicit(compile=True) compiles products with one batch; use compile=False with num_batches > 1."
+            )
         if self.compile and not isinstance(self.curvature, Hessian):
             raise ValueError(
                 "Implicit(compile=True) compiles products with the Hessian only; use compile=False with "
@@ -79,6 +103,11 @@ class Implicit(AbstractPullbackEstimator):
     ) -> None:
         refuse_solver_hyperparameters("Implicit", inner_solver, outer_params)
         self._resolved_solver(inner_solver)
+        if self.num_batches > 1 and problem.inner_batch is full_batch:
+            raise RequirementError(
+                f"Implicit(num_batches={self.num_batches}): this problem has no inner_batch, so that its inner objective "
+                f"sees all data at once; use num_batches=1."
+            )
 
     def solve(
         self,
@@ -94,8 +123,12 @@ class Implicit(AbstractPullbackEstimator):
         batch_index = state.inner_index + solution.num_steps
 
         def pullback(cotangent: Params) -> Pulled:
-            batch = problem.inner_batch(batch_index)
-            where = problem.inner_objective, solution.inner_params, outer_params, batch
+            objective, batch = problem.inner_objective, problem.inner_batch(batch_index)
+            if self.num_batches > 1:
+                following = range(batch_index + 1, batch_index + self.num_batches)
+                objective = mean_objective(objective)
+                batch = (batch, *map(problem.inner_batch, following))
+            where = objective, solution.inner_params, outer_params, batch
             b = Flattener(inner_params).flatten(
                 [cotangent.pop(k) for k in list(cotangent)], copy=True
             )
@@ -126,7 +159,8 @@ class Implicit(AbstractPullbackEstimator):
         batch: Batch,
     ) -> tuple[LinearSolution, Cotangents, float]:
         graph = InnerGraph(inner_objective, inner_params, outer_params, batch)
-        operator = self.curvature.build(graph, batch)
+        several = self.num_batches > 1
+        operator = (self.curvature.average if several else self.curvature.build)(graph, batch)
         if self.damping:
             operator = DampedOperator(operator, self.damping)
         found = linear_solve(solver, operator, b, overwrite_vector=True, throw=False)
