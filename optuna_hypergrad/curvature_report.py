@@ -152,14 +152,14 @@ class CurvatureReport:
         Args:
             num_points: At least 2, evenly spaced over the spectrum.
             width: Standard deviation of the Gaussian that each Ritz value is drawn as; ``None`` for a
-                hundredth of the spectrum.
+                two-hundredth of the spectrum.
         """
         check_count("density", "num_points", num_points, 2)
         if width is not None and not (is_number(width) and 0 < width < math.inf):
             raise ValueError(f"density needs width > 0 or None, got {width!r:.80}.")
         low, high = float(self.nodes.min()), float(self.nodes.max())
-        sigma = width or max(0.01 * (high - low), 1e-3 * max(abs(low), abs(high)), 1e-300)
-        x = torch.linspace(low - 5 * sigma, high + 5 * sigma, num_points, dtype=torch.float64)
+        sigma = width or max(0.005 * (high - low), 1e-3 * max(abs(low), abs(high)), 1e-300)
+        x = torch.linspace(low - 6 * sigma, high + 6 * sigma, num_points, dtype=torch.float64)
         bells = torch.exp(-0.5 * ((x[:, None] - self.nodes.cpu()) / sigma) ** 2)
         return x, bells @ self.weights.cpu() / (sigma * math.sqrt(2 * math.pi))
 
@@ -181,7 +181,7 @@ class CurvatureReport:
                     "density() gives the numbers."
                 ) from error
             axes = Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
-        x, y = self.density()
+        x, y = self.density(2000)
         floor = 0.1 * float(self.weights[self.weights > 0].min()) * float(y.max())
         floor = max(floor, 1e-8 * float(y.max()))
         axes.fill_between(x.numpy(), floor, y.clamp_min(floor).numpy(), alpha=0.3, linewidth=0)
