@@ -41,6 +41,7 @@ FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 LOOKAHEAD = "tests/test_lookahead.py"
 OPERATORS = "tests/test_operators.py"
+SKETCHES = "tests/test_sketchy_sgd.py"
 CURVATURE = "tests/test_curvature.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
@@ -279,6 +280,20 @@ MUTANTS = [
         'torch.stack([scalar(v, "inner_objective") for v in values]).mean()',
         'torch.stack([scalar(v, "inner_objective") for v in values]).sum()',
         f"{OPERATORS}::test_all_parts_together_are_the_whole[Fisher]",
+    ),
+    Mutant(
+        "leave directions outside of the sketch as they are",
+        "inner/sketchy_sgd.py",
+        "rest = self.damping**exponent",
+        "rest = 1.0",
+        f"{SKETCHES}::test_powers_of_the_preconditioner_are_those_of_its_matrix",
+    ),
+    Mutant(
+        "forget the shift of the core of a sketch",
+        "_nystrom.py",
+        "shifted = sketch + shift * omega",
+        "shifted = sketch + 1e9 * shift * omega",
+        f"{SKETCHES}::test_the_sketch_of_a_matrix_of_its_rank_is_exact[dtype0]",
     ),
     Mutant(
         "forget what batches add to the largest eigenvalue",

@@ -150,6 +150,37 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit() -> None:
         assert torch.equal(resumed.inner_params[k], v)
 
 
+def test_it_is_trained_again_with_as_many_steps_as_the_run_took() -> None:
+    problem, w0, lam, _ = stretched(10.0)
+    asked: list[int] = []
+
+    def batch(step: int) -> Tensor:
+        asked.append(step)
+        return problem.inner_batch(step)
+
+    seen = ohg.BilevelProblem(
+        lambda w, lam, b: (
+            problem.inner_objective(w, lam, b) + 0.1 * lam["c"] ** 2 * (w["w"] ** 2).sum()
+        ),
+        lambda w, lam, _: ((w["w"] - 1) ** 2).sum(),
+        batch,
+    )
+    found = ohg.minimize_bilevel(
+        seen,
+        w0,
+        lam,
+        inner_solver=ohg.SketchySGD(max_steps=4, refresh_every=8),
+        estimator=ohg.Implicit(num_batches=3),
+        num_steps=3,
+        warm_start=True,
+        final_eval="retrain",
+    )
+    assert found.value_kind == "warm"
+    assert found.retrained_value is not None
+    again = asked[len(asked) - asked[::-1].index(0) - 1 :]
+    assert set(range(12)) <= set(again)
+
+
 def test_single_precision_with_a_few_tensors_reaches_the_solution() -> None:
     case = cases.case("quadratic")
     w0, lam = ({k: v.float() for k, v in p.items()} for p in (case.inner_params, case.outer_params))
