@@ -193,7 +193,7 @@ def probe_curvature(
         largest_bound=float(top.bounds[-1]),
         smallest=float(least.values[0]),
         smallest_bound=float(least.bounds[0]),
-        rounding=float(torch.finfo(operator.dtype).eps),
+        rounding=_rounding(operators[0]),
         nodes=torch.cat([r.values for r in runs]),
         weights=torch.cat([r.weights for r in runs]) / num_probes,
         num_products=sum(o.num_products for o in operators),
@@ -252,6 +252,13 @@ def _variance(operator: AveragedOperator, like: Tensor, generator: torch.Generat
         each = operator.each(v / torch.linalg.vector_norm(v))
         total += float((each - each.mean(0)).double().square().sum()) / (count - 1)
     return total / _VARIANCE_VECTORS / operator.size
+
+
+def _rounding(operator: AbstractLinearOperator) -> float:
+    """Relative, of a product: that of the parameters' dtype, in which it is made."""
+    graph = getattr(operator, "graph", None)
+    dtypes = graph.layout.dtypes if isinstance(graph, InnerGraph) else [operator.dtype]
+    return max(float(torch.finfo(d).eps) for d in dtypes)
 
 
 def _normal(size: int, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,8 @@ from ._arguments import check_count, is_number
 from ._errors import RequirementError
 
 _MARGIN = 1.1
+_NOISE = 30
+"""Roundings of the largest eigenvalue, up to which nothing is told apart from 0."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class CurvatureReport:
         largest_bound: Some eigenvalue is within this of it.
         smallest: Smallest Ritz value: no less than the smallest eigenvalue.
         smallest_bound: Some eigenvalue is within this of it.
-        rounding: Of the dtype of the products.
+        rounding: Of the dtype of the products, relative.
         nodes: All Ritz values, of all start vectors.
         weights: The share of the spectrum that each stands for; of sum 1.
         num_products: Products spent, those with each batch counted.
@@ -55,13 +57,13 @@ class CurvatureReport:
     def negative_curvature(self) -> float:
         """The most negative Ritz value, 0 if none is negative beyond rounding: somewhere it curves down that much."""
         scale = max(abs(self.largest), abs(self.smallest))
-        return self.smallest if self.smallest < -100 * self.rounding * scale else 0.0
+        return self.smallest if self.smallest < -_NOISE * self.rounding * scale else 0.0
 
     @property
     def negative_share(self) -> float:
         """The share of eigenvalues that are negative beyond rounding, as the density has it."""
         scale = max(abs(self.largest), abs(self.smallest))
-        return float(self.weights[self.nodes < -100 * self.rounding * scale].sum())
+        return float(self.weights[self.nodes < -_NOISE * self.rounding * scale].sum())
 
     @property
     def trace(self) -> float:
@@ -263,7 +265,7 @@ class CurvatureReport:
 
     def _conditioning(self) -> str:
         top, least = self.largest + self.largest_bound, self.smallest
-        if least <= max(2 * self.smallest_bound, 100 * self.rounding * top):
+        if least <= max(2 * self.smallest_bound, _NOISE * self.rounding * top):
             return (
                 f"The smallest eigenvalue is not told apart from 0 (condition at least {top / max(least, top * self.rounding):.1g}): "
                 f"CG goes by the directions that matter first; Neumann at alpha={self.alpha:.2g} forgets those flatter than "

@@ -167,6 +167,30 @@ def test_the_report_says_what_it_found_in_words() -> None:
     assert "multiply the step size of SGD by" in str(some)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_is_no_negative_curvature(dtype: torch.dtype) -> None:
+    x = randn(20, 60, seed=4).to(dtype)  # a Hessian of rank 20
+    wide = torch.promote_types(dtype, torch.float32)
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: 0.5 * ((x @ w["w"]).to(wide) ** 2).sum() + 0 * lam["c"].to(wide),
+        lambda w, lam, _: w["w"].sum(),
+    )
+    point = {"w": torch.ones(60, dtype=dtype)}, {"c": torch.ones((), dtype=dtype)}
+    found = ohg.probe_curvature(problem, *point, num_products=30)
+    assert found.negative_curvature == found.damping == 0.0
+    assert "not told apart from 0" in str(found)
+    assert found.largest == pytest.approx(
+        float(torch.linalg.matrix_norm(x.double(), 2)) ** 2, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("matrix", [torch.zeros(3, 3), torch.full((1, 1), 2.0)])
+def test_spectra_of_one_value_are_printed_and_drawn(matrix: torch.Tensor, tmp_path: Any) -> None:
+    found = ohg.probe_curvature(MatrixOperator(matrix.double()))
+    assert "largest eigenvalue" in str(found)
+    found.plot().figure.savefig(tmp_path / "density.png")
+
+
 def test_the_density_is_drawn(tmp_path: Any) -> None:
     axes = ohg.probe_curvature(MatrixOperator(spiked(9.0, -4.0))).plot()
     axes.figure.savefig(tmp_path / "density.png")
