@@ -98,7 +98,7 @@ class CurvatureReport:
         Raises:
             RequirementError: if the report knows nothing about other batch sizes.
 
-        Reference: Granziol, Zohren & Roberts (2022), theorem 1.
+        Reference: Granziol, Zohren & Roberts (2022), "Learning rates as a function of batch size".
         """
         check_count("largest_at", "batch_size", batch_size, 1, none=True)
         if not self._knows_batches():
@@ -129,7 +129,7 @@ class CurvatureReport:
             RequirementError: if the report does not know the ``batch_size`` of its batches.
             ValueError: if an argument makes no sense.
 
-        Reference: Granziol, Zohren & Roberts (2022), sections 4 and 5.
+        Reference: as for :meth:`largest_at`.
         """
         check_count("rescaled_step_size", "batch_size", batch_size, 1)
         if method not in ("sgd", "adam"):

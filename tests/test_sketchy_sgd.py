@@ -107,6 +107,23 @@ def test_its_pace_does_not_depend_on_few_large_eigenvalues(condition: float) -> 
         assert float((plain.inner_params["w"] - solution).norm() / solution.norm()) > 1e-2
 
 
+def test_a_falling_step_comes_closer_where_batches_are_noisy() -> None:
+    problem, w0, lam, solution = stretched(10.0)
+    noise = {step: 0.5 * randn(40, seed=step) for step in range(1200)}
+    noisy = ohg.BilevelProblem(
+        lambda w, lam, b: problem.inner_objective(w, lam, b[0]) + b[1] @ w["w"],
+        problem.outer_objective,
+        lambda step: (problem.inner_batch(step), noise.get(step, 0 * noise[0])),
+    )
+    fixed, falling = (
+        ohg.inner_solve(noisy, ohg.SketchySGD(1200, relative_step=r), w0, lam).inner_params["w"]
+        for r in (0.5, lambda step: 0.5 / (1 + step / 20))
+    )
+    assert float((falling - solution).norm()) < 0.4 * float((fixed - solution).norm())
+    with pytest.raises(ValueError, match="0 < relative_step < 2"):
+        ohg.inner_solve(noisy, ohg.SketchySGD(relative_step=lambda step: 3.0), w0, lam)
+
+
 @pytest.mark.parametrize("cut", [3, 4, 6])
 def test_a_solve_in_two_parts_is_the_same_solve(cut: int) -> None:
     problem, w0, lam, _ = stretched(100.0)
@@ -219,6 +236,7 @@ def test_where_nothing_curves_upwards_it_says_so() -> None:
         ({"damping": 0.0}, "damping > 0"),
         ({"damping": float("nan")}, "damping > 0"),
         ({"relative_step": 2.0}, "0 < relative_step < 2"),
+        ({"relative_step": "lr"}, "0 < relative_step < 2"),
         ({"max_steps": -1}, "max_steps >= 0"),
         ({"rtol": -1.0}, "rtol >= 0"),
     ],

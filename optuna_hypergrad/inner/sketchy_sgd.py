@@ -31,13 +31,13 @@ class SketchySGD(AbstractCurvatureSolver):
     Every ``refresh_every`` steps, ``rank`` products on the batch at hand renew ``P`` (a randomized Nystrom
     approximation), and 10 products on the batch after it find ``eta = relative_step / lambda_max(P^-1/2 H
     P^-1/2)``. No learning rate is to be tuned. For convex objectives; where one is not, negative curvature
-    counts as none. Cost: a gradient a step, and about ``3 rank + 30`` more at each refresh; memory: ``rank`` vectors
-    and, for a refresh, the graph of one batch. The step size is fixed between refreshes, so that the iterates
-    end in a ball around the solution whose radius the batches' noise sets: use large batches for implicit
-    differentiation at its end. It cannot be unrolled.
+    counts as none. Cost: a gradient a step, and about ``2 rank + 22`` more at each refresh; memory: ``rank`` vectors
+    and, for a refresh, the graph of one batch. At a fixed ``relative_step`` the iterates end in a ball around the
+    solution whose radius the batches' noise sets: let it fall, or use large batches, for implicit differentiation at
+    its end. It cannot be unrolled.
 
     Reference: Frangella, Rathore, Zhao & Udell (2024), "SketchySGD: reliable stochastic optimization via randomized
-    curvature estimates", algorithm 3.
+    curvature estimates".
 
     Args:
         max_steps: At most this many steps; exactly this many where ``rtol = atol = 0``.
@@ -47,7 +47,8 @@ class SketchySGD(AbstractCurvatureSolver):
         damping: The least ``rho``, in units of the Hessian. Where the smallest eigenvalue of the sketch is larger, that
             is ``rho`` (the paper has ``damping``): what lies outside of the sketch may curve as much, and less damping
             would only slow down what lies inside.
-        relative_step: In (0, 2): of the largest stable step, twice this is one.
+        relative_step: In (0, 2), in units of ``1 / lambda_max``: from 2 on, descent diverges. A number, or a function
+            of the step, which may let it fall.
         refresh_every: Steps from one sketch to the next; an epoch is usual.
         seed: Of the sketches.
     """
@@ -55,7 +56,7 @@ class SketchySGD(AbstractCurvatureSolver):
     name: ClassVar[str] = "sketchy_sgd"
     rank: int = 10
     damping: float = 1e-3
-    relative_step: float = 0.5
+    relative_step: float | Callable[[int], float] = 0.5
     refresh_every: int = 100
     seed: int = 0
 
@@ -68,10 +69,8 @@ class SketchySGD(AbstractCurvatureSolver):
                 f"SketchySGD needs damping > 0, got {self.damping!r:.80}: without it, directions outside of the "
                 f"sketch would have no bound."
             )
-        if not (is_number(self.relative_step) and 0 < self.relative_step < 2):
-            raise ValueError(
-                f"SketchySGD needs 0 < relative_step < 2 (at 2 descent diverges), got {self.relative_step!r:.80}."
-            )
+        if not callable(self.relative_step):
+            self._check_step(self.relative_step)
 
     def init(self, inner_params: Params) -> InnerState:
         layout = Flattener(inner_params)
@@ -81,7 +80,7 @@ class SketchySGD(AbstractCurvatureSolver):
             "basis": {"columns": zeros[:, None].repeat(1, rank)},
             "spectrum": {"eigenvalues": zeros[:rank].clone()},
             "numbers": {
-                "step_size": torch.zeros((), dtype=torch.float64),
+                "largest": torch.zeros((), dtype=torch.float64),
                 "age": torch.zeros((), dtype=torch.int64),
             },
         }
@@ -100,7 +99,9 @@ class SketchySGD(AbstractCurvatureSolver):
         sketch = self._sketch(state)
         value, gradient = gradient_of(objective, inner_params, create_graph=False)
         direction = sketch.power(layout.flatten(list(gradient.values())), -1.0)
-        step = layout.unflatten(direction * -float(state["numbers"]["step_size"]))
+        relative = self.relative_step(index) if callable(self.relative_step) else self.relative_step
+        self._check_step(relative)
+        step = layout.unflatten(direction * (-relative / float(state["numbers"]["largest"])))
         numbers = {**state["numbers"], "age": torch.tensor((age + 1) % self.refresh_every)}
         return _tree.add(inner_params, step), {**state, "numbers": numbers}, value, gradient
 
@@ -122,8 +123,14 @@ class SketchySGD(AbstractCurvatureSolver):
         return {
             "basis": {"columns": basis},
             "spectrum": {"eigenvalues": eigenvalues},
-            "numbers": {"step_size": torch.tensor(self.relative_step / top, dtype=torch.float64)},
+            "numbers": {"largest": torch.tensor(top, dtype=torch.float64)},
         }
+
+    def _check_step(self, relative: object) -> None:
+        if not (is_number(relative) and 0 < relative < 2):  # type: ignore[operator]
+            raise ValueError(
+                f"SketchySGD needs 0 < relative_step < 2 (at 2 descent diverges), got {relative!r:.80}."
+            )
 
     def _sketch(self, state: InnerState) -> _Sketch:
         columns, eigenvalues = state["basis"]["columns"], state["spectrum"]["eigenvalues"]
