@@ -265,7 +265,7 @@ MUTANTS = [
         "inner/lookahead.py",
         "begins = phase == 0",
         "begins = phase < 0",
-        f"{LOOKAHEAD}::test_the_variance_on_a_noisy_quadratic_is_that_of_the_formula[0.5-5]",
+        f"{LOOKAHEAD}::test_the_variance_on_a_noisy_quadratic_is_that_of_the_formula[0.5-5-0.3]",
     ),
     Mutant(
         "forget that probabilities add up to one in the Fisher information",
