@@ -41,6 +41,13 @@ BATCHES = (256, 1024)
 REFRESH = 42
 """Gradients: two graphs, and twenty products at two gradients each."""
 
+READING = """\
+Reading: where a few directions are far steeper than the rest (`bound`), SketchySGD as it comes is after one or two passes
+where tuned SGD is not after twenty, and it is ahead of tuned momentum as well until the noise of the batches
+limits both. A refresh costs more than a pass of large batches, so that nothing happens in the first pass at 1024. Where
+the steepness is mild (`small`), noise decides, not curvature: SketchySGD is no faster than SGD once that is tuned, which
+it need not be itself. At the end a step that falls is worth a factor of one to three."""
+
 Params = dict[str, Tensor]
 
 
@@ -157,6 +164,7 @@ def main() -> None:
         "Made by `python benchmarks/sketchy_sgd.py --data DIR`, whose docstring says what is solved and counted. Gap to",
         f"the minimum, relative to that of the start, after so many passes over the data; geometric means of {len(SEEDS)} seeds.",
     ]
+    lines += ["", READING]
     curves = {}
     for name, task in tasks(data).items():
         for size in BATCHES:
