@@ -19,7 +19,7 @@ from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .check import check_hypergradient
 from .check_report import HypergradientReport
-from .curvature import probe_curvature
+from .curvature_probe import probe_curvature
 from .curvature_report import CurvatureReport
 from .evaluate import evaluate
 from .gauss_newton import Fisher, GaussNewton

@@ -133,31 +133,6 @@ class DampedOperator(AbstractLinearOperator):
         return self.base.many(vectors).add(vectors, alpha=self.damping)
 
 
-class AveragedOperator(AbstractLinearOperator):
-    """The mean of several operators of one size: a product costs one with each of them."""
-
-    def __init__(self, operators: Sequence[AbstractLinearOperator]) -> None:
-        self.operators, first = tuple(operators), operators[0]
-        self.size, self.dtype, self.device = first.size, first.dtype, first.device
-        self.symmetric = all(o.symmetric for o in operators)
-
-    def each(self, vector: Tensor) -> Tensor:
-        """``(P,) -> (K, P)``: the product with each of the operators."""
-        return torch.stack([o(vector) for o in self.operators])
-
-    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
-        total = self.operators[0](vector).clone()
-        for operator in self.operators[1:]:
-            total += operator(vector)
-        return total.div_(len(self.operators))
-
-    def _apply_many(self, vectors: Tensor) -> Tensor:
-        total = self.operators[0].many(vectors).clone()
-        for operator in self.operators[1:]:
-            total += operator.many(vectors)
-        return total.div_(len(self.operators))
-
-
 class InnerGraph:
     """The gradient of the inner objective with its double-backward graph, kept for one solve.
 
@@ -299,6 +274,31 @@ class HessianOperator(AbstractLinearOperator):
 
     def _apply_many(self, vectors: Tensor) -> Tensor:
         return self.graph.hvp_many(vectors)
+
+
+class AveragedOperator(AbstractLinearOperator):
+    """The mean of several operators of one size: a product costs one with each of them."""
+
+    def __init__(self, operators: Sequence[AbstractLinearOperator]) -> None:
+        self.operators, first = tuple(operators), operators[0]
+        self.size, self.dtype, self.device = first.size, first.dtype, first.device
+        self.symmetric = all(o.symmetric for o in operators)
+
+    def each(self, vector: Tensor) -> Tensor:
+        """``(P,) -> (K, P)``: the product with each of the operators."""
+        return torch.stack([o(vector) for o in self.operators])
+
+    def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
+        total = self.operators[0](vector).clone()
+        for operator in self.operators[1:]:
+            total += operator(vector)
+        return total.div_(len(self.operators))
+
+    def _apply_many(self, vectors: Tensor) -> Tensor:
+        total = self.operators[0].many(vectors).clone()
+        for operator in self.operators[1:]:
+            total += operator.many(vectors)
+        return total.div_(len(self.operators))
 
 
 class AbstractCurvature(abc.ABC):
