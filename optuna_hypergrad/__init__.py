@@ -33,7 +33,19 @@ from .hypergradients import (
     ZerothOrder,
     hypergradient,
 )
-from .ihvp import CG, Direct, Identity, Neumann, linear_solve
+from .ihvp import (
+    CG,
+    GMRES,
+    KFAC,
+    MINRES,
+    DiagonalPreconditioner,
+    Direct,
+    Identity,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+    linear_solve,
+)
 from .inner import LBFGS, Adam, AdamW, BlackBox, GradientDescent, HeavyBall, NewtonCG, inner_solve
 from .operators import GaussNewton, Hessian
 from .outer import BilevelResult, minimize_bilevel
@@ -55,7 +67,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CG",
+    "GMRES",
+    "KFAC",
     "LBFGS",
+    "MINRES",
     "Adam",
     "AdamW",
     "AtomicJournalFileBackend",
@@ -66,6 +81,7 @@ __all__ = [
     "BlackBox",
     "ConnectionLostError",
     "CorruptTensorError",
+    "DiagonalPreconditioner",
     "DifferentiableTrial",
     "Direct",
     "Domain",
@@ -86,6 +102,8 @@ __all__ = [
     "Neumann",
     "NewtonCG",
     "NoSpaceError",
+    "Nystrom",
+    "NystromPreconditioner",
     "Objective",
     "ObjectiveError",
     "Params",

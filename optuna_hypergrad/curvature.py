@@ -83,3 +83,21 @@ def largest_eigenvalue(
     """
     values, bound = ritz_values(operator, like, num_products, seed)
     return float(values[-1]) + bound
+
+
+def asymmetry(operator: AbstractLinearOperator, seed: int = 0) -> float:
+    """``|u.Hv - v.Hu| / (|Hu| |v| + |Hv| |u|)`` for two random vectors: 0 for a symmetric operator.
+
+    Costs two products. Rounding leaves about the dtype's epsilon.
+
+    Args:
+        operator: Acting on ``(P,)``.
+        seed: Of the two vectors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.randn(2, operator.size, generator=generator, dtype=torch.float32)
+    u, v = pair.to(device=operator.device, dtype=operator.dtype)
+    hu, hv = operator(u).clone(), operator(v)
+    norm = torch.linalg.vector_norm
+    scale = norm(hu) * norm(v) + norm(hv) * norm(u)
+    return float((torch.dot(u, hv) - torch.dot(v, hu)).abs() / scale) if float(scale) else 0.0

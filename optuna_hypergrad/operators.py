@@ -133,6 +133,14 @@ class DampedOperator(AbstractLinearOperator):
         return self.base.many(vectors).add(vectors, alpha=self.damping)
 
 
+def undamped(operator: AbstractLinearOperator) -> tuple[AbstractLinearOperator, float]:
+    """The operator under all damping, and the damping in all."""
+    if not isinstance(operator, DampedOperator):
+        return operator, 0.0
+    base, damping = undamped(operator.base)
+    return base, damping + operator.damping
+
+
 class InnerGraph:
     """The gradient of the inner objective with its double-backward graph, kept for one solve.
 

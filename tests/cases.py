@@ -7,14 +7,18 @@ class has none.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import networks
 import problems
+import torch
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad.hypergradients import AbstractHypergradientEstimator
-from optuna_hypergrad.ihvp import AbstractLinearSolver
+from optuna_hypergrad.ihvp import AbstractLinearSolver, AbstractPreconditioner
 from optuna_hypergrad.inner import AbstractInnerSolver
+from optuna_hypergrad.operators import AbstractLinearOperator, DampedOperator, MatrixOperator
 
 
 @functools.cache
@@ -213,6 +217,127 @@ LINEAR_SOLVERS = [
     SolverRow(ohg.Direct(), "nonsymmetric", rtol=1e-10),
     SolverRow(ohg.Direct(), "singular", message="singular"),
     SolverRow(ohg.Identity(), "identity", rtol=1e-14),
+    *(
+        SolverRow(ohg.GMRES(400, 1e-12, restart=None, require_convergence=True), m, rtol=1e-9)
+        for m in (
+            *("spd", "identity", "low_rank_plus_identity", "indefinite", "negative"),
+            *("nonsymmetric", "radius_0.5", "radius_0.9", "radius_0.99"),
+        )
+    ),
+    SolverRow(
+        ohg.GMRES(3000, 1e-11, restart=10, require_convergence=True), "indefinite", rtol=1e-9
+    ),
+    SolverRow(
+        ohg.GMRES(3000, 1e-11, restart=10, require_convergence=True), "radius_0.9", rtol=1e-9
+    ),
+    SolverRow(ohg.GMRES(60, 1e-10, require_convergence=True), "singular", message="standstill"),
+    SolverRow(
+        ohg.GMRES(500, 1e-10, restart=5, require_convergence=True),
+        "ill_conditioned",
+        message="standstill",
+    ),
+    SolverRow(
+        ohg.GMRES(3, 1e-10, require_convergence=True), "spd", message="stopped after 3 steps"
+    ),
+    SolverRow(ohg.GMRES(restart=None, memory_budget=3_000), "spd", message="Use restart=8 or less"),
+    *(
+        SolverRow(ohg.MINRES(400, 1e-12, require_convergence=True), m, rtol=1e-9)
+        for m in ("spd", "identity", "low_rank_plus_identity", "indefinite", "negative")
+    ),
+    SolverRow(ohg.MINRES(400, 1e-12, True, ohg.DiagonalPreconditioner()), "indefinite", rtol=1e-9),
+    SolverRow(ohg.MINRES(), "nonsymmetric", message="needs a symmetric operator.* Use GMRES"),
+    SolverRow(
+        ohg.MINRES(400, require_convergence=True), "singular", message="does not lie in its range"
+    ),
+    SolverRow(
+        ohg.MINRES(100, 1e-10, require_convergence=True), "ill_conditioned", message="stopped at"
+    ),
+    SolverRow(ohg.Nystrom(40, rho=1e-7), "spd", rtol=1e-6),
+    SolverRow(ohg.Nystrom(10, rho=1e-2), "identity", message="x = 0 would be nearer"),
+    SolverRow(ohg.Nystrom(10, rho=1e-2), "spd", message="eigenvalues that matter"),
+    SolverRow(
+        ohg.Nystrom(39, rho=1e-2, require_convergence=True), "spd", message="relative residual of"
+    ),
+    SolverRow(ohg.Nystrom(10), "negative", message="no positive curvature"),
+    SolverRow(ohg.Nystrom(rho=0), "spd", message="needs damping"),
+    SolverRow(ohg.Nystrom(), "nonsymmetric", message="needs a symmetric operator"),
+]
+
+
+@dataclass(frozen=True)
+class PreconditionerRow:
+    """A preconditioner of CG on one operator: the share of plain CG's steps, its own products left out,
+    that it may take at most; or a failure that it must report."""
+
+    preconditioner: AbstractPreconditioner
+    operator: str
+    most: float | None = None
+    message: str = ""
+
+
+def power_law(size: int = 300) -> AbstractLinearOperator:
+    """Eigenvalues ``i^-2``, and a damping that the smallest of them do not reach."""
+    q, _ = torch.linalg.qr(problems.randn(size, size, seed=3))
+    matrix = q * torch.arange(1, size + 1, dtype=problems.F64) ** -2.0 @ q.T
+    return DampedOperator(MatrixOperator(0.5 * (matrix + matrix.T)), 3e-6)
+
+
+def scales(size: int = 60) -> AbstractLinearOperator:
+    """A well conditioned matrix between diagonal ones of a wide range."""
+    d = torch.logspace(0, -2, size, dtype=problems.F64)
+    coupling = problems.randn(size, size, seed=4) / size
+    matrix = torch.eye(size, dtype=problems.F64) + 0.2 * (coupling + coupling.T)
+    return MatrixOperator(d[:, None] * matrix * d, symmetric=True)
+
+
+def indefinite() -> AbstractLinearOperator:
+    return MatrixOperator(-scales().matrix, symmetric=True)  # type: ignore[attr-defined]
+
+
+OPERATORS: dict[str, Callable[[], AbstractLinearOperator]] = {
+    "power_law": power_law,
+    "scales": scales,
+    "negative": indefinite,
+    "layer": lambda: networks.layer().operator(),
+    "perceptron": lambda: networks.perceptron().operator(),
+}
+
+
+def kfac(network: networks.Network, **settings: object) -> ohg.KFAC:
+    given = {"loss": "squared", "damping": lambda lam: lam["decay"], **settings}
+    return ohg.KFAC(network.model, lambda batch: network.x, **given)  # type: ignore[arg-type]
+
+
+PRECONDITIONERS = [
+    *(
+        PreconditionerRow(ohg.NystromPreconditioner(rank), "power_law", most=1.15 * steps / 260)
+        for rank, steps in ((10, 152), (30, 87), (60, 52))
+    ),
+    PreconditionerRow(ohg.NystromPreconditioner(30, rho=1e-3), "power_law", most=0.5),
+    PreconditionerRow(ohg.NystromPreconditioner(5), "negative", message="no positive curvature"),
+    PreconditionerRow(
+        ohg.DiagonalPreconditioner(diagonal=lambda operator: operator.matrix.diagonal()),
+        "scales",
+        most=0.2,
+    ),
+    PreconditionerRow(ohg.DiagonalPreconditioner(16), "scales", most=0.5),
+    PreconditionerRow(
+        ohg.DiagonalPreconditioner(), "negative", message="largest entry of the diagonal"
+    ),
+    PreconditionerRow(
+        ohg.DiagonalPreconditioner(diagonal=lambda operator: torch.ones(3)),
+        "scales",
+        message=r"must return a tensor of shape \(60,\)",
+    ),
+    PreconditionerRow(kfac(networks.layer(), num_samples=None), "layer", most=1 / 6),
+    PreconditionerRow(kfac(networks.perceptron()), "perceptron", most=1 / 3),
+    PreconditionerRow(kfac(networks.perceptron(), num_samples=None), "perceptron", most=1 / 3),
+    PreconditionerRow(kfac(networks.layer()), "scales", message="use NystromPreconditioner"),
+    PreconditionerRow(
+        kfac(networks.layer(), prefix="body."),
+        "layer",
+        message="covers none of the inner parameters",
+    ),
 ]
 
 

@@ -36,6 +36,7 @@ TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
 REVERSIBLE = "tests/test_reversible.py"
 UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
+IHVP = "tests/test_ihvp.py"
 OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
@@ -67,8 +68,8 @@ MUTANTS = [
     Mutant(
         "use the old residual in CG",
         "ihvp/cg.py",
-        "torch.add(r, p, alpha=rr / before, out=p)",
-        "torch.add(old, p, alpha=rr / before, out=p)",
+        "torch.add(z, p, alpha=rz / before, out=p)",
+        "torch.add(old, p, alpha=rz / before, out=p)",
         f"{TABLES}::test_linear_solver_converges_or_says_why_not[cg-spd0]",
         also=(
             ("ihvp/cg.py", "r.sub_(hp, alpha=alpha)", "old = r.clone(); r.sub_(hp, alpha=alpha)"),
@@ -78,8 +79,57 @@ MUTANTS = [
         "return CG's iterate before the last update",
         "ihvp/cg.py",
         "x.add_(p, alpha=alpha)",
-        "x, ahead = (x, x + alpha * p) if _ == 0 else (ahead, ahead + alpha * p)",
+        "x, ahead = (x, x + alpha * p) if count == 0 else (ahead, ahead + alpha * p)",
         f"{TRUTHS}::test_cg_iterates_are_krylov_minimizers",
+    ),
+    Mutant(
+        "keep the steps of plain CG under a preconditioner",
+        "ihvp/cg.py",
+        "alpha = rz / curvature",
+        "alpha = rr / curvature",
+        f"{TABLES}::test_preconditioner_saves_steps_or_says_why_not[nystrom-power_law0]",
+    ),
+    Mutant(
+        "count the range of the sketch twice",
+        "ihvp/nystrom.py",
+        ".clamp_min(least) - 1.0 / tail",
+        ".clamp_min(least)",
+        f"{IHVP}::test_nystrom_is_exact_for_a_matrix_of_its_rank",
+    ),
+    Mutant(
+        "take sums over positions of a convolution for means",
+        "ihvp/kfac.py",
+        "layer.square / layer.places",
+        "layer.square / rows",
+        f"{IHVP}::test_kfac_blocks_are_kronecker_products_of_inputs_and_output_curvature",
+    ),
+    Mutant(
+        "forget the 1 of the bias",
+        "ihvp/_layers.py",
+        "rows.new_ones(len(rows), 1)",
+        "rows.new_zeros(len(rows), 1)",
+        f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
+    ),
+    Mutant(
+        "forget the curvature of the decay in K-FAC",
+        "ihvp/kfac.py",
+        "undamped(operator)[1] + self._own_damping(graph)",
+        "undamped(operator)[1]",
+        f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
+    ),
+    Mutant(
+        "rotate a Hessenberg column the wrong way",
+        "ihvp/gmres.py",
+        "c * entries[i + 1] - s * entries[i]",
+        "c * entries[i + 1] + s * entries[i]",
+        f"{IHVP}::test_gmres_iterates_have_the_least_residual_in_the_krylov_space",
+    ),
+    Mutant(
+        "forget the second diagonal of MINRES",
+        "ihvp/minres.py",
+        "v - epsilon_before * w_before - delta * w",
+        "v - delta * w",
+        f"{IHVP}::test_minres_iterates_are_those_of_gmres",
     ),
     Mutant(
         "the outer product of the gradient in place of the Hessian",

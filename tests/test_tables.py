@@ -11,7 +11,7 @@ import torch
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad import hypergradients, ihvp, inner
-from optuna_hypergrad.operators import MatrixOperator
+from optuna_hypergrad.operators import MatrixOperator, undamped
 
 
 @pytest.mark.parametrize("row", cases.HYPERGRADIENTS, ids=str)
@@ -55,6 +55,34 @@ def test_linear_solver_converges_or_says_why_not(row: cases.SolverRow) -> None:
 
 
 @pytest.mark.parametrize(
+    "row", cases.PRECONDITIONERS, ids=lambda r: f"{r.preconditioner.name}-{r.operator}"
+)
+def test_preconditioner_saves_steps_or_says_why_not(row: cases.PreconditionerRow) -> None:
+    operator = cases.OPERATORS[row.operator]()
+    b = problems.randn(operator.size, seed=7)
+    solver = ohg.CG(3000, 1e-8, require_convergence=True, preconditioner=row.preconditioner)
+    if row.most is None:
+        with pytest.raises((ohg.SolverError, ohg.RequirementError), match=row.message):
+            ohg.linear_solve(solver, operator, b)
+        return
+    plain = ohg.linear_solve(ohg.CG(3000, 1e-8, require_convergence=True), operator, b)
+    found = ohg.linear_solve(solver, operator, b)
+    assert float((operator(found.x) - b).norm() / b.norm()) < 1e-7
+    base, _ = undamped(operator)
+    before = base.num_products
+    inverse = row.preconditioner.build(operator)
+    own = base.num_products - before
+    assert found.num_products - own <= row.most * plain.num_products
+    u, v = problems.randn(2, operator.size, seed=8)
+    kept = u.clone()
+    assert float(torch.dot(v, inverse(u)) / torch.dot(u, inverse(v)) - 1) == pytest.approx(
+        0, abs=1e-8
+    )
+    assert float(torch.dot(u, inverse(u))) > 0
+    assert torch.equal(u, kept)
+
+
+@pytest.mark.parametrize(
     ("solver", "problem", "rtol"),
     cases.INNER_SOLVERS,
     ids=lambda v: getattr(v, "name", str(v)),
@@ -73,9 +101,10 @@ def test_inner_solver_reaches_the_solution(
     [
         (hypergradients.REGISTRY, [type(r.estimator) for r in cases.HYPERGRADIENTS]),
         (ihvp.REGISTRY, [type(r.solver) for r in cases.LINEAR_SOLVERS]),
+        (ihvp.PRECONDITIONERS, [type(r.preconditioner) for r in cases.PRECONDITIONERS]),
         (inner.REGISTRY, [type(r[0]) for r in cases.INNER_SOLVERS]),
     ],
-    ids=["hypergradients", "ihvp", "inner"],
+    ids=["hypergradients", "ihvp", "preconditioners", "inner"],
 )
 def test_every_registered_method_has_a_row_and_a_reference(registered, table) -> None:
     for name, cls in registered.items():
@@ -95,6 +124,10 @@ def make_matrix(kind: str, size: int = 40) -> torch.Tensor:
         return symmetric(u @ u.T + eye)
     if kind == "nonsymmetric":
         return eye + 0.3 * problems.randn(size, size, seed=5) / size**0.5
+    if kind.startswith("radius_"):  # GT8: I - J of a fixed point
+        jacobian = problems.randn(size, size, seed=6)
+        radius = float(torch.linalg.eigvals(jacobian).abs().max())
+        return eye - float(kind[len("radius_") :]) / radius * jacobian
     spectra = {
         "spd": torch.logspace(-1, 1, size, dtype=problems.F64),
         "indefinite": torch.linspace(-0.5, 5, size, dtype=problems.F64),
