@@ -9,7 +9,7 @@ import abc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -84,12 +84,16 @@ class Pulled:
         initial: Cotangents of ``w_0``.
         result: Of the linear solve, where there is one.
         stats: Counts and residuals.
+        tensors: What the estimator wants back at the next outer step, as ``EstimatorState.tensors``.
+        numbers: Likewise.
     """
 
     outer: Cotangents
     initial: Cotangents
     result: Result = SUCCESS
     stats: dict[str, float] = field(default_factory=dict)
+    tensors: Params = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class AbstractPullbackEstimator(AbstractHypergradientEstimator):
             "seconds_inner": solved_at - begun,
             "seconds_backward": time.perf_counter() - solved_at,
         }
+        after = replace(after, tensors=pulled.tensors, numbers=pulled.numbers)
         return HypergradientEstimate(
             value, outer_value, solution.inner_params, result, stats, after
         )
