@@ -72,6 +72,5 @@ def perceptron() -> Network:
     start = Network(model, x, y, {k: v.detach() for k, v in model.named_parameters()})
     problem = ohg.BilevelProblem(start.inner_objective, start.inner_objective)
     lam = {"decay": torch.tensor(DECAY, dtype=F64)}
-    solver = ohg.LBFGS(max_steps=150, atol=1e-6)
-    found = ohg.inner_solve(problem, solver, start.inner_params, lam)
+    found = ohg.inner_solve(problem, ohg.LBFGS(), start.inner_params, lam, num_steps=150)
     return Network(model, x, y, found.inner_params)

@@ -293,6 +293,17 @@ def test_kfac_refuses_a_layer_that_it_does_not_know_by_name_or_scales_it() -> No
     assert all(torch.equal(before[k], b) for k, b in model.named_buffers())
 
 
+def test_kfac_counts_the_directions_that_rounding_leaves_without_curvature() -> None:
+    net = networks.layer()
+    dead = net.x.clone()
+    dead[:, 0] = 0  # no input, so no curvature without damping
+    kfac = ohg.KFAC(net.model, lambda _: dead, "squared")
+    stats = kfac.factorize(net.operator()).stats
+    assert stats["preconditioner_clamped"] == pytest.approx(3 / 18)
+    damped = kfac.factorize(DampedOperator(net.operator(), 1e-3)).stats
+    assert damped["preconditioner_clamped"] == 0
+
+
 def test_kfac_names_what_keeps_it_from_running() -> None:
     net = networks.layer()
     v = torch.zeros(net.operator().size, dtype=F64)

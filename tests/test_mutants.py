@@ -118,6 +118,13 @@ MUTANTS = [
         f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
     ),
     Mutant(
+        "begin the next linear solve from the solution's negative",
+        "hypergradients/implicit.py",
+        "tensors[_SOLUTION] = -found.x",
+        "tensors[_SOLUTION] = found.x",
+        "tests/test_carried_solves.py::test_a_fixed_number_of_steps_gets_nearer_from_the_last_solution",
+    ),
+    Mutant(
         "rotate a Hessenberg column the wrong way",
         "ihvp/gmres.py",
         "c * entries[i + 1] - s * entries[i]",

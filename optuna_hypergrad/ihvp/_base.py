@@ -208,9 +208,9 @@ def _compute(
     x0: Tensor | None,
     factors: Factors | None,
 ) -> LinearSolution:
-    preconditioner = getattr(solver, "preconditioner", None)
-    if preconditioner is None or not isinstance(solver, AbstractPreconditionedSolver):
+    if not isinstance(solver, AbstractPreconditionedSolver) or solver.preconditioner is None:
         return solver.compute(operator, vector, x0)
+    preconditioner = solver.preconditioner
     try:
         if factors is None:
             factors = preconditioner.factorize(operator)

@@ -131,9 +131,14 @@ class KFAC(AbstractPreconditioner):
                 "KFAC met NaN or infinite activations or gradients inside of the model at the inner solution.",
             )
         covered = sum(layer.size for layer in layers)
+        curvatures = [_curvature(tensors, layer) for layer in layers]
+        damping = undamped(operator)[1] + self._own_damping(graph)
+        least = _least(curvatures, damping)
+        clamped = sum(float((c + damping < least).sum()) for c in curvatures) / covered
         stats = {
             "kfac_passes": float(passes),
             "preconditioner_uncovered": 1 - covered / graph.layout.size,
+            "preconditioner_clamped": clamped,
         }
         return Factors(tensors, stats)
 
@@ -141,23 +146,25 @@ class KFAC(AbstractPreconditioner):
         graph = self._graph(operator)
         damping = undamped(operator)[1] + self._own_damping(graph)
         layers, found, layout = self._layers(graph), factors.tensors, graph.layout
-        blocks, trace, covered = [], 0.0, 0
-        for layer in layers:
-            a, s = found[f"{layer.name}/inputs/values"], found[f"{layer.name}/slopes/values"]
-            curvature = torch.outer(s.clamp_min(0), a.clamp_min(0))
-            trace, covered = trace + float(curvature.sum()), covered + curvature.numel()
-            bases = found[f"{layer.name}/slopes/vectors"], found[f"{layer.name}/inputs/vectors"]
-            blocks.append((layer, curvature, *bases))
-        mean = trace / max(covered, 1) + damping
+        curvatures = [_curvature(found, layer) for layer in layers]
+        covered = sum(c.numel() for c in curvatures)
+        mean = sum(float(c.sum()) for c in curvatures) / covered + damping
         if not mean > 0:
             raise _failure(
                 Status.STALLED,
                 "KFAC found no curvature at all: every layer's inputs or gradients are zero at the inner solution. Add "
                 "damping, or leave the preconditioner out.",
             )
-        top = max(float(c.max()) for _, c, _, _ in blocks) + damping
-        least = float(torch.finfo(layout.dtype).eps) * top
-        blocks = [(b, (c + damping).clamp_min_(least), q, p) for b, c, q, p in blocks]
+        least = _least(curvatures, damping)
+        blocks = [
+            (
+                layer,
+                (curvature + damping).clamp_min_(least),
+                found[f"{layer.name}/slopes/vectors"],
+                found[f"{layer.name}/inputs/vectors"],
+            )
+            for layer, curvature in zip(layers, curvatures, strict=True)
+        ]
 
         def apply(vector: Tensor) -> Tensor:
             parts = dict(zip(layout.names, layout.split(vector), strict=True))
@@ -228,6 +235,18 @@ def _eigen(name: str, matrix: Tensor) -> Params:
         return {f"{name}/values": matrix.diagonal(), f"{name}/vectors": matrix}
     values, vectors = torch.linalg.eigh(0.5 * (wide + wide.mT))
     return {f"{name}/values": values.to(matrix), f"{name}/vectors": vectors.to(matrix)}
+
+
+def _curvature(tensors: Params, layer: Layer) -> Tensor:
+    """``(outputs, inputs)``: the eigenvalues of ``A (x) S``."""
+    values = (tensors[f"{layer.name}/{k}/values"].clamp_min(0) for k in ("slopes", "inputs"))
+    return torch.outer(*values)
+
+
+def _least(curvatures: list[Tensor], damping: float) -> float:
+    """What rounding leaves of a zero eigenvalue; smaller ones are raised to it."""
+    top = max(float(c.max()) for c in curvatures) + damping
+    return float(torch.finfo(curvatures[0].dtype).eps) * top
 
 
 def _failure(status: Status, message: str) -> SolverError:
