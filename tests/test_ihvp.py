@@ -340,6 +340,9 @@ def test_damping_that_hides_the_problem_shows_in_the_stats() -> None:
             x = found.x
             exact = damping * x @ x / (x @ operator.matrix @ x + damping * x @ x)
             assert found.stats["damping_share"] == pytest.approx(float(exact), rel=1e-8)
+    negative = DampedOperator(MatrixOperator(-0.5 * torch.eye(3, dtype=F64)), 1.0)
+    share = ohg.linear_solve(ohg.CG(), negative, torch.ones(3, dtype=F64)).stats["damping_share"]
+    assert share == pytest.approx(2.0)
     assert "damping_share" not in ohg.linear_solve(ohg.CG(), operator, b).stats
 
 

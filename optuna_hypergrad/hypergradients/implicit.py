@@ -38,8 +38,8 @@ from ._base import (
 from .compiled import compiled_solve
 
 _SOLUTION, _AGE = "solver/x", "preconditioner_age"
-_HIDDEN = 0.99
-"""Of the curvature along a solution: where damping makes up more, the inner Hessian no longer shows."""
+_VISIBLE = 0.01
+"""Of the curvature along a solution: where the inner Hessian makes up less, damping hides it."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,10 @@ class Implicit(AbstractPullbackEstimator):
     Lorraine, Vicol & Duvenaud (2020), equations 3-5.
 
     Args:
-        solver: Of ``H v = f_w``.
-        damping: Added to the diagonal of ``H``. A bias; what makes singular problems solvable.
+        solver: Of ``H v = f_w``. Its preconditioner, if it has one, is kept for ``refresh_every`` outer steps.
+        damping: Added to the diagonal of ``H``. A bias; what makes singular problems solvable. What it makes up of
+            the curvature along the solution is ``damping_share`` in the stats (not where compiled): near 1 it
+            hides the inner problem, which a warning says.
         curvature: ``Hessian()``, or ``GaussNewton(...)`` in its place.
         warm_start_solver: Begin each linear solve from the solution of the last outer step, which the state
             carries (and a checkpoint): fewer products where outer steps are short. The answer is the same to
@@ -223,7 +225,7 @@ class Implicit(AbstractPullbackEstimator):
         return solver.preconditioner if isinstance(solver, AbstractPreconditionedSolver) else None
 
     def _say_if_hidden(self, share: float) -> None:
-        if share > _HIDDEN:
+        if abs(share - 1.0) < _VISIBLE:
             warnings.warn(
                 f"Implicit(damping={self.damping:g}): damping makes up {share:.1%} of the curvature along the solution of "
                 f"the linear system, so that the hypergradient is about what Identity(1 / damping) gives. Lower damping.",

@@ -223,12 +223,15 @@ def _compute(
 
 
 def _with_damping_share(solution: LinearSolution, vector: Tensor, damping: float) -> LinearSolution:
-    """Of the curvature ``x.(H + damping) x`` along the solution, what the damping makes up."""
+    """Of the curvature ``x.(H + damping) x`` along the solution, what the damping makes up.
+
+    Above 1 where that of ``H`` itself is negative.
+    """
     energy = float(torch.dot(solution.x, vector))
     share = damping * float(torch.dot(solution.x, solution.x)) / energy if energy else math.nan
     if not 0 < share < math.inf:
         return solution
-    return replace(solution, stats=solution.stats | {"damping_share": min(share, 1.0)})
+    return replace(solution, stats=solution.stats | {"damping_share": share})
 
 
 def _said_of_asymmetry(result: Result, operator: AbstractLinearOperator) -> Result:
