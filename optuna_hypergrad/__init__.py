@@ -19,9 +19,12 @@ from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .check import check_hypergradient
 from .check_report import HypergradientReport
+from .equilibrium import Anderson, Phantom, Picard
 from .evaluate import evaluate
+from .fixed_point import fixed_point
 from .hypergradients import (
     Auto,
+    FixedPointImplicit,
     ForwardGradient,
     ForwardMode,
     HypergradientEstimate,
@@ -58,6 +61,7 @@ __all__ = [
     "LBFGS",
     "Adam",
     "AdamW",
+    "Anderson",
     "AtomicJournalFileBackend",
     "Auto",
     "Batch",
@@ -69,6 +73,7 @@ __all__ = [
     "DifferentiableTrial",
     "Direct",
     "Domain",
+    "FixedPointImplicit",
     "ForwardGradient",
     "ForwardMode",
     "GaussNewton",
@@ -89,6 +94,8 @@ __all__ = [
     "Objective",
     "ObjectiveError",
     "Params",
+    "Phantom",
+    "Picard",
     "ProblemError",
     "RequirementError",
     "Result",
@@ -108,6 +115,7 @@ __all__ = [
     "check_hypergradient",
     "differentiable",
     "evaluate",
+    "fixed_point",
     "hypergradient",
     "inner_solve",
     "linear_solve",

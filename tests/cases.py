@@ -76,6 +76,40 @@ HYPERGRADIENTS = [
         for p in CONVEX
     ),
     *(Row(ohg.Auto(), EXACT, p, rtol=1e-5) for p in CONVEX),
+    *(
+        Row(ohg.FixedPointImplicit(solver), WITH_MOMENTUM[p], p, rtol=rtol)
+        for p in CONVEX
+        for solver, rtol in (
+            (ohg.Direct(), 1e-7),
+            (ohg.Anderson(300, 1e-11, memory=15), 1e-7),
+            (ohg.Picard(900, 1e-9), 1e-6),
+            (ohg.Phantom(900, 1.0), 1e-6),
+        )
+    ),
+    Row(ohg.FixedPointImplicit(ohg.Direct()), ohg.HeavyBall(0.05), "network", rtol=1e-6),
+    *(
+        Row(ohg.FixedPointImplicit(), solver, "ridge", error=ohg.RequirementError, message=message)
+        for solver, message in (
+            (None, "none was given"),
+            (EXACT, "LBFGS has no step"),
+            (ohg.Adam(0.1), "Adam takes another step each time"),
+            (ohg.HeavyBall(lambda lam, t: 0.1), "HeavyBall with a schedule"),
+        )
+    ),
+    Row(
+        ohg.FixedPointImplicit(),
+        ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
+        "momentum_descent",
+        error=ohg.ZeroHypergradientError,
+        message=r"'lr', 'momentum' steers the inner solver .* Use Unroll",
+    ),
+    Row(
+        ohg.FixedPointImplicit(ohg.Phantom(200, 1.0)),
+        ohg.GradientDescent(20.0, max_steps=1),
+        "ridge",
+        error=ohg.SolverError,
+        message="the terms of the series grew",
+    ),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
     *(
         Row(

@@ -13,6 +13,7 @@ from ._base import (
 )
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from .auto import Auto, Choice
+from .fixed_point_implicit import FixedPointImplicit
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
@@ -31,6 +32,7 @@ __all__ = [
     "Auto",
     "Choice",
     "EstimatorState",
+    "FixedPointImplicit",
     "ForwardGradient",
     "ForwardMode",
     "HypergradientEstimate",
