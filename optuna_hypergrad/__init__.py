@@ -23,6 +23,8 @@ from .equilibrium import Anderson, Phantom, Picard
 from .evaluate import evaluate
 from .fixed_point import fixed_point
 from .hypergradients import (
+    SAMA,
+    T1T2,
     Auto,
     FixedPointImplicit,
     ForwardGradient,
@@ -59,6 +61,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CG",
     "LBFGS",
+    "SAMA",
+    "T1T2",
     "Adam",
     "AdamW",
     "Anderson",

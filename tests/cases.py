@@ -110,6 +110,47 @@ HYPERGRADIENTS = [
         error=ohg.SolverError,
         message="the terms of the series grew",
     ),
+    # A multiple of the identity in place of the inverse Hessian: exact where it is one.
+    Row(ohg.T1T2(), ohg.GradientDescent(0.25, max_steps=3), "isotropic", rtol=1e-12),
+    Row(ohg.T1T2(0.25), EXACT, "isotropic", rtol=1e-8),
+    Row(ohg.SAMA(), ohg.GradientDescent(0.25, max_steps=3), "isotropic", rtol=1e-8),
+    *(
+        Row(ohg.T1T2(), solver, "ridge", error=ohg.RequirementError, message=message)
+        for solver, message in (
+            (None, "no inner solver was given"),
+            (EXACT, "LBFGS has not one fixed step size"),
+            (ohg.Adam(0.1), "Adam has not one fixed step size .* SAMA"),
+            (ohg.GradientDescent(lambda lam, t: 0.1), "has not one fixed step size"),
+        )
+    ),
+    *(
+        Row(ohg.SAMA(), solver, "ridge", error=ohg.RequirementError, message=message)
+        for solver, message in (
+            (None, "no inner solver was given"),
+            (EXACT, "LBFGS has none"),
+            (ohg.GradientDescent(0.1, max_steps=0), "raise max_steps"),
+        )
+    ),
+    *(
+        Row(
+            estimator,
+            ohg.HeavyBall(0.1, max_steps=12),
+            "momentum_descent",
+            error=ohg.ZeroHypergradientError,
+            message=f"hypergradient of 'lr' under {type(estimator).__name__} is zero by construction",
+        )
+        for estimator in (ohg.SAMA(), ohg.T1T2(0.1), ohg.FixedPointImplicit())
+    ),
+    *(
+        Row(
+            estimator,
+            ohg.HeavyBall("lr", max_steps=12, momentum="momentum"),
+            "momentum_descent",
+            error=ohg.ZeroHypergradientError,
+            message=r"'lr', 'momentum' steers the inner solver .* Use Unroll",
+        )
+        for estimator in (ohg.SAMA(), ohg.T1T2(0.1))
+    ),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
     *(
         Row(

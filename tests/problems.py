@@ -225,6 +225,32 @@ def momentum_descent(num_steps: int = 12, seed: int = 80) -> Case:
     )
 
 
+def isotropic(p: int = 8, q: int = 5, seed: int = 100) -> Case:
+    """A Hessian of 4 I, for methods that put a multiple of the identity in its place; a direct term."""
+    b, t = randn(p, q, seed=seed), randn(p, seed=seed + 1)
+
+    def inner(w: Params, lam: Params, batch: object) -> Tensor:
+        return 2.0 * ((w["w"] - b @ lam["x"].sin()) ** 2).sum()
+
+    def outer(w: Params, lam: Params, batch: object) -> Tensor:
+        return 0.25 * ((w["w"] - t) ** 4).sum() + 0.1 * (lam["x"] ** 2).sum()
+
+    def truth(lam: Params) -> Params:
+        slope = (b @ lam["x"].sin() - t) ** 3
+        return {"x": lam["x"].cos() * (b.T @ slope) + 0.2 * lam["x"]}
+
+    return Case(
+        "isotropic",
+        ohg.BilevelProblem(inner, outer),
+        {"w": torch.zeros(p, dtype=F64)},
+        {"x": randn(q, seed=seed + 2)},
+        truth,
+        lambda lam: {"w": b @ lam["x"].sin()},
+        step_size=0.25,
+        properties=frozenset({"spd", "linear_model"}),
+    )
+
+
 def finite_differences(inner: object, outer: object, w0: Params, lam: Params) -> Params:
     """Central differences (Richardson-extrapolated) of ``f(w*(lam), lam)``, the inner problem solved again."""
 

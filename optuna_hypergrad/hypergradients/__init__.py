@@ -18,6 +18,8 @@ from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
 from .reversible import Reversible
+from .sama import SAMA
+from .t1t2 import T1T2
 from .two_phase import Stalled, TwoPhase
 from .unroll import Unroll
 from .zeroth_order import ZerothOrder
@@ -26,6 +28,8 @@ REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[t
 
 __all__ = [
     "REGISTRY",
+    "SAMA",
+    "T1T2",
     "AbstractDirectionalEstimator",
     "AbstractHypergradientEstimator",
     "AbstractPullbackEstimator",
