@@ -13,8 +13,22 @@ from .._errors import RequirementError
 from .._typing import Params
 from ._base import AbstractFixedPointSolver
 
-History = tuple[list[Tensor], list[Tensor]]
-"""Points and their residuals ``F(z) - z``, oldest first."""
+
+@dataclass
+class History:
+    """The last point and its residual ``F(z) - z``, and what changed from step to step before it.
+
+    Attributes:
+        moves: Of the points, ``(samples, memory, entries)``, written round and round.
+        changes: Of the residuals, likewise.
+        count: Points seen.
+    """
+
+    point: Tensor
+    residual: Tensor
+    moves: Tensor
+    changes: Tensor
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,31 +68,35 @@ class Anderson(AbstractFixedPointSolver):
             )
         return lengths.pop()
 
-    def init(self) -> History:
-        return [], []
+    def init(self) -> None:
+        return None
 
-    def step(self, point: Tensor, image: Tensor, memory: History) -> tuple[Tensor, History]:
+    def step(self, point: Tensor, image: Tensor, memory: History | None) -> tuple[Tensor, History]:
         residual = image - point
-        points, residuals = [*memory[0], point], [*memory[1], residual]
-        points, residuals = points[-self.memory - 1 :], residuals[-self.memory - 1 :]
         moved = torch.add(point, residual, alpha=self.relaxation)
-        if len(points) > 1:
-            past = torch.stack(points, dim=2).diff(dim=2)  # (samples, entries, memory)
-            changes = torch.stack(residuals, dim=2).diff(dim=2)
-            gamma = _least_squares(changes, residual)
-            way = torch.add(past, changes, alpha=self.relaxation)
-            moved = moved - torch.bmm(way, gamma[:, :, None])[:, :, 0]
-        return moved, (points, residuals)
+        if memory is None:
+            shape = point.shape[0], self.memory, point.shape[1]
+            return moved, History(point, residual, point.new_empty(shape), point.new_empty(shape))
+        at = (memory.count - 1) % self.memory
+        torch.sub(point, memory.point, out=memory.moves[:, at])
+        torch.sub(residual, memory.residual, out=memory.changes[:, at])
+        kept = min(memory.count, self.memory)
+        moves, changes = memory.moves[:, :kept], memory.changes[:, :kept]
+        gamma = _least_squares(changes, residual)
+        moved.unsqueeze_(1).baddbmm_(gamma, moves, alpha=-1)
+        moved.baddbmm_(gamma, changes, alpha=-self.relaxation).squeeze_(1)
+        memory.point, memory.residual, memory.count = point, residual, memory.count + 1
+        return moved, memory
 
 
 def _least_squares(changes: Tensor, residual: Tensor) -> Tensor:
-    """``argmin over gamma of |residual - changes gamma|`` for each sample: ``(samples, memory)``."""
-    lengths = changes.norm(dim=1)  # (samples, memory)
+    """``argmin over gamma of |residual - gamma changes|`` for each sample: ``(samples, 1, memory)``."""
+    gram = torch.bmm(changes, changes.mT)
+    right = torch.bmm(changes, residual[:, :, None])
+    lengths = gram.diagonal(dim1=1, dim2=2).sqrt()[:, :, None]  # (samples, memory, 1)
     lengths = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-    unit = changes / lengths[:, None, :]
-    gram = torch.bmm(unit.mT, unit)
-    right = torch.bmm(unit.mT, residual[:, :, None])
     ridge = 10 * torch.finfo(gram.dtype).eps
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    gamma: Tensor = torch.linalg.solve(gram + ridge * eye, right)[:, :, 0]
-    return gamma / lengths
+    scaled = gram / lengths / lengths.mT + ridge * eye
+    gamma: Tensor = torch.linalg.solve(scaled, right / lengths) / lengths
+    return gamma.mT
