@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from ._errors import RequirementError
@@ -24,22 +25,37 @@ def nodes_of(*roots: Tensor) -> set[Node]:
     return known
 
 
-def goes_through_once_differentiable(gradients: Iterable[Tensor]) -> bool:
-    """Whether a ``torch.autograd.Function`` that is marked ``once_differentiable`` took part in ``gradients``.
+_MARK = getattr(once_differentiable(lambda ctx: None), "__code__", None)
+"""What the backward passes of all functions with the mark have in common: the code that wraps them."""
 
-    Torch then ends their graph in a node that raises; but a derivative with respect to given inputs walks around
-    it, and is wrong.
+
+def goes_through_once_differentiable(
+    gradients: Iterable[Tensor], value: Tensor | None = None
+) -> bool:
+    """Whether a ``torch.autograd.Function`` that is marked ``once_differentiable`` was differentiated in ``gradients``.
+
+    Torch ends their graph in a node that raises; but a derivative with respect to given inputs walks around it, and is
+    wrong. Where the function was given a constant cotangent there is no such node, either: it is known by the graph of the
+    ``value`` that ``gradients`` are of.
     """
-    return any(node.name() == "torch::autograd::Error" for node in nodes_of(*gradients))
+    if any(node.name() == "torch::autograd::Error" for node in nodes_of(*gradients)):
+        return True
+    return value is not None and any(map(_is_marked, nodes_of(value)))
 
 
-def check_differentiable_twice(gradients: Iterable[Tensor]) -> None:
-    """Refuse gradients of the inner objective whose own derivatives would lack something.
+def _is_marked(node: Node) -> bool:
+    function = getattr(node, "_forward_cls", None)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    return code is not None and code is _MARK
+
+
+def check_differentiable_twice(value: Tensor, gradients: Iterable[Tensor]) -> None:
+    """Refuse gradients of the inner objective's ``value`` whose own derivatives would lack something.
 
     Raises:
         RequirementError: saying what to do.
     """
-    if goes_through_once_differentiable(gradients):
+    if goes_through_once_differentiable(gradients, value):
         raise RequirementError(
             "inner_objective uses a torch.autograd.Function whose backward is marked once_differentiable, so its "
             "second derivatives would be left out. Write its backward with differentiable operations and without "

@@ -207,8 +207,41 @@ def test_sama_needs_first_derivatives_only(solver) -> None:
     twice = ohg.BilevelProblem(objective(torch.sin), outer)
     exact = ohg.hypergradient(twice, w, lam, estimator=ohg.SAMA(), inner_solver=solver)
     assert relative_error(found.value, exact.value) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.Implicit(),
+        ohg.Implicit(compile=True),
+        ohg.T1T2(),
+        ohg.FixedPointImplicit(),
+        ohg.Unroll(),
+        ohg.Unroll(truncation=2),
+        ohg.ForwardMode(),
+        ohg.ForwardGradient(2),
+        ohg.Reversible(),
+    ],
+    ids=lambda e: f"{e.name}-{getattr(e, 'truncation', None)}",
+)
+@pytest.mark.parametrize("power", [1, 2])
+def test_all_others_refuse_what_has_no_second_derivative(estimator, power) -> None:
+    """With ``power = 1`` the function is given a constant cotangent, and torch leaves no trace of it in the gradient."""
+    problem = ohg.BilevelProblem(
+        lambda w, lam, batch: (
+            (Once.apply(w["w"] * lam["x"]) ** power).sum() + 0.5 * (w["w"] ** 2).sum()
+        ),
+        lambda w, lam, batch: ((w["w"] - 1) ** 2).sum(),
+    )
+    w, lam = {"w": randn(6, seed=0)}, {"x": randn(6, seed=1)}
     with pytest.raises(ohg.RequirementError, match="once_differentiable"):
-        ohg.hypergradient(once, w, lam, estimator=ohg.T1T2(0.1), inner_solver=solver)
+        ohg.hypergradient(
+            problem,
+            w,
+            lam,
+            estimator=estimator,
+            inner_solver=ohg.HeavyBall(0.1, max_steps=4),
+        )
 
 
 def test_an_outer_objective_at_its_minimum_over_w_leaves_the_direct_term() -> None:

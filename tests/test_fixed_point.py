@@ -16,6 +16,8 @@ import optuna_hypergrad as ohg
 from optuna_hypergrad import equilibrium
 from optuna_hypergrad.equilibrium import find_fixed_point
 
+GMRES = [ohg.GMRES(200, 1e-13)] if hasattr(ohg, "GMRES") else []
+
 SEARCHES = [
     (ohg.Picard(3000, 1e-12), "radius 0.9"),
     (ohg.Picard(3000, 1e-12, relaxation=0.5), "radius 0.9"),
@@ -29,6 +31,7 @@ SEARCHES = [
 
 EXACT_BACKWARD = [
     (ohg.Direct(), 1e-9),
+    *((solver, 1e-9) for solver in GMRES),
     (ohg.Neumann(5500, alpha=0.5), 1e-9),
     (ohg.Phantom(2800, 1.0), 1e-9),
     (ohg.Picard(2800, 1e-12), 1e-9),
@@ -177,6 +180,7 @@ class Cell(torch.nn.Module):
 
 BACKWARD = [
     ohg.Direct(),
+    *GMRES,
     ohg.Neumann(300, alpha=1.0),
     ohg.Picard(500, 1e-12),
     ohg.Anderson(rtol=1e-12),

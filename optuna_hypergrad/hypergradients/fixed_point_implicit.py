@@ -119,11 +119,11 @@ class FixedPointImplicit(AbstractPullbackEstimator):
             w, lam = _tree.leaves(solution.inner_params), _tree.leaves(outer_params)
             memory = {role: _tree.leaves(tree) for role, tree in solution.state.items()}
             with torch.enable_grad():
-                moved, after, _, gradient = take_step(
+                moved, after, value, gradient = take_step(
                     problem, inner_solver, lam, True, w, memory, index
                 )
             before, image = _flat(w, memory), _flat(moved, after)
-            check_differentiable_twice(image.values())
+            check_differentiable_twice(value, image.values())
             operator = AdjointOperator(before, image)
             padded = [cotangent.pop(k) for k in list(cotangent)]
             padded += [torch.zeros_like(v) for v in list(before.values())[len(w) :]]
