@@ -224,24 +224,19 @@ def test_sama_needs_first_derivatives_only(solver) -> None:
     ],
     ids=lambda e: f"{e.name}-{getattr(e, 'truncation', None)}",
 )
-@pytest.mark.parametrize("power", [1, 2])
-def test_all_others_refuse_what_has_no_second_derivative(estimator, power) -> None:
-    """With ``power = 1`` the function is given a constant cotangent, and torch leaves no trace of it in the gradient."""
-    problem = ohg.BilevelProblem(
-        lambda w, lam, batch: (
-            (Once.apply(w["w"] * lam["x"]) ** power).sum() + 0.5 * (w["w"] ** 2).sum()
-        ),
-        lambda w, lam, batch: ((w["w"] - 1) ** 2).sum(),
-    )
+@pytest.mark.parametrize("constant", [True, False])
+def test_all_others_refuse_what_has_no_second_derivative(estimator, constant) -> None:
+    """Where the function is given a constant cotangent, torch leaves no trace of it in the graph of the gradient."""
+
+    def inner(w, lam, batch):
+        once = Once.apply(w["w"] * lam["x"])
+        return (once if constant else once**2).sum() + 0.5 * (w["w"] ** 2).sum()
+
+    problem = ohg.BilevelProblem(inner, lambda w, lam, batch: ((w["w"] - 1) ** 2).sum())
     w, lam = {"w": randn(6, seed=0)}, {"x": randn(6, seed=1)}
+    solver = ohg.HeavyBall(0.1, max_steps=4)
     with pytest.raises(ohg.RequirementError, match="once_differentiable"):
-        ohg.hypergradient(
-            problem,
-            w,
-            lam,
-            estimator=estimator,
-            inner_solver=ohg.HeavyBall(0.1, max_steps=4),
-        )
+        ohg.hypergradient(problem, w, lam, estimator=estimator, inner_solver=solver)
 
 
 def test_an_outer_objective_at_its_minimum_over_w_leaves_the_direct_term() -> None:

@@ -37,6 +37,8 @@ TRUTHS = "tests/test_truths.py"
 REVERSIBLE = "tests/test_reversible.py"
 UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
+EQUILIBRIA = "tests/test_fixed_point.py"
+FIRST_ORDER = "tests/test_first_order.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
@@ -255,6 +257,83 @@ MUTANTS = [
         "            self._exact.check_start()\n",
         "",
         f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
+    ),
+    Mutant(
+        "drop the relaxation from the phantom gradient",
+        "equilibrium/phantom.py",
+        "alpha=float(self.relaxation)",
+        "alpha=1.0",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "one term too many in the phantom gradient",
+        "equilibrium/phantom.py",
+        "Neumann(self.num_steps - 1,",
+        "Neumann(self.num_steps,",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "do not relax the unrolled steps",
+        "fixed_point.py",
+        "torch.lerp(v, image[k], tau) if tau < 1",
+        "image[k] if tau < 1",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "pull the cotangent through the map without a solve",
+        "fixed_point.py",
+        "return operator.layout.split(found.x)",
+        "return operator.layout.split(b)",
+        f"{EQUILIBRIA}::test_gradients_reach_parameters_inputs_and_closures",
+    ),
+    Mutant(
+        "forget the identity in the adjoint system",
+        "equilibrium/adjoint.py",
+        "        return vector - self._pulled(vector)",
+        "        return -self._pulled(vector)",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "combine points and forget their residuals in Anderson",
+        "equilibrium/anderson.py",
+        "moved.baddbmm_(gamma, changes, alpha=-self.relaxation).squeeze_(1)",
+        "moved.squeeze_(1)",
+        f"{EQUILIBRIA}::test_anderson_with_enough_memory_ends_after_as_many_steps_as_dimensions",
+    ),
+    Mutant(
+        "differentiate w alone and forget the velocity",
+        "hypergradients/fixed_point_implicit.py",
+        "return found | {",
+        "return found or {",
+        f"{EQUILIBRIA}::test_phantom_of_momentum_descent_is_its_unrolling_from_the_solution",
+    ),
+    Mutant(
+        "divide by half of the distance between the ends of a difference",
+        "hypergradients/sama.py",
+        "outer[k] = (b - a) / (2 * eps)",
+        "outer[k] = (b - a) / eps",
+        f"{FIRST_ORDER}::test_sama_is_its_formula",
+    ),
+    Mutant(
+        "forget the second moment in the adaptation",
+        "hypergradients/sama.py",
+        "lambda _: (value, gradient), at, lam, last.state, last.index",
+        "lambda _: (value, gradient), at, lam, solver.init(at), last.index",
+        f"{FIRST_ORDER}::test_the_adaptation_is_the_derivative_of_the_step_by_the_gradient",
+    ),
+    Mutant(
+        "flip the sign of the adaptation",
+        "hypergradients/sama.py",
+        "return {k: -p for k, p in",
+        "return {k: p for k, p in",
+        f"{FIRST_ORDER}::test_sama_is_its_formula",
+    ),
+    Mutant(
+        "do not look for functions that leave no trace in the gradient",
+        "_twice.py",
+        "return code is not None and code is _MARK",
+        "return False",
+        f"{FIRST_ORDER}::test_all_others_refuse_what_has_no_second_derivative",
     ),
 ]
 
