@@ -17,6 +17,7 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
+from .bias import InnerBias, inner_bias
 from .check import check_hypergradient
 from .check_report import HypergradientReport
 from .equilibrium import Anderson, Phantom, Picard
@@ -91,6 +92,7 @@ __all__ = [
     "HyperparameterError",
     "Identity",
     "Implicit",
+    "InnerBias",
     "MissingTensorError",
     "Neumann",
     "NewtonCG",
@@ -121,6 +123,7 @@ __all__ = [
     "evaluate",
     "fixed_point",
     "hypergradient",
+    "inner_bias",
     "inner_solve",
     "linear_solve",
     "load_tensors",
