@@ -226,7 +226,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, adjoint: _Adjoint, *images: Tensor) -> tuple[Tensor, ...]:
         ctx.adjoint = adjoint
-        return tuple(v.view_as(v) for v in images)
+        return tuple(v.clone() for v in images)  # the caller may write to them
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

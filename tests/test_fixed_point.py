@@ -274,6 +274,16 @@ def test_the_value_is_the_same_without_a_graph_and_memory_does_not_grow() -> Non
     assert saved[0] == saved[1] > 0
 
 
+def test_the_result_may_be_written_to() -> None:
+    cell, x = Cell(), randn(5, 3, seed=6)
+    zeros, found = torch.zeros(5, 6, dtype=F64), []
+    for in_place in (False, True):
+        z = ohg.fixed_point(lambda z: cell(z, x), zeros, backward=ohg.Phantom(50, 1.0))
+        loss = torch.nn.ReLU(inplace=in_place)(z).sum()
+        found.append(torch.autograd.grad(loss, cell.weight)[0])
+    assert torch.equal(*found)
+
+
 def test_what_depends_on_nothing_requires_no_gradient() -> None:
     a, c = affine("radius 0.9")
     assert not ohg.fixed_point(lambda z: a @ z + c, torch.zeros_like(c)).requires_grad
