@@ -61,7 +61,7 @@ def fixed_point(
     Cost: ``forward.max_steps`` evaluations at most, then one with its graph; on the way back, one product with ``J^T`` (the
     backward pass of one evaluation) for each step, and one more. Without a graph (``torch.no_grad()``) only the search.
 
-    References: Bai, Kolter & Koltun (2019), "Deep equilibrium models", equation 10; Geng, Zhang, Bai, Wang & Lin (2021),
+    References: Bai, Kolter & Koltun (2019), "Deep equilibrium models", theorem 1; Geng, Zhang, Bai, Wang & Lin (2021),
     "On training implicit models" (phantom gradients).
 
     Args:

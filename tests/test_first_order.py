@@ -71,7 +71,7 @@ OPTIMIZERS = [
 
 
 def by_hand(solver, gradients: list[Tensor]) -> Tensor:
-    """``D`` as a vector, from the formulas of the optimizers (SAMA, table 1)."""
+    """``D`` as a vector, from the formulas of the optimizers."""
     g, t = gradients[-1], len(gradients)
     if isinstance(solver, ohg.GradientDescent):
         return torch.full_like(g, 0.1)

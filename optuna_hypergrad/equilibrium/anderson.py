@@ -39,7 +39,7 @@ class Anderson(AbstractFixedPointSolver):
     The least squares problem is solved in differences, each scaled to length 1, with a ridge of a few rounding errors.
 
     References: Anderson (1965), "Iterative procedures for nonlinear integral equations"; Walker & Ni (2011), "Anderson
-    acceleration for fixed-point iterations", equation 2.2; Bai, Kolter & Koltun (2019), "Deep equilibrium models".
+    acceleration for fixed-point iterations", theorem 2.2 (GMRES); Bai, Kolter & Koltun (2019), "Deep equilibrium models".
 
     Args:
         memory: How many earlier points are combined; they and their residuals are held.

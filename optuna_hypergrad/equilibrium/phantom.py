@@ -18,8 +18,8 @@ class Phantom:
     g_w(w)`` it is the Neumann series of the Hessian with ``alpha = tau eta``, and is computed by
     :class:`Neumann`. ``Phantom(1, 1.0)`` is the Jacobian-free gradient.
 
-    References: Geng, Zhang, Bai, Wang & Lin (2021), "On training implicit models", equations 9 (unrolled) and 11
-    (Neumann); Fung et al. (2022), "JFB: Jacobian-free backpropagation for implicit networks".
+    References: Geng, Zhang, Bai, Wang & Lin (2021), "On training implicit models" (phantom gradient, in its unrolled and
+    its Neumann form); Fung et al. (2022), "JFB: Jacobian-free backpropagation for implicit networks".
 
     Args:
         num_steps: ``k``: ``k - 1`` products with ``J^T``, or ``k`` steps of the map with their graphs.

@@ -44,13 +44,12 @@ class SAMA(AbstractPullbackEstimator):
     Cost: the inner steps and 3 gradient evaluations, all of first order: operations without a second derivative will do.
     Memory: one graph of ``g``, and ``w`` and the solver's memory before the last step.
 
-    Reference: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell & Xing (2023), "Making scalable meta learning practical",
-    equations 3-5 and table 1.
+    Reference: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell & Xing (2023), "Making scalable meta learning practical".
 
     Args:
         displacement: ``r`` over ``|w|`` (over 1 where ``w = 0``): how far ``w`` is moved each way. ``None`` for the cube root
             of the rounding error, at which that of the differences and their curvature are about equal: 5e-3 in
-            float32, 6e-6 in float64. (The paper's ``alpha`` is ``r``.)
+            float32 (which keeps about three digits), 6e-6 in float64. (The paper's ``alpha`` is ``r``.)
     """
 
     name: ClassVar[str] = "sama"

@@ -32,8 +32,8 @@ class T1T2(AbstractPullbackEstimator):
 
     Cost: the inner solve, then 2 gradient evaluations and one mixed product.
 
-    References: Luketina, Berglund, Greff & Raiko (2016), "Scalable gradient-based tuning of continuous regularization
-    hyperparameters", equation 5; the name: its T1 and T2 are training and validation sets.
+    Reference: Luketina, Berglund, Greff & Raiko (2016), "Scalable gradient-based tuning of continuous regularization
+    hyperparameters"; its T1 and T2 are the training and the validation set.
 
     Args:
         step_size: ``eta``; ``None`` for that of the inner solver, where it is one number for all directions
