@@ -284,6 +284,11 @@ def draw(task: Task, runs: dict[str, list[Run]], found: dict[str, Any], path: Pa
         )
     right.axhspan(-0.5, 0.5, color="tab:green", alpha=0.08)
     right.set_xscale("log")
+    right.set_xticks(
+        ticks := [t for t in (0.05, 0.1, 0.2, 0.5, 1, 2) if t > 0.6 * right.get_xlim()[0]]
+    )
+    right.set_xticklabels([f"{t:g}" for t in ticks])
+    right.minorticks_off()
     right.set_xlabel("CPU time of the backward passes / exact")
     right.set_ylabel("accuracy minus exact, points")
     right.set_title("mean and its standard error; green: within 0.5", fontsize=9)
