@@ -70,8 +70,8 @@ def fixed_point(
         forward: ``Anderson(...)`` or ``Picard(...)``.
         backward: What solves ``(I - J^T) u = b``. ``Phantom(k, tau)``: ``k`` steps and no more, a bias; ``Anderson(...)``,
             ``Picard(...)``: to a tolerance; or a linear solver for matrices that are not symmetric, such as ``Direct()``.
-        throw: Raise where a search or a backward solve does not reach its tolerance; otherwise warn, and go on with what
-            there is.
+        throw: Raise where a search or a backward solve fails, that is, does not reach its tolerance (a linear solver: by its
+            own setting, ``require_convergence``); otherwise warn, and go on with what there is.
         stats: Is filled with ``num_steps`` and ``residual`` of the search and, once the backward pass has run, with
             ``num_products`` and ``backward_residual`` (relative to ``|b|``).
 
