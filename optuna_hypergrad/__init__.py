@@ -19,6 +19,7 @@ from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .check import check_hypergradient
 from .check_report import HypergradientReport
+from .episodes import Episodes, proximal
 from .evaluate import evaluate
 from .hypergradients import (
     Auto,
@@ -26,6 +27,7 @@ from .hypergradients import (
     ForwardMode,
     HypergradientEstimate,
     Implicit,
+    PerTask,
     Reversible,
     Stalled,
     TwoPhase,
@@ -50,6 +52,7 @@ from .studies import (
     load_tensors,
     report_hypergradient,
 )
+from .two_stage import FineTuning, two_stage
 
 __version__ = "0.1.0.dev0"
 
@@ -69,6 +72,8 @@ __all__ = [
     "DifferentiableTrial",
     "Direct",
     "Domain",
+    "Episodes",
+    "FineTuning",
     "ForwardGradient",
     "ForwardMode",
     "GaussNewton",
@@ -89,6 +94,7 @@ __all__ = [
     "Objective",
     "ObjectiveError",
     "Params",
+    "PerTask",
     "ProblemError",
     "RequirementError",
     "Result",
@@ -113,6 +119,8 @@ __all__ = [
     "linear_solve",
     "load_tensors",
     "minimize_bilevel",
+    "proximal",
     "report_hypergradient",
     "solve",
+    "two_stage",
 ]

@@ -48,6 +48,8 @@ TO_THE_END = {
     "ridge": ohg.GradientDescent(0.3, max_steps=1500),
     "quadratic": ohg.GradientDescent(0.25, max_steps=600),
     "logistic": ohg.HeavyBall(0.5, max_steps=900, momentum=0.8),
+    "episodes": ohg.GradientDescent(0.2, max_steps=300),
+    "two_stage": ohg.GradientDescent(0.2, max_steps=300),
 }
 WITH_MOMENTUM = {
     "ridge": ohg.HeavyBall(0.3, max_steps=300, momentum=0.8),
@@ -76,6 +78,22 @@ HYPERGRADIENTS = [
         for p in CONVEX
     ),
     *(Row(ohg.Auto(), EXACT, p, rtol=1e-5) for p in CONVEX),
+    *(
+        Row(estimator, EXACT, p, rtol=1e-8)
+        for p in ("episodes", "two_stage")
+        for estimator in (ohg.Implicit(ohg.CG(200, 1e-12)), ohg.Implicit(ohg.Direct()))
+    ),
+    *(Row(ohg.Unroll(), TO_THE_END[p], p, rtol=1e-7) for p in ("episodes", "two_stage")),
+    *(Row(ohg.ForwardMode(), TO_THE_END[p], p, rtol=1e-7) for p in ("episodes", "two_stage")),
+    Row(ohg.PerTask(ohg.Implicit(ohg.CG(6, 1e-12))), EXACT, "episodes", rtol=1e-8),
+    Row(ohg.PerTask(ohg.Unroll()), TO_THE_END["episodes"], "episodes", rtol=1e-7),
+    Row(
+        ohg.PerTask(),
+        EXACT,
+        "ridge",
+        error=ohg.RequirementError,
+        message="takes the tasks of Episodes one by one, .* has none; use Implicit itself",
+    ),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
     *(
         Row(

@@ -37,6 +37,8 @@ TRUTHS = "tests/test_truths.py"
 REVERSIBLE = "tests/test_reversible.py"
 UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
+EPISODES = "tests/test_episodes.py"
+SHAPES = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-{{}}]"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
@@ -255,6 +257,83 @@ MUTANTS = [
         "            self._exact.check_start()\n",
         "",
         f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
+    ),
+    Mutant(
+        "forget the implicit factor of pre-training",
+        "hypergradients/implicit.py",
+        "return found, graph.cross_vjp(found.x.neg_()), graph",
+        "return found, graph.cross_vjp(right.neg_()), graph",
+        SHAPES.format("two_stage"),
+        also=(
+            (
+                "hypergradients/implicit.py",
+                "        found = linear_solve(solver, operator, b, over",
+                "        right = b.clone()\n        found = linear_solve(solver, operator, b, over",
+            ),
+        ),
+    ),
+    Mutant(
+        "forget the direct term of fine-tuning",
+        "two_stage.py",
+        "            outer_params,\n            solver=self.solver,",
+        "            {k: v.detach() for k, v in outer_params.items()},\n            solver=self.solver,",
+        SHAPES.format("two_stage"),
+    ),
+    Mutant(
+        "forget that fine-tuning starts from pre-training",
+        "two_stage.py",
+        "            begun,\n",
+        "            {k: v.detach() for k, v in begun.items()},\n",
+        SHAPES.format("two_stage"),
+    ),
+    Mutant(
+        "add the identity to the operator of iMAML",
+        "operators.py",
+        "        return self.graph.hvp(vector, out)",
+        "        return self.graph.hvp(vector, out) + vector",
+        SHAPES.format("episodes"),
+    ),
+    Mutant(
+        "the sum of the tasks in place of their mean",
+        "episodes.py",
+        "outer_of_all(w, lam, batch).mean()",
+        "outer_of_all(w, lam, batch).sum()",
+        SHAPES.format("episodes"),
+    ),
+    Mutant(
+        "forget the half of the proximal term",
+        "episodes.py",
+        "0.5 * strength * torch.stack",
+        "1.0 * strength * torch.stack",
+        SHAPES.format("episodes"),
+    ),
+    Mutant(
+        "forget that the tasks start from the shared parameters",
+        "episodes.py",
+        "theta = outer_params if counts else",
+        "theta = outer_params if False else",
+        f"{EPISODES}::test_unrolled_steps_from_the_shared_start_are_maml[False]",
+    ),
+    Mutant(
+        "differentiate the start at a solution",
+        "hypergradients/_base.py",
+        "problem = problem.without_start()",
+        "problem = problem",
+        f"{EPISODES}::test_implicit_uses_the_proximal_term_alone",
+    ),
+    Mutant(
+        "the tasks of the first step at every step",
+        "outer.py",
+        "                    problem.at(run.step),",
+        "                    problem.at(0),",
+        f"{EPISODES}::test_each_outer_step_has_other_tasks_and_the_loss_falls",
+    ),
+    Mutant(
+        "the first start at every step",
+        "outer.py",
+        "return _tree.detach(inner_params(step) if",
+        "return _tree.detach(inner_params(0) if",
+        f"{OUTER}::test_each_outer_step_may_have_a_start_of_its_own",
     ),
 ]
 

@@ -16,6 +16,7 @@ from .auto import Auto, Choice
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
+from .per_task import PerTask
 from .reversible import Reversible
 from .two_phase import Stalled, TwoPhase
 from .unroll import Unroll
@@ -36,6 +37,7 @@ __all__ = [
     "HypergradientEstimate",
     "Implicit",
     "PartialEstimate",
+    "PerTask",
     "Pulled",
     "Reversible",
     "Solved",

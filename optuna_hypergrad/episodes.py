@@ -1,0 +1,361 @@
+"""Tasks that share outer variables: each outer step averages over a batch of them (meta-learning)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _tree
+from ._arguments import check_count, is_number
+from ._errors import HyperparameterError, ProblemError
+from ._typing import Batch, Objective, Params
+from .problem import AbstractProblem, BilevelProblem, same_batch
+
+Task = tuple[Batch, Batch]
+"""What the inner objective of a task sees, and what its outer objective sees (support, query)."""
+
+
+@dataclass(frozen=True)
+class Episodes(AbstractProblem):
+    """``min over lam of mean over tasks i of f(w_i*(lam), lam; query_i)``, ``w_i* = argmin over w of g(w, lam; support_i)``.
+
+    At each outer step there is another batch of ``B`` tasks, each with an inner problem of its own, solved from the
+    start: pass ``warm_start=False`` to :func:`minimize_bilevel`. The inner parameters of all tasks are one dict of
+    tensors with a leading dimension of ``B`` (:meth:`start` makes it), so that every estimator and solver can be used;
+    :class:`PerTask` takes the tasks one by one instead.
+
+    With ``origin="theta."`` each task starts from the shared ``outer_params["theta." + name]``, and its inner variable
+    is the *displacement* from there, zero at first: ``w_i = theta + inner_params[i]``. So methods that differentiate
+    steps see the start: ``Unroll`` gives the gradient of MAML. ``Implicit`` sees only what the solution depends on, the
+    proximal term of :func:`proximal`, and gives that of iMAML: ``(I + H / strength)^-1`` times the gradient of the outer
+    objective, with ``H`` the Hessian of the task's loss. (Damping of ``Implicit`` is added to that, and is a bias.)
+
+    References: Finn, Abbeel & Levine (2017), "Model-agnostic meta-learning" (MAML); Rajeswaran, Finn, Kakade &
+    Levine (2019), "Meta-learning with implicit gradients" (iMAML), equations 3-6; Franceschi, Frasconi, Salzo, Grazzi
+    & Pontil (2018), "Bilevel programming for hyperparameter optimization and meta-learning", for shared features.
+
+    Args:
+        inner_objective: ``g(w, outer_params, support) -> scalar tensor`` of one task.
+        outer_objective: ``f(w, outer_params, query) -> scalar tensor`` of one task.
+        tasks: ``step -> [(support, query), ...]``, ``B`` tasks of any form, equal for equal steps.
+        origin: Prefix of the outer parameters that all tasks start from; ``None`` if they start from the inner
+            parameters that are given.
+        vectorize: Evaluate the tasks in one go by ``torch.func.vmap``: faster where tensors are small. Supports,
+            and queries, are then tensors (or dicts, lists, tuples of them) of equal shapes.
+    """
+
+    changes_with_step: ClassVar[bool] = True
+
+    inner_objective: Objective
+    outer_objective: Objective
+    tasks: Callable[[int], Sequence[Task]]
+    origin: str | None = None
+    vectorize: bool = False
+    _origin_counts: bool = field(default=True, repr=False)
+
+    def __post_init__(self) -> None:
+        for label in ("inner_objective", "outer_objective", "tasks"):
+            if not callable(getattr(self, label)):
+                raise ProblemError(
+                    f"Episodes needs a function as {label}, got {getattr(self, label)!r:.80}."
+                )
+        if not (self.origin is None or isinstance(self.origin, str)):
+            raise ProblemError(
+                f'Episodes needs a prefix of outer parameters as origin ("theta."), or None, got {self.origin!r:.80}.'
+            )
+
+    def at(self, step: int) -> EpisodeBatch:
+        """The problem of the tasks of outer step ``step``.
+
+        Raises:
+            ProblemError: if there are none, or they are no pairs, or cannot be evaluated in one go.
+        """
+        return self._batch_of(self._tasks_of(step))
+
+    def _batch_of(self, tasks: Sequence[Task]) -> EpisodeBatch:
+        supports, queries = [s for s, _ in tasks], [q for _, q in tasks]
+        if self.vectorize:
+            supports, queries = _stack(supports, "supports"), _stack(queries, "queries")
+        inner_of_all = self.over_tasks(self.inner_objective)
+        outer_of_all = self.over_tasks(self.outer_objective)
+        return EpisodeBatch(
+            lambda w, lam, batch: inner_of_all(w, lam, batch).sum(),
+            lambda w, lam, batch: outer_of_all(w, lam, batch).mean(),
+            _always(supports),
+            _always(queries),
+            episodes=self,
+            tasks=tuple(tasks),
+        )
+
+    def over_tasks(self, function: Objective) -> Objective:
+        """A function of one task, lifted to the inner parameters and batches of all of them.
+
+        It turns ``(w, outer_params, batch) -> tensor`` into ``(inner_params, outer_params, batches) -> tensor`` with a
+        leading dimension of ``B``, for example for the ``outputs`` of :class:`GaussNewton`.
+        """
+        function = self.of_displacement(function)
+        return _in_one_go(function) if self.vectorize else _one_by_one(function)
+
+    def of_displacement(self, function: Objective) -> Objective:
+        """A function of one task's parameters as one of its inner variable; the same without an ``origin``."""
+        if self.origin is None:
+            return function
+        origin, counts = self.origin, self._origin_counts
+
+        def moved(inner_params: Params, outer_params: Params, batch: Batch) -> Tensor:
+            theta = outer_params if counts else _tree.detach(outer_params)
+            return function(_shifted(inner_params, theta, origin), outer_params, batch)
+
+        return moved
+
+    def start(self, params: Params, num_tasks: int | None = None) -> Params:
+        """Where the inner solves begin.
+
+        Args:
+            params: With an ``origin``, the outer parameters; otherwise the first inner parameters of one task.
+            num_tasks: ``B``; as many as ``tasks(0)`` has by default.
+
+        Returns:
+            Zeros for each outer parameter under ``origin``, or ``params``, once for each task: ``(B, *shape)``.
+
+        Raises:
+            HyperparameterError: if no outer parameter is under ``origin``.
+        """
+        check_count("Episodes.start", "num_tasks", num_tasks, 1, none=True)
+        count = len(self._tasks_of(0)) if num_tasks is None else num_tasks
+        if self.origin is None:
+            return {k: v.detach().expand(count, *v.shape).clone() for k, v in params.items()}
+        size = len(self.origin)
+        shared = {k[size:]: v for k, v in params.items() if k.startswith(self.origin)}
+        if not shared:
+            raise HyperparameterError(
+                f"Episodes(origin={self.origin!r}): none of {sorted(params)} begins with {self.origin!r}; name what all "
+                f"tasks start from so, for example {self.origin + 'w'!r} for the inner parameter 'w'."
+            )
+        return {k: v.detach().new_zeros(count, *v.shape) for k, v in shared.items()}
+
+    def adapted(self, inner_params: Params, outer_params: Params) -> Params:
+        """``w_i`` of each task, ``(B, *shape)``: with an ``origin``, ``theta`` plus the displacements."""
+        if self.origin is None:
+            return dict(inner_params)
+        return _shifted(inner_params, outer_params, self.origin)
+
+    def check(self, inner_params: Params, outer_params: Params, step: int) -> None:
+        if not same_batch(self._tasks_of(step), self._tasks_of(step)):
+            raise ProblemError(
+                f"Episodes: tasks({step}) gave different tasks when called twice. A hypergradient replays them: draw "
+                f"them from the step alone, for example with torch.Generator().manual_seed(step)."
+            )
+        count = len(self._tasks_of(step))
+        for k, v in inner_params.items():
+            if v.dim() == 0 or len(v) != count:
+                raise ProblemError(
+                    f"inner_params[{k!r}] has shape {tuple(v.shape)}, and tasks({step}) has {count} tasks; its first "
+                    f"dimension must be that of the tasks, as Episodes.start(...) gives it."
+                )
+        if self.origin is not None:
+            for k, v in inner_params.items():
+                _check_shared(outer_params, self.origin, k, v.shape[1:], "Episodes(origin=")
+
+    def _tasks_of(self, step: int) -> list[Task]:
+        tasks = list(self.tasks(step))
+        if not tasks:
+            raise ProblemError(
+                f"Episodes: tasks({step}) is empty; an outer step averages over one task at least."
+            )
+        for i, task in enumerate(tasks):
+            if not (isinstance(task, (tuple, list)) and len(task) == 2):
+                raise ProblemError(
+                    f"Episodes: task {i} of step {step} is {task!r:.80}; give a pair (support, query)."
+                )
+        return [(support, query) for support, query in tasks]
+
+
+@dataclass(frozen=True)
+class EpisodeBatch(BilevelProblem):
+    """The tasks of one outer step as one problem: the sum of their inner and the mean of their outer objectives.
+
+    Its batches are those of all tasks: a list, or stacked if ``vectorize`` is set.
+
+    Args:
+        episodes: What it was made from.
+        tasks: The supports and queries.
+    """
+
+    episodes: Episodes = field(kw_only=True)
+    tasks: tuple[Task, ...] = field(kw_only=True)
+
+    def each(self) -> list[EpisodeBatch]:
+        """Each task by itself: inner parameters with a leading dimension of 1."""
+        return [self.episodes._batch_of((task,)) for task in self.tasks]
+
+    def without_start(self) -> BilevelProblem:
+        if self.episodes.origin is None:
+            return self
+        return replace(self.episodes, _origin_counts=False)._batch_of(self.tasks)
+
+    def check(self, inner_params: Params, outer_params: Params, step: int) -> None:
+        """Refuse inner parameters of another number of tasks than there are.
+
+        Raises:
+            ProblemError: naming both.
+        """
+        for k, v in inner_params.items():
+            if v.dim() == 0 or len(v) != len(self.tasks):
+                raise ProblemError(
+                    f"inner_params[{k!r}] has shape {tuple(v.shape)}, and there are {len(self.tasks)} tasks; its "
+                    f"first dimension must be that of the tasks, as Episodes.start(...) gives it."
+                )
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """What :func:`proximal` returns: an objective with a pull towards the shared parameters."""
+
+    objective: Objective
+    strength: str | float
+    center: str
+
+    def __call__(self, inner_params: Params, outer_params: Params, batch: Batch) -> Tensor:
+        strength: Any = self.strength
+        if isinstance(strength, str):
+            strength = _positive(outer_params, strength)
+        squares = []
+        for k, v in inner_params.items():
+            shared = _check_shared(outer_params, self.center, k, v.shape, "proximal(center=")
+            squares.append((v - shared).square().sum())
+        pull: Tensor = 0.5 * strength * torch.stack(squares).sum()
+        return self.objective(inner_params, outer_params, batch) + pull
+
+
+def proximal(
+    objective: Objective, strength: str | float = "strength", center: str = "theta."
+) -> Objective:
+    """``g(w, lam; batch) + strength / 2 * |w - theta|^2``, the inner objective of iMAML.
+
+    Reference: Rajeswaran, Finn, Kakade & Levine (2019), equation 3.
+
+    Args:
+        objective: ``g`` of one task.
+        strength: The name of an outer parameter, 0-d, or a number; positive. (The paper calls it lambda. For a
+            hyperparameter give bounds with ``log=True``.)
+        center: Prefix of the outer parameters that are ``theta``: ``w["a"]`` is pulled to ``outer_params["theta.a"]``.
+
+    Raises:
+        ProblemError: if ``strength`` is neither a name nor a positive number. When the objective is called:
+            :class:`HyperparameterError` where an outer parameter is missing, has another shape than its inner one,
+            or is not a positive strength.
+    """
+    if not callable(objective):
+        raise ProblemError(f"proximal needs an objective, a function, got {objective!r:.80}.")
+    named = isinstance(strength, str)
+    if not named and not (is_number(strength) and 0 < strength < float("inf")):  # type: ignore[operator]
+        raise ProblemError(
+            f"proximal needs strength > 0, a number or the name of an outer parameter, got {strength!r:.80}."
+        )
+    if not isinstance(center, str):
+        raise ProblemError(
+            f'proximal needs a prefix of outer parameters as center ("theta."), got {center!r:.80}.'
+        )
+    return Proximal(objective, strength, center)
+
+
+def _positive(outer_params: Params, name: str) -> Tensor:
+    if name not in outer_params:
+        raise HyperparameterError(
+            f"proximal(strength={name!r}): there is no such outer parameter among {sorted(outer_params)}."
+        )
+    value = outer_params[name]
+    if value.numel() != 1:
+        raise HyperparameterError(
+            f"proximal(strength={name!r}) needs one number, and outer_params[{name!r}] has shape {tuple(value.shape)}."
+        )
+    try:
+        known = float(value.detach())
+    except RuntimeError:  # a tangent of a transform: its value has been looked at before
+        return value
+    if not known > 0:
+        raise HyperparameterError(
+            f"proximal(strength={name!r}) needs a positive strength, and outer_params[{name!r}] is {known:g}; give it "
+            f"bounds such as Domain(1e-3, 1e3, log=True)."
+        )
+    return value
+
+
+def _check_shared(
+    outer_params: Params, prefix: str, name: str, shape: torch.Size, label: str
+) -> Tensor:
+    """The outer parameter that an inner one goes with."""
+    key = prefix + name
+    if key not in outer_params:
+        raise HyperparameterError(
+            f"{label}{prefix!r}): outer_params has no {key!r}, which the inner parameter {name!r} goes with; it has "
+            f"{sorted(outer_params)}."
+        )
+    if outer_params[key].shape != shape:
+        raise HyperparameterError(
+            f"{label}{prefix!r}): outer_params[{key!r}] has shape {tuple(outer_params[key].shape)}, and the inner "
+            f"parameter {name!r} of one task {tuple(shape)}; they must be equal."
+        )
+    return outer_params[key]
+
+
+def _shifted(inner_params: Params, outer_params: Params, origin: str) -> Params:
+    return {k: outer_params[origin + k] + v for k, v in inner_params.items()}
+
+
+def _always(batch: Batch) -> Callable[[int], Batch]:
+    return lambda step: batch
+
+
+def _one_by_one(function: Objective) -> Objective:
+    def of_all(inner_params: Params, outer_params: Params, batches: list[Batch]) -> Tensor:
+        parts = {k: v.unbind() for k, v in inner_params.items()}
+        return torch.stack(
+            [
+                function({k: v[i] for k, v in parts.items()}, outer_params, batch)
+                for i, batch in enumerate(batches)
+            ]
+        )
+
+    return of_all
+
+
+def _in_one_go(function: Objective) -> Objective:
+    def of_all(inner_params: Params, outer_params: Params, batches: Batch) -> Tensor:
+        def of_one(w: Params, batch: Batch) -> Tensor:
+            return function(w, outer_params, batch)
+
+        found: Tensor = torch.func.vmap(of_one, randomness="different")(inner_params, batches)
+        return found
+
+    return of_all
+
+
+def _stack(batches: list[Batch], label: str) -> Batch:
+    """Batches of one form as one, with a leading dimension."""
+    first = batches[0]
+    if isinstance(first, Tensor) and all(isinstance(b, Tensor) for b in batches):
+        shapes = sorted({tuple(b.shape) for b in batches})
+        if len(shapes) > 1:
+            raise ProblemError(
+                f"Episodes(vectorize=True): the {label} have different shapes, {shapes[0]} and {shapes[1]}; make them "
+                f"equal, or pass vectorize=False."
+            )
+        return torch.stack(batches)
+    if isinstance(first, dict) and all(
+        isinstance(b, dict) and b.keys() == first.keys() for b in batches
+    ):
+        return {k: _stack([b[k] for b in batches], label) for k in first}
+    if isinstance(first, (tuple, list)) and all(
+        isinstance(b, (tuple, list)) and len(b) == len(first) for b in batches
+    ):
+        return tuple(_stack(list(parts), label) for parts in zip(*batches, strict=True))
+    raise ProblemError(
+        f"Episodes(vectorize=True): the {label} must be tensors, or dicts, lists or tuples of them, all of one form, "
+        f"and there is {first!r:.60}; pass vectorize=False."
+    )
