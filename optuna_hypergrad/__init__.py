@@ -19,7 +19,7 @@ from ._results import Result, Status
 from ._typing import Batch, Objective, Params
 from .check import check_hypergradient
 from .check_report import HypergradientReport
-from .episodes import Episodes, proximal
+from .episodes import Episodes
 from .evaluate import evaluate
 from .hypergradients import (
     Auto,
@@ -40,6 +40,7 @@ from .inner import LBFGS, Adam, AdamW, BlackBox, GradientDescent, HeavyBall, New
 from .operators import GaussNewton, Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
+from .proximal import proximal
 from .search_space import Domain
 from .solve import solve
 from .stores import Retention, TensorStore

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _tree
-from ._arguments import check_count, is_number
+from ._arguments import check_count
 from ._errors import HyperparameterError, ProblemError
 from ._typing import Batch, Objective, Params
+from .operators import GaussNewton
 from .problem import AbstractProblem, BilevelProblem, same_batch
+from .proximal import Proximal, check_shared
 
 Task = tuple[Batch, Batch]
 """What the inner objective of a task sees, and what its outer objective sees (support, query)."""
@@ -112,6 +114,40 @@ class Episodes(AbstractProblem):
 
         return moved
 
+    def gauss_newton(
+        self,
+        outputs: Callable[[Params, Params, Batch], Tensor],
+        loss: Callable[[Tensor, Params, Batch], Tensor],
+    ) -> GaussNewton:
+        """The Gauss-Newton curvature of all tasks, for ``Implicit(curvature=...)``: positive definite with a pull.
+
+        The Hessian of a network may be indefinite where its task is not solved, and then CG refuses it. The pull of
+        :func:`proximal` is taken from the inner objective.
+
+        Args:
+            outputs: ``(w, outer_params, support) -> tensor``, the model of one task, of equal shapes for all.
+            loss: ``(outputs, outer_params, support) -> scalar tensor``, convex in the outputs, of one task; with the
+                pull it is the inner objective.
+        """
+
+        def loss_of_all(found: Tensor, outer_params: Params, batches: Batch) -> Tensor:
+            if self.vectorize:
+                total: Tensor = torch.func.vmap(lambda o, b: loss(o, outer_params, b))(
+                    found, batches
+                ).sum()
+                return total
+            parts = zip(found.unbind(), batches, strict=True)
+            return torch.stack([loss(o, outer_params, b) for o, b in parts]).sum()
+
+        pull = None
+        if isinstance(self.inner_objective, Proximal):
+            pull_of_all = self.over_tasks(self.inner_objective.pull)
+
+            def pull(inner_params: Params, outer_params: Params, batches: Batch) -> Tensor:
+                return pull_of_all(inner_params, outer_params, batches).sum()
+
+        return GaussNewton(self.over_tasks(outputs), loss_of_all, pull)
+
     def start(self, params: Params, num_tasks: int | None = None) -> Params:
         """Where the inner solves begin.
 
@@ -159,7 +195,7 @@ class Episodes(AbstractProblem):
                 )
         if self.origin is not None:
             for k, v in inner_params.items():
-                _check_shared(outer_params, self.origin, k, v.shape[1:], "Episodes(origin=")
+                check_shared(outer_params, self.origin, k, v.shape[1:], "Episodes(origin=")
 
     def _tasks_of(self, step: int) -> list[Task]:
         tasks = list(self.tasks(step))
@@ -210,98 +246,6 @@ class EpisodeBatch(BilevelProblem):
                     f"inner_params[{k!r}] has shape {tuple(v.shape)}, and there are {len(self.tasks)} tasks; its "
                     f"first dimension must be that of the tasks, as Episodes.start(...) gives it."
                 )
-
-
-@dataclass(frozen=True)
-class Proximal:
-    """What :func:`proximal` returns: an objective with a pull towards the shared parameters."""
-
-    objective: Objective
-    strength: str | float
-    center: str
-
-    def __call__(self, inner_params: Params, outer_params: Params, batch: Batch) -> Tensor:
-        strength: Any = self.strength
-        if isinstance(strength, str):
-            strength = _positive(outer_params, strength)
-        squares = []
-        for k, v in inner_params.items():
-            shared = _check_shared(outer_params, self.center, k, v.shape, "proximal(center=")
-            squares.append((v - shared).square().sum())
-        pull: Tensor = 0.5 * strength * torch.stack(squares).sum()
-        return self.objective(inner_params, outer_params, batch) + pull
-
-
-def proximal(
-    objective: Objective, strength: str | float = "strength", center: str = "theta."
-) -> Objective:
-    """``g(w, lam; batch) + strength / 2 * |w - theta|^2``, the inner objective of iMAML.
-
-    Reference: Rajeswaran, Finn, Kakade & Levine (2019), equation 3.
-
-    Args:
-        objective: ``g`` of one task.
-        strength: The name of an outer parameter, 0-d, or a number; positive. (The paper calls it lambda. For a
-            hyperparameter give bounds with ``log=True``.)
-        center: Prefix of the outer parameters that are ``theta``: ``w["a"]`` is pulled to ``outer_params["theta.a"]``.
-
-    Raises:
-        ProblemError: if ``strength`` is neither a name nor a positive number. When the objective is called:
-            :class:`HyperparameterError` where an outer parameter is missing, has another shape than its inner one,
-            or is not a positive strength.
-    """
-    if not callable(objective):
-        raise ProblemError(f"proximal needs an objective, a function, got {objective!r:.80}.")
-    named = isinstance(strength, str)
-    if not named and not (is_number(strength) and 0 < strength < float("inf")):  # type: ignore[operator]
-        raise ProblemError(
-            f"proximal needs strength > 0, a number or the name of an outer parameter, got {strength!r:.80}."
-        )
-    if not isinstance(center, str):
-        raise ProblemError(
-            f'proximal needs a prefix of outer parameters as center ("theta."), got {center!r:.80}.'
-        )
-    return Proximal(objective, strength, center)
-
-
-def _positive(outer_params: Params, name: str) -> Tensor:
-    if name not in outer_params:
-        raise HyperparameterError(
-            f"proximal(strength={name!r}): there is no such outer parameter among {sorted(outer_params)}."
-        )
-    value = outer_params[name]
-    if value.numel() != 1:
-        raise HyperparameterError(
-            f"proximal(strength={name!r}) needs one number, and outer_params[{name!r}] has shape {tuple(value.shape)}."
-        )
-    try:
-        known = float(value.detach())
-    except RuntimeError:  # a tangent of a transform: its value has been looked at before
-        return value
-    if not known > 0:
-        raise HyperparameterError(
-            f"proximal(strength={name!r}) needs a positive strength, and outer_params[{name!r}] is {known:g}; give it "
-            f"bounds such as Domain(1e-3, 1e3, log=True)."
-        )
-    return value
-
-
-def _check_shared(
-    outer_params: Params, prefix: str, name: str, shape: torch.Size, label: str
-) -> Tensor:
-    """The outer parameter that an inner one goes with."""
-    key = prefix + name
-    if key not in outer_params:
-        raise HyperparameterError(
-            f"{label}{prefix!r}): outer_params has no {key!r}, which the inner parameter {name!r} goes with; it has "
-            f"{sorted(outer_params)}."
-        )
-    if outer_params[key].shape != shape:
-        raise HyperparameterError(
-            f"{label}{prefix!r}): outer_params[{key!r}] has shape {tuple(outer_params[key].shape)}, and the inner "
-            f"parameter {name!r} of one task {tuple(shape)}; they must be equal."
-        )
-    return outer_params[key]
 
 
 def _shifted(inner_params: Params, outer_params: Params, origin: str) -> Params:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import cases
 import optuna
@@ -191,29 +192,37 @@ def test_per_task_names_the_task_that_failed() -> None:
         ohg.hypergradient(problem, w0, lam, estimator=ohg.PerTask())
 
 
-def test_gauss_newton_over_tasks_is_that_of_each_task() -> None:
-    """The lifted model has the same hypergradient as one task at a time, and as the Hessian where it is exact."""
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("per_task", [False, True])
+def test_gauss_newton_is_exact_for_linear_models(vectorize: bool, per_task: bool) -> None:
     case = cases.case("episodes")
-
-    def curvature(problem: ohg.Episodes) -> ohg.GaussNewton:
-        return ohg.GaussNewton(
-            outputs=problem.over_tasks(lambda w, lam, b: b[0] @ w["slope"] + w["offset"]),
-            loss=lambda out, lam, b: (
-                0.5 * ((out - torch.stack([y for _, y in b])) ** 2).mean(1).sum()
-            ),
-            regularizer=lambda w, lam, b: (
-                0.5 * lam["strength"] * torch.stack([(v**2).sum() for v in w.values()]).sum()
-            ),
-        )
-
+    problem = replace(case.problem, vectorize=vectorize)
+    curvature = problem.gauss_newton(
+        lambda w, lam, b: b[0] @ w["slope"] + w["offset"],
+        lambda out, lam, b: 0.5 * ((out - b[1]) ** 2).mean(),
+    )
+    estimator = ohg.Implicit(ohg.CG(200, 1e-12), curvature=curvature)
     found = ohg.hypergradient(
-        case.problem,
+        problem,
         case.inner_params,
         case.outer_params,
-        estimator=ohg.Implicit(ohg.CG(200, 1e-12), curvature=curvature(case.problem)),
+        estimator=ohg.PerTask(estimator) if per_task else estimator,
         inner_solver=cases.EXACT,
     )
     assert relative_error(found.value, cases.truth("episodes")) < 1e-8
+
+
+def test_gauss_newton_is_positive_where_the_hessian_is_not() -> None:
+    problem, lam = imaml(0.1), theta()
+    w = {k: v + randn(*v.shape, seed=3) for k, v in problem.start(lam).items()}
+    with pytest.raises(ohg.SolverError, match="not positive definite"):
+        ohg.hypergradient(problem, w, lam, estimator=ohg.Implicit())
+    curvature = problem.gauss_newton(
+        lambda w, lam, b: (b[0] @ w["hidden"]).tanh() @ w["head"],
+        lambda out, lam, b: ((out - b[1]) ** 2).mean(),
+    )
+    found = ohg.hypergradient(problem, w, lam, estimator=ohg.Implicit(curvature=curvature))
+    assert found.stats["exact_hessian"] == 0
 
 
 # Shared features (Franceschi et al. 2018) -------------------------------------------------------

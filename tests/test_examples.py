@@ -15,6 +15,7 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "black_box_pde": ({"num_trials": 6}, 0.7),  # the relative error
     "learning_rate": ({"num_trials": 5}, 0.8),
     "learned_schedule": ({"num_trials": 5}, 0.3),
+    "imaml": ({"num_steps": 25}, 0.25),
     "condensed_digits": ({"num_trials": 5}, 0.6),
 }
 

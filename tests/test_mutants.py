@@ -302,7 +302,7 @@ MUTANTS = [
     ),
     Mutant(
         "forget the half of the proximal term",
-        "episodes.py",
+        "proximal.py",
         "0.5 * strength * torch.stack",
         "1.0 * strength * torch.stack",
         SHAPES.format("episodes"),
