@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _tree
 from ._arguments import check_count
-from ._errors import HyperparameterError, ProblemError
+from ._errors import HyperparameterError, ObjectiveError, ProblemError
 from ._typing import Batch, Objective, Params
 from .operators import GaussNewton
 from .problem import AbstractProblem, BilevelProblem, same_batch
@@ -84,9 +84,19 @@ class Episodes(AbstractProblem):
             supports, queries = _stack(supports, "supports"), _stack(queries, "queries")
         inner_of_all = self.over_tasks(self.inner_objective)
         outer_of_all = self.over_tasks(self.outer_objective)
+        count = len(tasks)
+
+        def inner_objective(w: Params, lam: Params, batches: Batch) -> Tensor:
+            _check_number(w, count)
+            return _one_of_each(inner_of_all(w, lam, batches), count, "inner_objective").sum()
+
+        def outer_objective(w: Params, lam: Params, batches: Batch) -> Tensor:
+            _check_number(w, count)
+            return _one_of_each(outer_of_all(w, lam, batches), count, "outer_objective").mean()
+
         return EpisodeBatch(
-            lambda w, lam, batch: inner_of_all(w, lam, batch).sum(),
-            lambda w, lam, batch: outer_of_all(w, lam, batch).mean(),
+            inner_objective,
+            outer_objective,
             _always(supports),
             _always(queries),
             episodes=self,
@@ -186,13 +196,7 @@ class Episodes(AbstractProblem):
                 f"Episodes: tasks({step}) gave different tasks when called twice. A hypergradient replays them: draw "
                 f"them from the step alone, for example with torch.Generator().manual_seed(step)."
             )
-        count = len(self._tasks_of(step))
-        for k, v in inner_params.items():
-            if v.dim() == 0 or len(v) != count:
-                raise ProblemError(
-                    f"inner_params[{k!r}] has shape {tuple(v.shape)}, and tasks({step}) has {count} tasks; its first "
-                    f"dimension must be that of the tasks, as Episodes.start(...) gives it."
-                )
+        _check_number(inner_params, len(self._tasks_of(step)))
         if self.origin is not None:
             for k, v in inner_params.items():
                 check_shared(outer_params, self.origin, k, v.shape[1:], "Episodes(origin=")
@@ -240,12 +244,26 @@ class EpisodeBatch(BilevelProblem):
         Raises:
             ProblemError: naming both.
         """
-        for k, v in inner_params.items():
-            if v.dim() == 0 or len(v) != len(self.tasks):
-                raise ProblemError(
-                    f"inner_params[{k!r}] has shape {tuple(v.shape)}, and there are {len(self.tasks)} tasks; its "
-                    f"first dimension must be that of the tasks, as Episodes.start(...) gives it."
-                )
+        _check_number(inner_params, len(self.tasks))
+
+
+def _check_number(inner_params: Params, count: int) -> None:
+    for k, v in inner_params.items():
+        if v.dim() == 0 or len(v) != count:
+            raise ProblemError(
+                f"inner_params[{k!r}] has shape {tuple(v.shape)}, and there are {count} tasks; its first dimension must "
+                f"be that of the tasks, as Episodes.start(...) gives it, and each outer step must have as many."
+            )
+
+
+def _one_of_each(values: Tensor, count: int, label: str) -> Tensor:
+    """``(B,)``, or ``(B, 1)``, as ``(B,)``."""
+    if values.numel() != count:
+        raise ObjectiveError(
+            f"{label} returned a tensor of shape {tuple(values.shape[1:])} for a task; reduce it to a scalar, e.g. by "
+            f".mean()."
+        )
+    return values.reshape(count)
 
 
 def _shifted(inner_params: Params, outer_params: Params, origin: str) -> Params:

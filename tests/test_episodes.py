@@ -478,7 +478,7 @@ def changing():
             {"hidden": randn(2, 3, 4, seed=0), "head": randn(3, 4, seed=0)},
             theta(),
             ohg.ProblemError,
-            r"'hidden'\] has shape \(2, 3, 4\), and tasks\(0\) has 3 tasks",
+            r"'hidden'\] has shape \(2, 3, 4\), and there are 3 tasks",
         ),
         (changing(), None, theta(), ohg.ProblemError, "gave different tasks when called twice"),
         (imaml(), None, theta(), ohg.HyperparameterError, "no such outer parameter"),
@@ -504,6 +504,39 @@ def test_a_problem_that_does_not_fit_is_refused(
     w0 = maml().start(theta()) if inner_params is None else inner_params
     with pytest.raises(error, match=message):
         ohg.hypergradient(problem, w0, outer_params, estimator=ohg.Unroll(), inner_solver=STEPS)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_another_number_of_tasks_at_a_later_step_is_refused(vectorize: bool) -> None:
+    lam = theta()
+    problem = ohg.Episodes(
+        loss, loss, lambda step: tasks_of(step, 3 - step), "theta.", vectorize=vectorize
+    )
+    with pytest.raises(
+        ohg.ProblemError, match=r"there are 2 tasks; .* each outer step must have as many"
+    ):
+        ohg.minimize_bilevel(
+            problem,
+            problem.start(lam),
+            lam,
+            inner_solver=STEPS,
+            estimator=ohg.Unroll(),
+            num_steps=2,
+            warm_start=False,
+        )
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_an_objective_of_a_task_must_be_a_scalar(vectorize: bool) -> None:
+    def residuals(w, lam, batch):
+        return (batch[0] @ w["w"] - batch[1]) ** 2
+
+    problem = ohg.Episodes(residuals, residuals, tasks_of, vectorize=vectorize)
+    w0 = problem.start({"w": randn(3, seed=0)})
+    with pytest.raises(
+        ohg.ObjectiveError, match=r"inner_objective returned a tensor of shape \(6,\) for a"
+    ):
+        ohg.hypergradient(problem, w0, theta(), estimator=ohg.Unroll(), inner_solver=STEPS)
 
 
 def test_warm_starts_over_episodes_are_refused_unless_the_tasks_stay() -> None:

@@ -296,8 +296,8 @@ MUTANTS = [
     Mutant(
         "the sum of the tasks in place of their mean",
         "episodes.py",
-        "outer_of_all(w, lam, batch).mean()",
-        "outer_of_all(w, lam, batch).sum()",
+        'count, "outer_objective").mean()',
+        'count, "outer_objective").sum()',
         SHAPES.format("episodes"),
     ),
     Mutant(
