@@ -16,6 +16,7 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "learning_rate": ({"num_trials": 5}, 0.8),
     "learned_schedule": ({"num_trials": 5}, 0.3),
     "imaml": ({"num_steps": 25}, 0.25),
+    "pretraining": ({"num_steps": 10}, 0.45),
     "condensed_digits": ({"num_trials": 5}, 0.6),
 }
 
