@@ -21,6 +21,9 @@ from .check import check_hypergradient
 from .check_report import HypergradientReport
 from .evaluate import evaluate
 from .hypergradients import (
+    MASOBA,
+    SABA,
+    SOBA,
     Auto,
     ForwardGradient,
     ForwardMode,
@@ -56,6 +59,9 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CG",
     "LBFGS",
+    "MASOBA",
+    "SABA",
+    "SOBA",
     "Adam",
     "AdamW",
     "AtomicJournalFileBackend",

@@ -230,3 +230,88 @@ INNER_SOLVERS: list[tuple[AbstractInnerSolver, str, float]] = [
     (ohg.LBFGS(atol=1e-11), "ridge", 1e-9),
     (ohg.LBFGS(atol=1e-11), "quadratic", 1e-9),
 ]
+
+
+@dataclass(frozen=True)
+class SingleLoopRow:
+    """A single-loop or penalty method on a problem whose ``lam`` is held: near the truth after ``num_steps``."""
+
+    estimator: AbstractHypergradientEstimator
+    inner_solver: AbstractInnerSolver | None
+    problem: str
+    num_steps: int = 1
+    rtol: float | None = None
+    error: type[Exception] | None = None
+    message: str = ""
+
+    def __str__(self) -> str:
+        return f"{type(self.estimator).__name__}-{type(self.inner_solver).__name__}-{self.problem}"
+
+
+ONE_STEP = {
+    "ridge": ohg.GradientDescent(0.5, max_steps=1),
+    "quadratic": ohg.GradientDescent(0.25, max_steps=1),
+    "logistic": ohg.GradientDescent(2.0, max_steps=1),
+}
+ONE_BATCH = {"num_inner_batches": 1, "num_outer_batches": 1}
+
+SINGLE_LOOP = [
+    *(
+        SingleLoopRow(estimator, ONE_STEP[p], p, 400, rtol=1e-4)
+        for estimator in (ohg.SOBA(), ohg.MASOBA(theta=0.3), ohg.SABA(**ONE_BATCH))
+        for p in CONVEX
+    ),
+    SingleLoopRow(
+        ohg.SOBA(0.25), ohg.HeavyBall(0.2, max_steps=1, momentum=0.8), "quadratic", 400, rtol=1e-7
+    ),
+    SingleLoopRow(
+        ohg.MASOBA(lambda t: 0.25),
+        ohg.Adam(lambda lam, t: 0.3 * 0.985**t, 1),
+        "quadratic",
+        600,
+        1e-4,
+    ),
+    *(
+        SingleLoopRow(estimator, solver, "quadratic", error=error, message=message)
+        for estimator in (ohg.SOBA(), ohg.MASOBA(), ohg.SABA(**ONE_BATCH))
+        for solver, error, message in (
+            (None, ohg.RequirementError, "none was given that takes steps"),
+            (EXACT, ohg.RequirementError, "LBFGS is none that takes steps"),
+            (
+                ohg.GradientDescent(0.1),
+                ohg.RequirementError,
+                "has max_steps=100.* pass max_steps=1",
+            ),
+            (ohg.Adam(0.1, max_steps=1), ohg.RequirementError, r"\(step_size=0\.1\)"),
+            (
+                ohg.GradientDescent(0.1, max_steps=1, weight_decay=0.1),
+                ohg.RequirementError,
+                "Write the decay into inner_objective",
+            ),
+        )
+    ),
+    *(
+        SingleLoopRow(
+            estimator,
+            ohg.HeavyBall("lr", max_steps=1, momentum="momentum"),
+            "momentum_descent",
+            error=ohg.ZeroHypergradientError,
+            message=r"'lr', 'momentum' steers the inner solver .* Use Unroll",
+        )
+        for estimator in (ohg.SOBA(0.1), ohg.MASOBA(0.1), ohg.SABA(0.1, **ONE_BATCH))
+    ),
+    SingleLoopRow(
+        ohg.SABA(num_inner_batches=7, num_outer_batches=5, memory_budget=1000),
+        ONE_STEP["quadratic"],
+        "quadratic",
+        error=ohg.RequirementError,
+        message=r"7 x \(2 x 10 \+ 7\) \+ 5 x \(10 \+ 7\) numbers, 0\.0 MB.* use MASOBA",
+    ),
+    SingleLoopRow(
+        ohg.SABA(num_inner_batches=2, num_outer_batches=1),
+        ONE_STEP["quadratic"],
+        "quadratic",
+        error=ohg.RequirementError,
+        message="draws from 2 batches, and the problem has no inner_batch",
+    ),
+]

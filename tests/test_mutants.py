@@ -40,6 +40,7 @@ OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
+SINGLE = "tests/test_single_loop.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
 MUTANTS = [
@@ -255,6 +256,48 @@ MUTANTS = [
         "            self._exact.check_start()\n",
         "",
         f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
+    ),
+    Mutant(
+        "solve the linear system of a single loop for the opposite",
+        "hypergradients/_single_loop.py",
+        "residual = product - seen.cotangent",
+        "residual = product + seen.cotangent",
+        f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[soba]",
+    ),
+    Mutant(
+        "flip the sign of the indirect term in a single loop",
+        "hypergradients/_single_loop.py",
+        "None if c is None else -c",
+        "None if c is None else c",
+        f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[soba]",
+    ),
+    Mutant(
+        "weigh the average of a single loop the wrong way round",
+        "hypergradients/_single_loop.py",
+        "torch.lerp(h, d, theta)",
+        "torch.lerp(d, h, theta)",
+        f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[ma_soba]",
+    ),
+    Mutant(
+        "never shorten the steps of a linear system",
+        "hypergradients/_pace.py",
+        "if growth <= _TOO_MUCH:",
+        "if True:",
+        f"{SINGLE}::test_steps_under_which_the_linear_system_diverges_are_shortened[21.0]",
+    ),
+    Mutant(
+        "forget what a table remembers of a batch",
+        "hypergradients/saba.py",
+        "found[name] = mean + change",
+        "found[name] = mean + rows[name]",
+        f"{SINGLE}::test_tables_of_past_gradients_take_the_noise_away",
+    ),
+    Mutant(
+        "do not write what a batch says into its table",
+        "hypergradients/saba.py",
+        "table[index] = rows[name]",
+        "pass",
+        f"{SINGLE}::test_tables_of_past_gradients_take_the_noise_away",
     ),
 ]
 

@@ -39,6 +39,33 @@ def test_estimator_matches_the_truth_or_names_the_mismatch(row: cases.Row) -> No
         assert estimate.value[k].dtype == v.dtype
 
 
+@pytest.mark.parametrize("row", cases.SINGLE_LOOP, ids=str)
+def test_single_loop_reaches_the_truth_or_names_the_mismatch(row: cases.SingleLoopRow) -> None:
+    case = cases.case(row.problem)
+    where = case.problem, row.inner_solver
+
+    def first() -> ohg.HypergradientEstimate:
+        return ohg.hypergradient(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            estimator=row.estimator,
+            inner_solver=row.inner_solver,
+        )
+
+    if row.error is not None:
+        with pytest.raises(row.error, match=row.message):
+            first()
+        return
+    found = first()
+    for t in range(1, row.num_steps):
+        found = row.estimator.estimate(
+            *where, found.inner_params, case.outer_params, t, found.state
+        )
+        assert found.result.success, found.result.message
+    assert problems.relative_error(found.value, cases.truth(row.problem)) < row.rtol
+
+
 @pytest.mark.parametrize("row", cases.LINEAR_SOLVERS, ids=lambda r: f"{r.solver.name}-{r.matrix}")
 def test_linear_solver_converges_or_says_why_not(row: cases.SolverRow) -> None:
     matrix = make_matrix(row.matrix)
@@ -71,7 +98,10 @@ def test_inner_solver_reaches_the_solution(
 @pytest.mark.parametrize(
     ("registered", "table"),
     [
-        (hypergradients.REGISTRY, [type(r.estimator) for r in cases.HYPERGRADIENTS]),
+        (
+            hypergradients.REGISTRY,
+            [type(r.estimator) for r in (*cases.HYPERGRADIENTS, *cases.SINGLE_LOOP)],
+        ),
         (ihvp.REGISTRY, [type(r.solver) for r in cases.LINEAR_SOLVERS]),
         (inner.REGISTRY, [type(r[0]) for r in cases.INNER_SOLVERS]),
     ],

@@ -16,7 +16,10 @@ from .auto import Auto, Choice
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
+from .ma_soba import MASOBA
 from .reversible import Reversible
+from .saba import SABA
+from .soba import SOBA
 from .two_phase import Stalled, TwoPhase
 from .unroll import Unroll
 from .zeroth_order import ZerothOrder
@@ -24,7 +27,10 @@ from .zeroth_order import ZerothOrder
 REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[type-abstract]
 
 __all__ = [
+    "MASOBA",
     "REGISTRY",
+    "SABA",
+    "SOBA",
     "AbstractDirectionalEstimator",
     "AbstractHypergradientEstimator",
     "AbstractPullbackEstimator",
