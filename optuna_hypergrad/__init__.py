@@ -21,7 +21,10 @@ from .check import check_hypergradient
 from .check_report import HypergradientReport
 from .evaluate import evaluate
 from .hypergradients import (
+    BOME,
+    F2SA,
     MASOBA,
+    PBGD,
     SABA,
     SOBA,
     Auto,
@@ -57,9 +60,12 @@ from .studies import (
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "BOME",
     "CG",
+    "F2SA",
     "LBFGS",
     "MASOBA",
+    "PBGD",
     "SABA",
     "SOBA",
     "Adam",

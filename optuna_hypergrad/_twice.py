@@ -43,8 +43,8 @@ def check_differentiable_twice(gradients: Iterable[Tensor]) -> None:
         raise RequirementError(
             "inner_objective uses a torch.autograd.Function whose backward is marked once_differentiable, so its "
             "second derivatives would be left out. Write its backward with differentiable operations and without "
-            "the mark, use an operation of torch in its place, or use a penalty method (F2SA, PBGD, BOME), which takes "
-            "first derivatives only, or ZerothOrder."
+            "the mark, use an operation of torch in its place, or use ZerothOrder, or a penalty method (F2SA, PBGD, "
+            "BOME), which takes first derivatives only."
         )
 
 
@@ -53,8 +53,8 @@ def other_ways(said: str) -> str:
     math = " (attention: under torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
     return (
         f"Write it with operations that torch can differentiate twice{math if 'scaled_dot_product' in said else ''}, "
-        f"or use a penalty method (F2SA, PBGD, BOME), which takes first derivatives only, or ZerothOrder, which takes "
-        f"none."
+        f"or use ZerothOrder, which differentiates nothing, or a penalty method (F2SA, PBGD, BOME), which takes first "
+        f"derivatives only."
     )
 
 

@@ -314,4 +314,37 @@ SINGLE_LOOP = [
         error=ohg.RequirementError,
         message="draws from 2 batches, and the problem has no inner_batch",
     ),
+    *(SingleLoopRow(ohg.F2SA(1e4), EXACT, p, rtol=1e-2) for p in CONVEX),
+    *(SingleLoopRow(ohg.F2SA(1e3, central=True), EXACT, p, rtol=1e-4) for p in CONVEX),
+    *(SingleLoopRow(ohg.PBGD(1e4), ONE_STEP[p], p, 400, rtol=1e-2) for p in CONVEX),
+    *(
+        SingleLoopRow(estimator, solver, "quadratic", error=error, message=message)
+        for estimator in (ohg.F2SA(), ohg.PBGD(), ohg.BOME())
+        for solver, error, message in (
+            (None, ohg.RequirementError, "none was given"),
+            (ohg.BlackBox(len), ohg.RequirementError, r"\(BlackBox\).* takes ZerothOrder"),
+            (
+                ohg.GradientDescent(0.1, max_steps=1, weight_decay=0.1),
+                ohg.RequirementError,
+                "Write the decay into inner_objective",
+            ),
+        )
+    ),
+    *(
+        SingleLoopRow(estimator, EXACT, "quadratic", error=ohg.RequirementError, message=message)
+        for estimator, message in (
+            (ohg.PBGD(), r"given LBFGS, whose step size .*PBGD\(step_size=0\.1\)"),
+            (ohg.BOME(), r"given LBFGS, whose step size .*BOME\(step_size=0\.1\)"),
+        )
+    ),
+    *(
+        SingleLoopRow(
+            estimator,
+            ohg.HeavyBall("lr", max_steps=1, momentum="momentum"),
+            "momentum_descent",
+            error=ohg.ZeroHypergradientError,
+            message=r"'lr', 'momentum' steers the inner solver .* Use Unroll",
+        )
+        for estimator in (ohg.F2SA(), ohg.PBGD(step_size=0.1), ohg.BOME(step_size=0.1))
+    ),
 ]

@@ -40,6 +40,7 @@ OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
+PENALTIES = "tests/test_penalties.py"
 SINGLE = "tests/test_single_loop.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
@@ -298,6 +299,34 @@ MUTANTS = [
         "table[index] = rows[name]",
         "pass",
         f"{SINGLE}::test_tables_of_past_gradients_take_the_noise_away",
+    ),
+    Mutant(
+        "take the outer gradient of a penalty at the wrong one of two solutions",
+        "hypergradients/f2sa.py",
+        "direct = at(above, True).outer",
+        "direct = at(z, True).outer",
+        f"{PENALTIES}::test_penalties_of_a_coupled_outer_objective_equal_the_closed_form",
+    ),
+    Mutant(
+        "forget the half of central penalties",
+        "hypergradients/f2sa.py",
+        "scale = 0.5 * s if self.central else s",
+        "scale = s",
+        f"{PENALTIES}::test_penalized_solutions_equal_the_closed_form[True]",
+    ),
+    Mutant(
+        "drop the inner gradient at the inner solution from a penalty",
+        "hypergradients/_penalty.py",
+        "found[k] = x if y is None else x - y",
+        "found[k] = x",
+        f"{PENALTIES}::test_penalized_solutions_equal_the_closed_form[False]",
+    ),
+    Mutant(
+        "let the barrier push back where the inner objective falls by itself",
+        "hypergradients/bome.py",
+        "return max(0.0, self.barrier -",
+        "return max(-1e9, self.barrier -",
+        f"{PENALTIES}::test_both_variables_move_from_the_same_point[bome]",
     ),
 ]
 

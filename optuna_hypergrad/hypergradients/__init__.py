@@ -13,10 +13,13 @@ from ._base import (
 )
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from .auto import Auto, Choice
+from .bome import BOME
+from .f2sa import F2SA
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
 from .implicit import Implicit
 from .ma_soba import MASOBA
+from .pbgd import PBGD
 from .reversible import Reversible
 from .saba import SABA
 from .soba import SOBA
@@ -27,7 +30,10 @@ from .zeroth_order import ZerothOrder
 REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[type-abstract]
 
 __all__ = [
+    "BOME",
+    "F2SA",
     "MASOBA",
+    "PBGD",
     "REGISTRY",
     "SABA",
     "SOBA",
