@@ -22,6 +22,7 @@ from .check_report import HypergradientReport
 from .evaluate import evaluate
 from .hypergradients import (
     BOME,
+    BROS,
     F2SA,
     MASOBA,
     PBGD,
@@ -61,6 +62,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BOME",
+    "BROS",
     "CG",
     "F2SA",
     "LBFGS",

@@ -347,4 +347,15 @@ SINGLE_LOOP = [
         )
         for estimator in (ohg.F2SA(), ohg.PBGD(step_size=0.1), ohg.BOME(step_size=0.1))
     ),
+    SingleLoopRow(ohg.BROS(rank=0.5, theta=0.05), ONE_STEP["quadratic"], "quadratic", 400, 1e-3),
+    SingleLoopRow(
+        ohg.BROS(rank=3, law="orthonormal", theta=0.05), ONE_STEP["logistic"], "logistic", 400, 1e-2
+    ),
+    SingleLoopRow(
+        ohg.BROS(),
+        ONE_STEP["ridge"],
+        "ridge",
+        error=ohg.RequirementError,
+        message="no matrix among the inner parameters, and leaves vectors whole; use MASOBA",
+    ),
 ]

@@ -40,6 +40,7 @@ OUTER = "tests/test_minimize_bilevel.py"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
+BROS = "tests/test_bros.py"
 PENALTIES = "tests/test_penalties.py"
 SINGLE = "tests/test_single_loop.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
@@ -327,6 +328,41 @@ MUTANTS = [
         "return max(0.0, self.barrier -",
         "return max(-1e9, self.barrier -",
         f"{PENALTIES}::test_both_variables_move_from_the_same_point[bome]",
+    ),
+    Mutant(
+        "sketch the Hessian on both sides with one sketch",
+        "hypergradients/bros.py",
+        "return along(v, True)",
+        "return along({k: s.up(s.down(v[k])) for k, s in sketches.items()}, True)",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[one_sided-gaussian-2]",
+    ),
+    Mutant(
+        "forget the second signs of the probe",
+        "hypergradients/bros.py",
+        "(x - e[k] * second.product[k])",
+        "(x - second.product[k])",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-gaussian-3]",
+    ),
+    Mutant(
+        "forget the factor of the probe",
+        "hypergradients/bros.py",
+        "correction = self.rank / (self.rank - 1)",
+        "correction = 1.0",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-rademacher-2]",
+    ),
+    Mutant(
+        "take the same sketch for both sides of two",
+        "hypergradients/bros.py",
+        "others = self._drawn(count, 1, inner_params)",
+        "others = sketches",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[two_sketch-orthonormal-2]",
+    ),
+    Mutant(
+        "hold on to the gradients of all blocks",
+        "hypergradients/_sketches.py",
+        "        leaf.grad = None\n",
+        "",
+        f"{BROS}::test_no_gradient_of_more_than_one_block_lives_at_a_time",
     ),
 ]
 

@@ -14,6 +14,7 @@ from ._base import (
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from .auto import Auto, Choice
 from .bome import BOME
+from .bros import BROS
 from .f2sa import F2SA
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
@@ -31,6 +32,7 @@ REGISTRY = registry(AbstractHypergradientEstimator, globals())  # type: ignore[t
 
 __all__ = [
     "BOME",
+    "BROS",
     "F2SA",
     "MASOBA",
     "PBGD",

@@ -69,7 +69,7 @@ class Derivatives(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AbstractSingleLoop(AbstractHypergradientEstimator):
+class AbstractOneStep(AbstractHypergradientEstimator):
     """Settings of all methods that take one step of the linear system for each step of ``w`` and ``lam``.
 
     The inner solver moves ``w``, by one step (``max_steps=1``), with whatever momentum it has; the outer
@@ -122,6 +122,24 @@ class AbstractSingleLoop(AbstractHypergradientEstimator):
                 f"{type(inner_solver).__name__}, whose step size means something else; give v one of its own, below "
                 f"2 / lambda_max of the inner Hessian: {label}(step_size=0.1)."
             )
+
+    def _step_size(
+        self, solver: AbstractStepSolver, outer_params: Params, index: int, count: int
+    ) -> float:
+        if self.step_size is None:
+            found: Any = solver.setting("step_size", outer_params, index)
+            if isinstance(found, dict):
+                raise RequirementError(
+                    f"{type(self).__name__}() moves v with the inner solver's step size, which is a factor for each "
+                    f"inner parameter; give v one of its own: {type(self).__name__}(step_size=0.1)."
+                )
+            return float(found)
+        return scheduled(type(self).__name__, "step_size", self.step_size, count)
+
+
+@dataclass(frozen=True)
+class AbstractSingleLoop(AbstractOneStep):
+    """A method of that kind with full-size directions: :meth:`_directions` is all that it has of its own."""
 
     def estimate(
         self,
@@ -209,19 +227,6 @@ class AbstractSingleLoop(AbstractHypergradientEstimator):
     def _averaged(self, value: Params, state: EstimatorState) -> tuple[Params, Params]:
         """The estimate, from this step's direction, and what is remembered for it."""
         return value, {}
-
-    def _step_size(
-        self, solver: AbstractStepSolver, outer_params: Params, index: int, count: int
-    ) -> float:
-        if self.step_size is None:
-            found: Any = solver.setting("step_size", outer_params, index)
-            if isinstance(found, dict):
-                raise RequirementError(
-                    f"{type(self).__name__}() moves v with the inner solver's step size, which is a factor for each "
-                    f"inner parameter; give v one of its own: {type(self).__name__}(step_size=0.1)."
-                )
-            return float(found)
-        return scheduled(type(self).__name__, "step_size", self.step_size, count)
 
 
 def single_step(label: str, inner_solver: AbstractInnerSolver | None) -> AbstractStepSolver:
