@@ -44,7 +44,8 @@ class BilevelResult:
 
     Attributes:
         outer_params: ``lam`` after the last outer step: external values, inside their bounds.
-        inner_params: ``w`` after a last inner solve at that ``lam``.
+        inner_params: ``w`` after a last inner solve at that ``lam``; after the last step, with estimators that move it
+            by one at a time.
         outer_value: ``f(w, lam)`` there.
         value_kind: What ``outer_value`` is: ``"cold"`` or ``"warm"``. Warm-started values flatter.
         retrained_value: ``f`` after training again from the first ``inner_params`` with the final
@@ -225,7 +226,11 @@ def minimize_bilevel(
                     raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
         if not result and throw:
             raise SolverError(result.message, result)
-        last = _final_solve(problem, inner_solver, inner_params, run)
+        last = (
+            _final_solve(problem, inner_solver, inner_params, run)
+            if estimator.solves
+            else InnerSolution(run.inner_params, {}, 0, math.nan, math.nan)
+        )
         if result and not last.result:
             result = last.result
         value = outer_value_at(problem, last.inner_params, run.outer_params, num_steps)

@@ -108,6 +108,8 @@ class AbstractHypergradientEstimator(abc.ABC):
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    solves: ClassVar[bool] = True
+    """Whether it solves the inner problem, so that a run ends with a solve at its last ``lam``; otherwise it moves ``w``."""
 
     def check(  # noqa: B027
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class AbstractOneStep(AbstractHypergradientEstimator):
             a schedule): the papers use one for both.
         damping: Added to the diagonal of ``H``. A bias; what makes singular problems solvable.
     """
+
+    solves: ClassVar[bool] = False
 
     step_size: Schedule | None = None
     damping: float = field(default=0.0, kw_only=True)
@@ -277,7 +279,6 @@ def derivatives(
     check_twice: bool,
 ) -> Derivatives:
     """All five on one inner and one outer batch: two gradients and one walk of the graph of one of them."""
-    outer_value, by_w, direct = outer_gradients(problem, inner_params, outer_params, outer_index)
     layout = Flattener(inner_params)
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
@@ -303,15 +304,13 @@ def derivatives(
             [edge for edge, _ in alive], (*w.values(), *lam.values()), [part for _, part in alive]
         )
     hv = [torch.zeros_like(x) if h is None else h for x, h in zip(w.values(), found, strict=False)]
-    return Derivatives(
-        value.detach(),
-        outer_value,
-        [s.detach() for s in slopes],
-        layout.flatten(hv),
-        layout.flatten(list(by_w.values())),
-        direct,
-        {k: None if c is None else -c for k, c in zip(lam, found[len(w) :], strict=True)},
-    )
+    indirect = {k: None if c is None else -c for k, c in zip(lam, found[len(w) :], strict=True)}
+    inner_value, slope = value.detach(), [s.detach() for s in slopes]
+    product = layout.flatten(hv)
+    del objective, value, slopes, alive, found, hv  # the graph goes before the outer one comes
+    outer_value, by_w, direct = outer_gradients(problem, inner_params, outer_params, outer_index)
+    cotangent = layout.flatten(list(by_w.values()))
+    return Derivatives(inner_value, outer_value, slope, product, cotangent, direct, indirect)
 
 
 def directions(
