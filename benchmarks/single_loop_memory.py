@@ -44,8 +44,8 @@ def resident(what: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
-def measured(name: str, kind: str, width: int, depth: int) -> tuple[float, float]:
-    """Peak above the start, and the weights, in MB."""
+def prepared(name: str, kind: str, width: int, depth: int) -> Callable[[], object]:
+    """The steps, with data and weights in place."""
     generator = torch.Generator().manual_seed(0)
     w = {
         f"w{i}": torch.randn(width, width, generator=generator).div_(width**0.5)
@@ -77,24 +77,28 @@ def measured(name: str, kind: str, width: int, depth: int) -> tuple[float, float
     else:
         inner, lam = decayed, {"decay": torch.full((depth,), 1e-4)}
     make = METHODS[name]
-    small = {k: v[:2, :2].clone() for k, v in w.items()}  # what torch loads on its first steps
-    torch.autograd.grad(torch.tanh(small["w0"].requires_grad_() @ small["w1"]).sum(), small["w0"])
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     if make is None:
         leaves = {k: v.requires_grad_() for k, v in w.items()}
-        torch.autograd.grad(inner(leaves, lam, None), list(leaves.values()))
-    else:
-        ohg.minimize_bilevel(
-            ohg.BilevelProblem(inner, outer),
-            w,
-            lam,
-            inner_solver=ohg.GradientDescent(0.01, max_steps=1),
-            estimator=make(),
-            num_steps=3,
-            bounds={k: ohg.Domain(1e-8, 1.0, log=True) for k in lam},
-        )
-    return resident("VmHWM") - before, sum(v.numel() for v in w.values()) * 4 / 2**20
+        return lambda: torch.autograd.grad(inner(leaves, lam, None), list(leaves.values()))
+    return lambda: ohg.minimize_bilevel(
+        ohg.BilevelProblem(inner, outer),
+        w,
+        lam,
+        inner_solver=ohg.GradientDescent(0.01, max_steps=1),
+        estimator=make(),
+        num_steps=3,
+        bounds={k: ohg.Domain(1e-8, 1.0, log=True) for k in lam},
+    )
+
+
+def measured(name: str, kind: str, width: int, depth: int) -> tuple[float, float]:
+    """Peak above the start, and the weights, in MB."""
+    prepared(name, kind, 40, depth)()  # what is loaded once does not count
+    steps = prepared(name, kind, width, depth)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    steps()
+    return resident("VmHWM") - before, depth * width**2 * 4 / 2**20
 
 
 def table(kind: str, width: int, depth: int) -> list[str]:

@@ -90,6 +90,12 @@ def check_hypergradient(
         raise RequirementError(
             f"check_hypergradient checks an estimator such as Implicit() or Unroll(), not {estimator!r:.80}."
         )
+    if not estimator.solves:
+        raise RequirementError(
+            f"check_hypergradient takes one estimate, and {type(estimator).__name__} comes near the hypergradient over many "
+            f"steps only, as w and v do: watch residual in the stats of a run, or compare where it ends with a run by "
+            f"Implicit()."
+        )
     solver = reference_solver or inner_solver
     if solver is None:
         raise RequirementError(

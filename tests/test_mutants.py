@@ -262,8 +262,8 @@ MUTANTS = [
     Mutant(
         "solve the linear system of a single loop for the opposite",
         "hypergradients/_single_loop.py",
-        "residual = product - seen.cotangent",
-        "residual = product + seen.cotangent",
+        "residual, scale = product - cotangent",
+        "residual, scale = product + cotangent",
         f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[soba]",
     ),
     Mutant(

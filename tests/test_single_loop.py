@@ -265,6 +265,25 @@ def test_an_overflow_is_said_in_words() -> None:
     assert "lower step_size (of v)" in found.result.message
 
 
+def test_a_run_ends_after_its_last_step_without_another_of_the_inner_solver() -> None:
+    problem, _ = sampled(3)
+    w, lam = {"w": torch.zeros(6, dtype=F64)}, {"x": torch.ones(4, dtype=F64)}
+    found = ohg.minimize_bilevel(
+        problem, w, lam, inner_solver=ONE, estimator=ohg.SOBA(), num_steps=1
+    )
+    gradient = torch.func.grad(lambda w: problem.inner_objective(w, lam, 0))(w)
+    assert relative_error(found.inner_params, {"w": -0.1 * gradient["w"]}) < 1e-13
+    after = problem.outer_objective(found.inner_params, found.outer_params, 1)
+    assert found.outer_value == pytest.approx(float(after), rel=1e-13)
+
+
+def test_one_estimate_is_not_held_against_finite_differences() -> None:
+    problem, _ = sampled(3)
+    w, lam = {"w": torch.zeros(6, dtype=F64)}, {"x": torch.ones(4, dtype=F64)}
+    with pytest.raises(ohg.RequirementError, match="SOBA comes near the hypergradient over many"):
+        ohg.check_hypergradient(problem, w, lam, estimator=ohg.SOBA(), inner_solver=ONE)
+
+
 def test_cold_starts_are_refused() -> None:
     problem, _ = sampled(3)
     with pytest.raises(ohg.RequirementError, match="use warm_start=True"):

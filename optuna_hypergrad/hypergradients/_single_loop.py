@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -161,19 +162,19 @@ class AbstractSingleLoop(AbstractOneStep):
         if v is None:
             v = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
         w = _tree.detach(inner_params)
-        seen = self._directions(problem, w, outer_params, v, step, count, state)
-
-        def evaluate(at: Params) -> tuple[Tensor, Params]:
-            if at is not w:
-                raise RequirementError(
-                    f"{type(solver).__name__} asks for the inner gradient at another point than w, and {label} knows "
-                    f"it at w only; use GradientDescent, HeavyBall or Adam."
-                )
-            return seen.inner_value, seen.slope
+        inner_value, outer_value, slope, product, cotangent, value, tensors = self._directions(
+            problem, w, outer_params, v, step, count, state
+        )
 
         memory = solver.init(w) if state.solver_state is None else state.solver_state
-        moved, memory, _, _ = solver.step(evaluate, w, outer_params, memory, state.inner_index)
-        product = seen.product
+        moved, memory, _, _ = solver.step(
+            functools.partial(_known, w, (inner_value, slope), label, type(solver).__name__),
+            w,
+            outer_params,
+            memory,
+            state.inner_index,
+        )
+        del slope  # vectors of the size of w go as soon as they can
         if self.damping:
             product = product.add(v, alpha=self.damping)
         pace = paced(
@@ -186,17 +187,17 @@ class AbstractSingleLoop(AbstractOneStep):
             ),
             state.numbers,
         )
-        residual = product - seen.cotangent
-        scale = float(seen.cotangent.norm())
-        value, tensors = self._averaged(seen.value, state)
+        residual, scale = product - cotangent, float(cotangent.norm())
+        del product, cotangent
+        value, average = self._averaged(value, state)
         result = _first_failure(
-            verdict(solver, moved, float(seen.inner_value), math.nan, True),
+            verdict(solver, moved, float(inner_value), math.nan, True),
             pace.result,
-            _finite(value, seen.outer_value),
+            _finite(value, outer_value),
         )
         return HypergradientEstimate(
             value,
-            seen.outer_value,
+            outer_value,
             moved,
             result,
             {
@@ -208,7 +209,7 @@ class AbstractSingleLoop(AbstractOneStep):
             EstimatorState(
                 state.inner_index + 1,
                 memory or None,
-                {**seen.tensors, **tensors, "v": v.sub(residual, alpha=pace.step_size)},
+                {**tensors, **average, "v": v.sub(residual, alpha=pace.step_size)},
                 {**pace.numbers, "count": count + 1.0},
             ),
         )
@@ -229,6 +230,18 @@ class AbstractSingleLoop(AbstractOneStep):
     def _averaged(self, value: Params, state: EstimatorState) -> tuple[Params, Params]:
         """The estimate, from this step's direction, and what is remembered for it."""
         return value, {}
+
+
+def _known(
+    at: Params, known: tuple[Tensor, Params], label: str, solver: str, asked: Params
+) -> tuple[Tensor, Params]:
+    """What a solver asks for, which is known at one point only."""
+    if asked is not at:
+        raise RequirementError(
+            f"{solver} asks for the inner gradient at another point than w, and {label} knows it at w only; use "
+            f"GradientDescent, HeavyBall or Adam."
+        )
+    return known
 
 
 def single_step(label: str, inner_solver: AbstractInnerSolver | None) -> AbstractStepSolver:
