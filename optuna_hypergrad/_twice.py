@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from ._errors import RequirementError
@@ -14,8 +15,11 @@ from ._errors import RequirementError
 
 def nodes_of(*roots: Tensor) -> set[Node]:
     """All of the graph behind some tensors."""
+    return _reached([t.grad_fn for t in roots])
+
+
+def _reached(ahead: list[Node | None]) -> set[Node]:
     known: set[Node] = set()
-    ahead = [t.grad_fn for t in roots]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in known:
@@ -33,13 +37,40 @@ def goes_through_once_differentiable(gradients: Iterable[Tensor]) -> bool:
     return any(node.name() == "torch::autograd::Error" for node in nodes_of(*gradients))
 
 
-def check_differentiable_twice(gradients: Iterable[Tensor]) -> None:
+def _is_marked_between(value: Tensor, leaves: Iterable[Tensor]) -> bool:
+    """Whether such a function stands between ``leaves`` and ``value``.
+
+    The graph of a gradient does not tell where what comes after it is linear: it is a constant there.
+    """
+    ends = {id(leaf) for leaf in leaves}
+
+    def marked(node: Node) -> bool:
+        backward = getattr(getattr(type(node), "_forward_cls", None), "backward", None)
+        code = getattr(backward, "__code__", None)
+        return code is not None and code.co_filename == once_differentiable.__code__.co_filename
+
+    return any(
+        id(getattr(behind, "variable", None)) in ends
+        for node in nodes_of(value)
+        if marked(node)
+        for behind in _reached([follower for follower, _ in node.next_functions])
+    )
+
+
+def check_differentiable_twice(
+    gradients: Iterable[Tensor], value: Tensor | None = None, leaves: Iterable[Tensor] = ()
+) -> None:
     """Refuse gradients of the inner objective whose own derivatives would lack something.
+
+    Args:
+        gradients: Of ``value`` with respect to ``leaves``.
 
     Raises:
         RequirementError: saying what to do.
     """
-    if goes_through_once_differentiable(gradients):
+    if goes_through_once_differentiable(gradients) or (
+        value is not None and _is_marked_between(value, leaves)
+    ):
         raise RequirementError(
             "inner_objective uses a torch.autograd.Function whose backward is marked once_differentiable, so its "
             "second derivatives would be left out. Write its backward with differentiable operations and without "

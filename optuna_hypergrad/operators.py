@@ -159,7 +159,7 @@ class InnerGraph:
             gradients = torch.autograd.grad(
                 value, self._leaves, create_graph=True, materialize_grads=True
             )
-        check_differentiable_twice(gradients)
+        check_differentiable_twice(gradients, value, self._leaves)
         self.value = value.detach()
         detached = [g.detach() for g in gradients]
         self.gradient_norm = float(_tree.norm(_tree.from_list(self.layout.names, detached)))

@@ -355,22 +355,35 @@ class OnlyOnce(torch.autograd.Function):
         return torch.from_numpy(2 * slope.numpy() * x.numpy())
 
 
-@pytest.mark.parametrize("operation", ["marked", "torch's own"])
+@pytest.mark.parametrize("operation", ["marked", "marked and last", "torch's own"])
 def test_what_has_no_second_derivative_is_told_of_methods_that_need_none(operation: str) -> None:
     def inner(w, lam, _):
+        if operation == "marked and last":  # its gradient has no graph
+            return OnlyOnce.apply(w["w"]).sum() - (w["w"] * lam["x"]).sum()
         if operation == "marked":
             return (w["w"] * OnlyOnce.apply(w["w"] - lam["x"])).sum()
         return torch.nn.functional.pdist((w["w"] - lam["x"])[:, None]).sum() + w["w"].square().sum()
 
     problem = ohg.BilevelProblem(inner, lambda w, lam, _: w["w"].sum())
-    with pytest.raises(ohg.RequirementError, match=r"penalty method \(F2SA, PBGD, BOME\)"):
-        ohg.hypergradient(
-            problem,
-            {"w": randn(3, seed=1)},
-            {"x": randn(3, seed=2)},
-            estimator=ohg.SOBA(),
-            inner_solver=ONE,
-        )
+    for estimator, solver in ((ohg.SOBA(), ONE), (ohg.Implicit(), None)):
+        with pytest.raises(ohg.RequirementError, match=r"penalty method \(F2SA, PBGD, BOME\)"):
+            ohg.hypergradient(
+                problem,
+                {"w": randn(3, seed=1)},
+                {"x": randn(3, seed=2)},
+                estimator=estimator,
+                inner_solver=solver,
+            )
+
+
+def test_a_derivative_of_hyperparameters_alone_need_not_be_differentiable_twice() -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: w["w"].square().sum() - w["w"] @ OnlyOnce.apply(lam["x"]),
+        lambda w, lam, _: w["w"].sum(),
+    )
+    x = randn(3, seed=2)
+    found = ohg.hypergradient(problem, {"w": x**2 / 2}, {"x": x}, estimator=ohg.Implicit())
+    assert relative_error(found.value, {"x": x}) < 1e-12
 
 
 def test_what_evaluates_elsewhere_is_refused() -> None:

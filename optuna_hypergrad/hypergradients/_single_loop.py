@@ -305,7 +305,7 @@ def derivatives(
             value, tuple(w.values()), create_graph=True, materialize_grads=True
         )
     if check_twice:
-        check_differentiable_twice(slopes)
+        check_differentiable_twice(slopes, value, w.values())
     alive = [
         (get_gradient_edge(s), p)
         for s, p in zip(slopes, layout.split(v), strict=True)
