@@ -23,9 +23,11 @@ from .check_report import HypergradientReport
 from .evaluate import evaluate
 from .hypergradients import (
     Auto,
+    DeltaSTN,
     ForwardGradient,
     ForwardMode,
     HypergradientEstimate,
+    Hypernetwork,
     Implicit,
     Reversible,
     Stalled,
@@ -67,6 +69,7 @@ __all__ = [
     "BlackBox",
     "ConnectionLostError",
     "CorruptTensorError",
+    "DeltaSTN",
     "DifferentiableTrial",
     "Direct",
     "Domain",
@@ -80,6 +83,7 @@ __all__ = [
     "HypergradientEstimate",
     "HypergradientReport",
     "HypergradientSampler",
+    "Hypernetwork",
     "HyperparameterError",
     "Identity",
     "Implicit",

@@ -76,6 +76,39 @@ HYPERGRADIENTS = [
         for p in CONVEX
     ),
     *(Row(ohg.Auto(), EXACT, p, rtol=1e-5) for p in CONVEX),
+    # Proxies, fitted to the end in one estimate; ridge is curved in its hyperparameters: O(scale^2).
+    Row(
+        ohg.DeltaSTN(ohg.GradientDescent(0.02, max_steps=1200), rank=2),
+        EXACT,
+        "quadratic",
+        rtol=1e-4,
+    ),
+    Row(
+        ohg.DeltaSTN(ohg.GradientDescent(0.05, max_steps=600), scale=1e-2),
+        EXACT,
+        "ridge",
+        rtol=1e-3,
+    ),
+    Row(
+        ohg.Hypernetwork(ohg.GradientDescent(0.02, max_steps=1200), scale=1.0),
+        EXACT,
+        "quadratic",
+        rtol=1e-4,
+    ),
+    Row(
+        ohg.DeltaSTN(max_hyperparameters=11),
+        EXACT,
+        "ridge",
+        error=ohg.RequirementError,
+        message="each of 12 hyperparameters; it is refused above 11",
+    ),
+    Row(
+        ohg.Hypernetwork(),
+        EXACT,
+        "momentum_descent",
+        error=ohg.ZeroHypergradientError,
+        message="hypergradient of 'lr' under Hypernetwork is zero by construction",
+    ),
     # The inner solver's own hyperparameters: seen by unrolling, an error for the rest.
     *(
         Row(

@@ -35,6 +35,7 @@ class Mutant:
 TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
 CLOSED = "tests/test_closed_form.py"
+PROXIES = "tests/test_proxies.py"
 REVERSIBLE = "tests/test_reversible.py"
 UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
@@ -256,6 +257,27 @@ MUTANTS = [
         "            self._exact.check_start()\n",
         "",
         f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
+    ),
+    Mutant(
+        "perturb the hyperparameters of a proxy to one side only",
+        "hypergradients/_proxy.py",
+        "for d in (delta, -delta)",
+        "for d in (delta, delta)",
+        f"{PROXIES}::test_the_response_tends_to_the_implicit_one[delta_stn]",
+    ),
+    Mutant(
+        "the same perturbation for every fit of a proxy",
+        "hypergradients/_proxy.py",
+        "around.drawn(self.seed, 0, index)",
+        "around.drawn(self.seed, 0, 0)",
+        f"{PROXIES}::test_the_response_tends_to_the_implicit_one[hypernetwork]",
+    ),
+    Mutant(
+        "drop the chain rule of a perturbed logarithm",
+        "hypergradients/_around.py",
+        "k: part / v.detach() if k in self.log else part",
+        "k: part",
+        f"{PROXIES}::test_one_gate_is_enough_for_one_hyperparameter[1-log1]",
     ),
     Mutant(
         "differentiate a closed form as if its matrix were constant",

@@ -24,7 +24,7 @@ def kernel_inducing_points(
     data, ``0.5 * (predictions - y).square().mean()`` or any other, is what distillation minimizes.
 
     Reference: Nguyen, Chen & Lee (2021), "Dataset meta-learning from kernel ridge-regression" (KIP; label solving
-    where ``support_y`` is learned), equation 7.
+    where ``support_y`` is learned).
 
     Args:
         kernel: ``(a, b) -> K(a, b)``, ``(n, p), (m, p) -> (n, m)``; for example :func:`rbf_kernel`.

@@ -27,7 +27,7 @@ def ridge_leave_one_out(
     an intercept and weights: one factorization, then as much work again.
 
     Reference: Allen (1974), "The relationship between variable selection and data augmentation and a method for
-    prediction" (PRESS); Golub, Heath & Wahba (1979), equation 1.4.
+    prediction" (PRESS).
 
     Args:
         x, y, penalty, intercept, sample_weight: As for :func:`ridge`. A sample's weight does not matter for its

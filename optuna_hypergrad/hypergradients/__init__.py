@@ -13,8 +13,10 @@ from ._base import (
 )
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from .auto import Auto, Choice
+from .delta_stn import DeltaSTN
 from .forward_gradient import ForwardGradient
 from .forward_mode import ForwardMode
+from .hypernetwork import Hypernetwork
 from .implicit import Implicit
 from .reversible import Reversible
 from .two_phase import Stalled, TwoPhase
@@ -30,10 +32,12 @@ __all__ = [
     "AbstractPullbackEstimator",
     "Auto",
     "Choice",
+    "DeltaSTN",
     "EstimatorState",
     "ForwardGradient",
     "ForwardMode",
     "HypergradientEstimate",
+    "Hypernetwork",
     "Implicit",
     "PartialEstimate",
     "Pulled",
