@@ -318,6 +318,20 @@ def test_both_solves_are_differentiable_twice() -> None:
         assert torch.autograd.gradgradcheck(function, at)
 
 
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_function_transforms_go_through(shape: str) -> None:
+    given = data(shape)
+
+    def loss(penalty: Tensor) -> Tensor:
+        held = cf.ridge_leave_one_out(given["x"], given["y"], penalty, intercept=True)
+        return ((held - given["y"]) ** 2).mean()
+
+    exact = torch.autograd.functional.hessian(loss, given["penalty"])
+    slope, pull = torch.func.vjp(torch.func.grad(loss), given["penalty"])
+    rows = torch.stack([pull(row)[0] for row in torch.eye(len(slope), dtype=F64)])
+    assert error(rows, exact) < 1e-12
+
+
 def test_second_derivatives_to_weights_of_zero_equal_those_of_refits() -> None:
     """Where ``S^1/2`` has none."""
     x, y, weights = randn(5, 9, seed=1), randn(5, seed=2), randn(5, seed=3).exp()

@@ -78,12 +78,15 @@ def _factorized(matrix: Tensor, what: str) -> Tensor:
 
 class _PositiveSolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, rhs: Tensor, factor: Tensor) -> Tensor:
+    def forward(matrix: Tensor, rhs: Tensor, factor: Tensor) -> Tensor:
         batch = common_shape(factor.shape[:-2], rhs.shape[:-2])
-        found = torch.cholesky_solve(rhs.expand(*batch, *rhs.shape[-2:]), factor)
-        ctx.save_for_backward(matrix, found, factor)
+        return torch.cholesky_solve(rhs.expand(*batch, *rhs.shape[-2:]), factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        matrix, rhs, factor = inputs
+        ctx.save_for_backward(matrix, output, factor)
         ctx.rhs_shape = rhs.shape
-        return found
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,7 +103,7 @@ class _WeightedSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: Tensor, weights: Tensor, rhs: Tensor, factor: Tensor, transposed: bool
+        kernel: Tensor, weights: Tensor, rhs: Tensor, factor: Tensor, transposed: bool
     ) -> Tensor:
         root = weights.sqrt().unsqueeze(-1)
         batch = common_shape(factor.shape[:-2], rhs.shape[:-2])
@@ -122,9 +125,13 @@ class _WeightedSolve(torch.autograd.Function):
             found = solved / root
             if some_absent:
                 found = torch.where(absent, wide - kernel @ (root * solved), found)
-        ctx.save_for_backward(kernel, weights, found, factor)
-        ctx.rhs_shape, ctx.transposed = rhs.shape, transposed
         return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        kernel, weights, rhs, factor, transposed = inputs
+        ctx.save_for_backward(kernel, weights, output, factor)
+        ctx.rhs_shape, ctx.transposed = rhs.shape, transposed
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
