@@ -284,6 +284,13 @@ MUTANTS = [
         "closed_form/_solving.py",
         "(-pulled @ found.mT)",
         "(0 * pulled @ found.mT)",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[one-tall-False]",
+    ),
+    Mutant(
+        "forget that the residual depends on the coefficients",
+        "closed_form/_fitting.py",
+        "v.mT - by_t @ w.mT",
+        "v.mT",
         f"{CLOSED}::test_gradients_equal_differences_of_refits[None-tall-False]",
     ),
     Mutant(
@@ -291,7 +298,7 @@ MUTANTS = [
         "closed_form/_solving.py",
         "((kernel @ left) * right)",
         "((kernel @ right) * left)",
-        f"{CLOSED}::test_gradients_equal_differences_of_refits[None-wide-False]",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[one-wide-False]",
     ),
     Mutant(
         "forget the leverage of the intercept",

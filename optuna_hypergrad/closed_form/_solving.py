@@ -7,7 +7,7 @@ solve with as many columns as the forward pass has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def positive_solve(matrix: Tensor, rhs: Tensor, what: str) -> Tensor:
     Raises:
         SolverError: if a matrix is singular to rounding.
     """
-    factor = _factorized(matrix.detach(), what)
+    factor = factorized(matrix.detach(), what)
     return _PositiveSolve.apply(matrix, rhs, factor)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -48,10 +48,22 @@ def weighted_solve(kernel: Tensor, weights: Tensor, rhs: Tensor, what: str) -> T
     root = weights.detach().sqrt()
     matrix = root.unsqueeze(-1) * kernel.detach() * root.unsqueeze(-2)
     matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    factor = _factorized(matrix, what)
+    factor = factorized(matrix, what)
     return _WeightedSolve.apply(  # type: ignore[no-untyped-call, no-any-return]
         kernel, weights, rhs, factor, False
     )
+
+
+def residuals(
+    multiply: Callable[[Tensor], Tensor], weights: Tensor, rhs: Tensor, factor: Tensor
+) -> Tensor:
+    """``(I + K S)^-1 rhs`` given the factor of ``I + S^1/2 K S^1/2`` and products with ``K``; without a graph."""
+    root = weights.sqrt().unsqueeze(-1)
+    solved = torch.cholesky_solve(root * rhs, factor)
+    absent = root == 0
+    if not bool(absent.any()):
+        return solved / root
+    return torch.where(absent, rhs - multiply(root * solved), solved / root)
 
 
 def common_shape(*shapes: Sequence[int]) -> torch.Size:
@@ -59,7 +71,7 @@ def common_shape(*shapes: Sequence[int]) -> torch.Size:
     return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _factorized(matrix: Tensor, what: str) -> Tensor:
+def factorized(matrix: Tensor, what: str) -> Tensor:
     """The Cholesky factor; a pivot that rounding has eaten up is no pivot."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     size = matrix.diagonal(dim1=-2, dim2=-1)
@@ -120,11 +132,8 @@ class _WeightedSolve(torch.autograd.Function):
             found = root * torch.cholesky_solve(given, factor)
             if some_absent:
                 found = torch.where(absent, wide, found)
-        else:  # R^-1 C R, likewise
-            solved = torch.cholesky_solve(root * wide, factor)
-            found = solved / root
-            if some_absent:
-                found = torch.where(absent, wide - kernel @ (root * solved), found)
+        else:
+            found = residuals(lambda v: kernel @ v, weights, wide, factor)
         return found
 
     @staticmethod

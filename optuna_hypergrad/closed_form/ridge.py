@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._errors import ProblemError
+from ._fitting import ridge_fit
 from ._inputs import Systems, checked_tensor, systems
-from ._solving import positive_solve, weighted_solve
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def ridge(
     """
     given = systems("ridge", x, y, penalty, sample_weight)
     centered, mean_x, mean_y = center(given, intercept)
-    w = coefficients(centered, "ridge")
+    w = ridge_fit(centered.x, centered.y, centered.weights, centered.penalty, "ridge")
     c = mean_y - mean_x @ w  # (..., 1, k)
     if given.split:
         w, c = w.squeeze(-1).mT, c.squeeze(-1).mT
@@ -121,25 +121,3 @@ def center(given: Systems, intercept: bool) -> tuple[Systems, Tensor, Tensor]:
         given.single,
     )
     return moved, mean_x, mean_y
-
-
-def coefficients(given: Systems, what: str) -> Tensor:
-    """``w``, ``(..., p, k)``, without an intercept."""
-    weights = given.weights.unsqueeze(-1)
-    if is_dual(given):
-        x_over = given.x / given.penalty.unsqueeze(-2)
-        residual = weighted_solve(x_over @ given.x.mT, given.weights, given.y, what)
-        return x_over.mT @ (weights * residual)
-    return positive_solve(normal_matrix(given), given.x.mT @ (weights * given.y), what)
-
-
-def is_dual(given: Systems) -> bool:
-    """Whether the ``(n, n)`` system is the smaller one."""
-    n, p = given.x.shape[-2:]
-    return n < p
-
-
-def normal_matrix(given: Systems) -> Tensor:
-    """``X^T S X + diag(penalty)``, ``(..., p, p)``."""
-    gram = given.x.mT @ (given.weights.unsqueeze(-1) * given.x)
-    return gram + torch.diag_embed(given.penalty)

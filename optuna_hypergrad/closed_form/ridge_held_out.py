@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .._errors import ProblemError
 from ._blocks import corrected, from_kernel
+from ._fitting import normal_matrix
 from ._inputs import Folds, Systems, make_folds, systems
 from ._solving import common_shape, positive_solve
-from .ridge import center, is_dual, normal_matrix
+from .ridge import center
 
 
 def ridge_leave_one_out(
@@ -54,8 +55,9 @@ def ridge_k_fold(
 ) -> Tensor:
     """For each sample, what :func:`ridge` predicts for it when fitted to the other folds; shaped like ``y``.
 
-    Folds of at most ``p`` samples: one factorization, and the residuals of each fold corrected by its block of the hat
-    matrix. Larger ones: the normal equations of each fold are formed once, and those of all other folds added.
+    Many small folds, or fewer samples than features: one factorization, and the residuals of each fold corrected by its
+    block of the hat matrix. A few large ones: the normal equations of each fold are formed once, and those of all other
+    folds added and factorized.
 
     Reference: Pahikkala, Boberg & Salakoski (2006), "Fast n-fold cross-validation for regularized least-squares".
 
@@ -79,15 +81,22 @@ def _held_out(owner: str, given: Systems, folds: int | Tensor, intercept: bool) 
     if intercept:
         _check_remaining(owner, made, given.weights)
     centered, _, mean_y = center(given, intercept)
-    if is_dual(given):
+    n, p = given.x.shape[-2:]
+    if n < p:
         kernel = (centered.x / given.penalty.unsqueeze(-2)) @ centered.x.mT
         residuals = from_kernel(kernel, given.weights, centered.y, made, owner, intercept)
         found = given.y - residuals
-    elif made.rows.shape[-1] > given.x.shape[-1]:
+    elif _few_and_large(made, n, p):
         found = _by_other_folds(centered, made, owner, intercept) + mean_y
     else:
         found = given.y - _by_hat_matrix(centered, made, owner, intercept)
     return given.restored(found)
+
+
+def _few_and_large(folds: Folds, n: int, p: int) -> bool:
+    """Whether a system for each fold costs less than the columns and blocks of the hat matrix."""
+    count, size = folds.rows.shape
+    return 4 * size > p and count**2 < 8 * n
 
 
 def _check_remaining(owner: str, folds: Folds, weights: Tensor) -> None:
@@ -102,7 +111,7 @@ def _check_remaining(owner: str, folds: Folds, weights: Tensor) -> None:
 
 def _by_hat_matrix(given: Systems, folds: Folds, what: str, intercept: bool) -> Tensor:
     """Held-out residuals where folds are small."""
-    matrix = normal_matrix(given)
+    matrix = normal_matrix(given.x, given.weights, given.penalty)
     moments = given.x.mT @ (given.weights.unsqueeze(-1) * given.y)
     batch = common_shape(matrix.shape[:-2], moments.shape[:-2])
     columns = [c.expand(*batch, *c.shape[-2:]) for c in (given.x.mT, moments)]
