@@ -116,8 +116,9 @@ def seconds(loss: Callable[..., object], given: Given, wanted: tuple[str, ...]) 
 
 
 READING = """
-Reading: all gradients of `ridge` together add a tenth to its solution, where going back through a Cholesky factor or a
-solve adds as much as the solution again, and through the Gram matrix twice as much. Leaving out takes products as
+Reading: all gradients of `ridge` together add about a tenth to its solution. Autograd adds between nothing (penalties
+on a diagonal, through an LU solve) and twice the solution (through the factor and the Gram matrix) for penalties, and two to
+three times the solution for all gradients. Leaving out takes products as
 large as the Gram matrix, forth and back: a few units, whatever the number of folds, so that with five folds it is a gain of
 two or three for the value and less for gradients, or (many features, gradients to the data) almost none; with forty it is a
 factor of eight and more. `ohg.solve` iterates, and is there for inner problems that have no closed form.
