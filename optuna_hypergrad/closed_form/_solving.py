@@ -76,7 +76,7 @@ def factorized(matrix: Tensor, what: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     size = matrix.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    lost = 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    lost = 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps  # as rounding errors add up
     # pivot / diagonal is what is new in a column beside the columns before it, whatever its scale
     if bool(info.any()) or not bool((pivots > lost * size).all()):
         other = "" if matrix.dtype == torch.float64 else " Or use float64."

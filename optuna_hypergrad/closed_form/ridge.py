@@ -86,7 +86,8 @@ def ridge_head(
 
     Args:
         features: ``(..., n, p)``: of the support samples of each task.
-        targets: Classes ``(..., n)``, integers from 0 on, that become one-hot targets; or ``(..., n, k)``.
+        targets: Classes ``(..., n)``, integers from 0 on, that become one-hot targets (up to the largest of
+            all tasks); or ``(..., n, k)``.
         penalty: As for :func:`ridge`.
         intercept: Fit an unpenalized intercept.
 

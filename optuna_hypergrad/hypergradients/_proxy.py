@@ -17,7 +17,7 @@ from .._arguments import check_count, is_number
 from .._errors import HyperparameterError, RequirementError
 from .._results import Result
 from .._typing import Batch, Objective, Params
-from ..inner import AbstractInnerSolver, AbstractStepSolver, Adam, InnerSolution, inner_solve
+from ..inner import AbstractInnerSolver, AbstractStepSolver, HeavyBall, InnerSolution, inner_solve
 from ..inner._base import AbstractBlackBox, InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem
@@ -46,7 +46,9 @@ class AbstractProxy(AbstractHypergradientEstimator):
     solves: ClassVar[bool]
     """Whether the inner solver moves the inner parameters that the function starts from."""
 
-    fit: AbstractStepSolver = field(default_factory=lambda: Adam(0.03, max_steps=20))
+    fit: AbstractStepSolver = field(
+        default_factory=lambda: HeavyBall(0.05, max_steps=20, momentum=0.9)
+    )
     scale: float = 0.1
     log: tuple[str, ...] = ()
     seed: int = 0
@@ -56,7 +58,7 @@ class AbstractProxy(AbstractHypergradientEstimator):
         label = type(self).__name__
         if not isinstance(self.fit, AbstractStepSolver) or self.fit.hyperparameters():
             raise ValueError(
-                f"{label} needs a step solver without hyperparameters, such as Adam(0.03, max_steps=20), as fit=, got "
+                f"{label} needs a step solver without hyperparameters, such as HeavyBall(0.05, max_steps=20), as fit=, got "
                 f"{self.fit!r:.80}."
             )
         if not (is_number(self.scale) and 0 < self.scale < math.inf):

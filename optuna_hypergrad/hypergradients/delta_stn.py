@@ -40,14 +40,15 @@ class DeltaSTN(AbstractProxy):
     perturbations, in which the terms that it removes cancel up to third order).
 
     Args:
-        fit: A step solver for the response; its ``max_steps`` are those of one estimate. Adam is indifferent to the size of
-            the inner parameters, but with a constant step size it hovers; plain descent comes to rest.
+        fit: A step solver for the response; its ``max_steps`` are those of one estimate. Descent, of about a quarter of the
+            step size that suits the inner problem (its curvature counts once for each hyperparameter), comes to rest;
+            Adam of constant step size hovers, and learned worse (``benchmarks/results/proxies.md``).
         scale: Standard deviation of the perturbations, in ``lam``, or in its logarithm. They know no bounds: name in ``log``
             what must stay positive.
         log: Names of positive hyperparameters that are perturbed in their logarithm.
         seed: Of the perturbations, and of the gates before any fit.
         max_hyperparameters: More entries of ``outer_params`` than this are refused.
-        rank: Gated directions for each row.
+        rank: Gated directions for each row; as many as hyperparameters can express any response.
         rows: The dimension of matrix-shaped inner parameters that counts rows: 0 for ``torch.nn.Linear`` (its outputs),
             1 for ``x @ w``.
         entropy: Tune the scale of each hyperparameter as well, by the outer objective at perturbed ``lam`` minus ``entropy``

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from .. import _tree
 from .._arguments import check_count
 from .._errors import RequirementError
 from .._typing import Params
-from ..inner import AbstractInnerSolver
+from ..inner import AbstractInnerSolver, AbstractStepSolver, Adam
 from ..problem import BilevelProblem
 from ._around import Around
 from ._proxy import AbstractProxy
@@ -46,6 +46,7 @@ class Hypernetwork(AbstractProxy):
     name: ClassVar[str] = "hypernetwork"
     solves: ClassVar[bool] = False
 
+    fit: AbstractStepSolver = field(default_factory=lambda: Adam(0.003, max_steps=20))
     hidden: int = 0
     max_size: int = 10_000_000
 
