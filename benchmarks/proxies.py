@@ -46,8 +46,8 @@ METHODS: dict[str, tuple[Any, float]] = {  # estimator, gradient evaluations of 
 READING = """
 Reading: with as many gradient evaluations, proxies come to where implicit differentiation comes (with T1-T2, the cheapest, not
 behind), but not always: one gate for each output unit cannot express how the weights respond to two decays at once, and one
-seed of three ends elsewhere; two gates, or gates for the inputs, can. Fits by Adam with a constant step size, at gradients as
-small as a response has, go astray. What speaks for a proxy is that it takes first derivatives only.
+seed of three ends elsewhere; two gates, or gates for the inputs, can. Fitted by Adam with a
+constant step size, the same proxy did worst. What speaks for a proxy is that it takes first derivatives only.
 """
 
 
