@@ -89,7 +89,7 @@ def held_out(kind: str, intercept: bool, **given: Tensor) -> Tensor:
 
 def error(found: Tensor, exact: Tensor) -> float:
     assert found.shape == exact.shape
-    return float((found - exact).norm() / exact.norm())
+    return float((found - exact).detach().norm() / exact.detach().norm())
 
 
 def slope_errors(
@@ -282,6 +282,52 @@ def test_kernel_ridge_leaves_out_as_refits_do(fold: str, kind: str) -> None:
         given,
     )
     assert max(errors.values()) < 1e-7, errors
+
+
+@pytest.mark.parametrize("fold", ["one", "blocks", "uneven"])
+def test_weighted_kernel_ridge_on_a_linear_kernel_is_ridge(fold: str) -> None:
+    """Also its gradients, where a sample has no weight."""
+    given = {k: v for k, v in data("tall").items() if k != "penalty"}
+    given["sample_weight"][[1, 4]] = 0.0
+    given["penalty"] = torch.tensor(0.7, dtype=F64)
+    given = {k: v.requires_grad_() for k, v in given.items()}
+    x, y, weight, penalty = (given[k] for k in ("x", "y", "sample_weight", "penalty"))
+    kernel, folds = cf.linear_kernel(x), fold_numbers(fold, len(x))
+    dual = cf.kernel_ridge(kernel, y, penalty, sample_weight=weight)
+    w = cf.ridge(x, y, penalty, sample_weight=weight).coefficients
+    by_kernel = cf.kernel_ridge_k_fold(kernel, y, penalty, folds, sample_weight=weight)
+    if fold == "one":
+        same = cf.kernel_ridge_leave_one_out(kernel, y, penalty, sample_weight=weight)
+        assert torch.equal(same, by_kernel)
+    by_features = held_out(fold, False, **given)
+    for found, exact in ((x.mT @ dual, w), (by_kernel, by_features)):
+        assert error(found, exact) < 1e-10
+        both = [
+            torch.autograd.grad((v**3).mean(), list(given.values()), retain_graph=True)
+            for v in (found, exact)
+        ]
+        for ours, theirs in zip(*both, strict=True):
+            assert error(ours, theirs) < 1e-9
+
+
+def test_single_precision_is_single_precision() -> None:
+    for shape in SHAPES:
+        given = data(shape)
+        narrow = {k: v.float() for k, v in given.items()}
+        for fold in FOLDS:
+            found = held_out(fold, True, **narrow)
+            assert found.dtype == torch.float32
+            assert error(found.double(), held_out(fold, True, **given)) < 1e-4
+
+
+def test_a_large_mean_is_left_to_the_intercept() -> None:
+    """Means of 1e6 and a penalty: centered, nothing cancels but the means themselves."""
+    for shape in SHAPES:
+        given = data(shape)
+        far = {**given, "x": given["x"] + 1e6, "y": given["y"] - 1e6}
+        for fold in FOLDS:
+            found = held_out(fold, True, **far) + 1e6
+            assert error(found, held_out(fold, True, **given)) < 1e-7
 
 
 @pytest.mark.parametrize("penalty", [1e-2, 1e-9])
