@@ -1,5 +1,6 @@
 """Gradients for Optuna: tune continuous hyperparameters by their hypergradients, one or millions."""
 
+from . import closed_form
 from ._errors import (
     ConnectionLostError,
     CorruptTensorError,
@@ -106,6 +107,7 @@ __all__ = [
     "ZeroHypergradientError",
     "ZerothOrder",
     "check_hypergradient",
+    "closed_form",
     "differentiable",
     "evaluate",
     "hypergradient",

@@ -34,6 +34,7 @@ class Mutant:
 
 TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
+CLOSED = "tests/test_closed_form.py"
 REVERSIBLE = "tests/test_reversible.py"
 UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
 OUTER = "tests/test_minimize_bilevel.py"
@@ -255,6 +256,41 @@ MUTANTS = [
         "            self._exact.check_start()\n",
         "",
         f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
+    ),
+    Mutant(
+        "differentiate a closed form as if its matrix were constant",
+        "closed_form/_solving.py",
+        "(-pulled @ found.mT)",
+        "(0 * pulled @ found.mT)",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[None-tall-False]",
+    ),
+    Mutant(
+        "exchange the sides of the gradient of sample weights",
+        "closed_form/_solving.py",
+        "((kernel @ left) * right)",
+        "((kernel @ right) * left)",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[None-wide-False]",
+    ),
+    Mutant(
+        "forget the leverage of the intercept",
+        "closed_form/ridge_held_out.py",
+        "hat = hat + (1 /",
+        "hat = hat + 0 * (1 /",
+        f"{CLOSED}::test_scikit_learn_agrees",
+    ),
+    Mutant(
+        "forget the weights in the hat matrix",
+        "closed_form/ridge_held_out.py",
+        "eye - hat * held",
+        "eye - hat",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[one-tall-False]",
+    ),
+    Mutant(
+        "leave the held-out samples in the constant",
+        "closed_form/_blocks.py",
+        "solved = solved - constant *",
+        "solved = solved - 0 * constant *",
+        f"{CLOSED}::test_leaving_one_out_is_right_where_the_penalty_is_almost_nothing[0.01]",
     ),
 ]
 
