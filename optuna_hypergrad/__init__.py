@@ -1,5 +1,7 @@
 """Gradients for Optuna: tune continuous hyperparameters by their hypergradients, one or millions."""
 
+from typing import TYPE_CHECKING
+
 from . import closed_form
 from ._errors import (
     ConnectionLostError,
@@ -52,7 +54,20 @@ from .studies import (
     report_hypergradient,
 )
 
+if TYPE_CHECKING:
+    from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
+
 __version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> object:
+    """scikit-learn's side, imported where it is used: it takes a second."""
+    if name == "HypergradientSearchCV":
+        from .sklearn_adapters import HypergradientSearchCV
+
+        return HypergradientSearchCV
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CG",

@@ -16,6 +16,7 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "learning_rate": ({"num_trials": 5}, 0.8),
     "learned_schedule": ({"num_trials": 5}, 0.3),
     "per_weight_decay": ({"num_steps": 30}, 0.13),
+    "pipeline_search": ({"num_trials": 12, "grid_size": 2}, 56.0),
     "condensed_digits": ({"num_trials": 5}, 0.6),
     "kernel_distillation": ({"num_trials": 12}, 0.15),
 }
