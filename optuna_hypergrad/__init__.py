@@ -1,5 +1,8 @@
 """Gradients for Optuna: tune continuous hyperparameters by their hypergradients, one or millions."""
 
+from typing import TYPE_CHECKING
+
+from . import closed_form
 from ._errors import (
     ConnectionLostError,
     CorruptTensorError,
@@ -17,15 +20,35 @@ from ._errors import (
 )
 from ._results import Result, Status
 from ._typing import Batch, Objective, Params
+from .bias import InnerBias, inner_bias
 from .check import check_hypergradient
 from .check_report import HypergradientReport
+from .curvature_probe import probe_curvature
+from .curvature_report import CurvatureReport
+from .episodes import Episodes
+from .equilibrium import Anderson, Phantom, Picard
 from .evaluate import evaluate
+from .fixed_point import fixed_point
+from .gauss_newton import Fisher, GaussNewton
 from .hypergradients import (
+    BOME,
+    BROS,
+    F2SA,
+    MASOBA,
+    PBGD,
+    SABA,
+    SAMA,
+    SOBA,
+    T1T2,
     Auto,
+    DeltaSTN,
+    FixedPointImplicit,
     ForwardGradient,
     ForwardMode,
     HypergradientEstimate,
+    Hypernetwork,
     Implicit,
+    PerTask,
     Reversible,
     Stalled,
     TwoPhase,
@@ -33,11 +56,35 @@ from .hypergradients import (
     ZerothOrder,
     hypergradient,
 )
-from .ihvp import CG, Direct, Identity, Neumann, linear_solve
-from .inner import LBFGS, Adam, AdamW, BlackBox, GradientDescent, HeavyBall, NewtonCG, inner_solve
-from .operators import GaussNewton, Hessian
+from .ihvp import (
+    CG,
+    GMRES,
+    KFAC,
+    MINRES,
+    DiagonalPreconditioner,
+    Direct,
+    Identity,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+    linear_solve,
+)
+from .inner import (
+    LBFGS,
+    Adam,
+    AdamW,
+    BlackBox,
+    GradientDescent,
+    HeavyBall,
+    Lookahead,
+    NewtonCG,
+    SketchySGD,
+    inner_solve,
+)
+from .operators import Hessian
 from .outer import BilevelResult, minimize_bilevel
 from .problem import BilevelProblem
+from .proximal import proximal
 from .search_space import Domain
 from .solve import solve
 from .stores import Retention, TensorStore
@@ -50,14 +97,41 @@ from .studies import (
     load_tensors,
     report_hypergradient,
 )
+from .two_stage import FineTuning, two_stage
+
+if TYPE_CHECKING:
+    from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
 
 __version__ = "0.1.0.dev0"
 
+
+def __getattr__(name: str) -> object:
+    """scikit-learn's side, imported where it is used: it takes a second."""
+    if name == "HypergradientSearchCV":
+        from .sklearn_adapters import HypergradientSearchCV
+
+        return HypergradientSearchCV
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "BOME",
+    "BROS",
     "CG",
+    "F2SA",
+    "GMRES",
+    "KFAC",
     "LBFGS",
+    "MASOBA",
+    "MINRES",
+    "PBGD",
+    "SABA",
+    "SAMA",
+    "SOBA",
+    "T1T2",
     "Adam",
     "AdamW",
+    "Anderson",
     "AtomicJournalFileBackend",
     "Auto",
     "Batch",
@@ -66,9 +140,16 @@ __all__ = [
     "BlackBox",
     "ConnectionLostError",
     "CorruptTensorError",
+    "CurvatureReport",
+    "DeltaSTN",
+    "DiagonalPreconditioner",
     "DifferentiableTrial",
     "Direct",
     "Domain",
+    "Episodes",
+    "FineTuning",
+    "Fisher",
+    "FixedPointImplicit",
     "ForwardGradient",
     "ForwardMode",
     "GaussNewton",
@@ -79,22 +160,31 @@ __all__ = [
     "HypergradientEstimate",
     "HypergradientReport",
     "HypergradientSampler",
+    "Hypernetwork",
     "HyperparameterError",
     "Identity",
     "Implicit",
+    "InnerBias",
+    "Lookahead",
     "MissingTensorError",
     "Neumann",
     "NewtonCG",
     "NoSpaceError",
+    "Nystrom",
+    "NystromPreconditioner",
     "Objective",
     "ObjectiveError",
     "Params",
+    "PerTask",
+    "Phantom",
+    "Picard",
     "ProblemError",
     "RequirementError",
     "Result",
     "Retention",
     "RetryingStorage",
     "Reversible",
+    "SketchySGD",
     "SolverError",
     "Stalled",
     "Status",
@@ -106,13 +196,19 @@ __all__ = [
     "ZeroHypergradientError",
     "ZerothOrder",
     "check_hypergradient",
+    "closed_form",
     "differentiable",
     "evaluate",
+    "fixed_point",
     "hypergradient",
+    "inner_bias",
     "inner_solve",
     "linear_solve",
     "load_tensors",
     "minimize_bilevel",
+    "probe_curvature",
+    "proximal",
     "report_hypergradient",
     "solve",
+    "two_stage",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from ._errors import RequirementError
@@ -14,8 +15,11 @@ from ._errors import RequirementError
 
 def nodes_of(*roots: Tensor) -> set[Node]:
     """All of the graph behind some tensors."""
+    return _reached([t.grad_fn for t in roots])
+
+
+def _reached(ahead: list[Node | None]) -> set[Node]:
     known: set[Node] = set()
-    ahead = [t.grad_fn for t in roots]
     while ahead:
         node = ahead.pop()
         if node is not None and node not in known:
@@ -24,26 +28,62 @@ def nodes_of(*roots: Tensor) -> set[Node]:
     return known
 
 
-def goes_through_once_differentiable(gradients: Iterable[Tensor]) -> bool:
-    """Whether a ``torch.autograd.Function`` that is marked ``once_differentiable`` took part in ``gradients``.
+_MARK = getattr(once_differentiable(lambda ctx: None), "__code__", None)
+"""What the backward passes of all functions with the mark have in common: the code that wraps them."""
 
-    Torch then ends their graph in a node that raises; but a derivative with respect to given inputs walks around
-    it, and is wrong.
+
+def goes_through_once_differentiable(
+    gradients: Iterable[Tensor],
+    value: Tensor | None = None,
+    leaves: Iterable[Tensor] | None = None,
+) -> bool:
+    """Whether a ``torch.autograd.Function`` that is marked ``once_differentiable`` was differentiated in ``gradients``.
+
+    Torch ends their graph in a node that raises; but a derivative with respect to given inputs walks around it, and is
+    wrong. Where the function was given a constant cotangent there is no such node, either: it is known by the graph of the
+    ``value`` that ``gradients`` are of, between it and the ``leaves`` that they are taken by (everywhere in it, if those are
+    not given).
     """
-    return any(node.name() == "torch::autograd::Error" for node in nodes_of(*gradients))
+    if any(node.name() == "torch::autograd::Error" for node in nodes_of(*gradients)):
+        return True
+    if value is None:
+        return False
+    marked = [node for node in nodes_of(value) if _is_marked(node)]
+    if leaves is None:
+        return bool(marked)
+    ends = {id(leaf) for leaf in leaves}
+    return any(
+        id(getattr(behind, "variable", None)) in ends
+        for node in marked
+        for behind in _reached([follower for follower, _ in node.next_functions])
+    )
 
 
-def check_differentiable_twice(gradients: Iterable[Tensor]) -> None:
-    """Refuse gradients of the inner objective whose own derivatives would lack something.
+def _is_marked(node: Node) -> bool:
+    function = getattr(node, "_forward_cls", None)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    return code is not None and code is _MARK
+
+
+def check_differentiable_twice(
+    value: Tensor, gradients: Iterable[Tensor], leaves: Iterable[Tensor] | None = None
+) -> None:
+    """Refuse gradients of the inner objective's ``value`` whose own derivatives would lack something.
+
+    Args:
+        value: The inner objective.
+        gradients: What was made of it.
+        leaves: By which it was differentiated; anything in its graph if they are not given.
 
     Raises:
         RequirementError: saying what to do.
     """
-    if goes_through_once_differentiable(gradients):
+    if goes_through_once_differentiable(gradients, value, leaves):
         raise RequirementError(
             "inner_objective uses a torch.autograd.Function whose backward is marked once_differentiable, so its "
             "second derivatives would be left out. Write its backward with differentiable operations and without "
-            "the mark, use an operation of torch in its place, or use ZerothOrder."
+            "the mark, use an operation of torch in its place, or use ZerothOrder, or a penalty method (F2SA, PBGD, "
+            "BOME), which takes first derivatives only."
         )
 
 
@@ -52,7 +92,8 @@ def other_ways(said: str) -> str:
     math = " (attention: under torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
     return (
         f"Write it with operations that torch can differentiate twice{math if 'scaled_dot_product' in said else ''}, "
-        f"or use ZerothOrder, which differentiates nothing."
+        f"or use ZerothOrder, which differentiates nothing, or a penalty method (F2SA, PBGD, BOME), which takes first "
+        f"derivatives only."
     )
 
 

@@ -18,12 +18,13 @@ from .hypergradients import (
     AbstractDirectionalEstimator,
     AbstractHypergradientEstimator,
     Auto,
+    PerTask,
     TwoPhase,
     hypergradient,
 )
 from .hypergradients._base import outer_value_at
 from .inner import AbstractInnerSolver, inner_solve
-from .problem import BilevelProblem
+from .problem import AbstractProblem, BilevelProblem
 
 _NOISY = 0.1
 """Relative uncertainty from which nothing is concluded from agreement."""
@@ -35,7 +36,7 @@ _SEEDS_APART = 1_000_003
 
 
 def check_hypergradient(
-    problem: BilevelProblem,
+    problem: AbstractProblem,
     inner_params: Params,
     outer_params: Params,
     *,
@@ -59,7 +60,7 @@ def check_hypergradient(
     ``reference_solver``) must come close to it, or the difference is reported as an error.
 
     Args:
-        problem: Objectives and batches.
+        problem: Objectives and batches: a :class:`BilevelProblem`, or :class:`Episodes`.
         inner_params: ``w_0``, from which all inner solves start.
         outer_params: ``lam``. Use float64: in float32 a difference has two or three digits, and the report says so.
         estimator: What is checked. Where it has a ``seed``, each of several estimates gets another one.
@@ -89,6 +90,12 @@ def check_hypergradient(
     if not isinstance(estimator, AbstractHypergradientEstimator):
         raise RequirementError(
             f"check_hypergradient checks an estimator such as Implicit() or Unroll(), not {estimator!r:.80}."
+        )
+    if not estimator.solves:
+        raise RequirementError(
+            f"check_hypergradient takes one estimate, and {type(estimator).__name__} comes near the hypergradient over many "
+            f"steps only, as w and v do: watch residual in the stats of a run, or compare where it ends with a run by "
+            f"Implicit()."
         )
     solver = reference_solver or inner_solver
     if solver is None:
@@ -124,10 +131,12 @@ def check_hypergradient(
             "inner_params or outer_params are not in float64, in which differences have more digits."
         )
 
+    now = problem.at(step)
+
     def value(lam: Params) -> float:
         try:
-            solution = inner_solve(problem, solver, inner_params, lam)
-            return outer_value_at(problem, solution.inner_params, lam, step)
+            solution = inner_solve(now, solver, inner_params, lam)
+            return outer_value_at(now, solution.inner_params, lam, step)
         except HypergradError:
             return math.nan
 
@@ -137,7 +146,7 @@ def check_hypergradient(
     leaning, judged = estimates[: third or None], estimates[third:]
     alone = (varies and len(judged) < 2) or (
         num_estimates == 1
-        and _is_random(estimator, problem, inner_solver, inner_params, outer_params, step)
+        and _is_random(estimator, now, inner_solver, inner_params, outer_params, step)
     )
     generator = torch.Generator().manual_seed(seed)
     directions = [
@@ -161,7 +170,7 @@ def check_hypergradient(
     rows = _judge(directions, differences, judged, middle, rtol, alone)
     moved = 0.0
     if "stationary_point" in estimator.requires and any(r.verdict == "wrong" for r in rows):
-        moved = _moves_on(problem, solver, inner_params, outer_params)
+        moved = _moves_on(now, solver, inner_params, outer_params)
     diagnosis = diagnose(rows, rtol, estimator, moved)
     report = HypergradientReport(tuple(rows), diagnosis, rtol, tuple(notes))
     if throw:
@@ -197,6 +206,8 @@ def _is_random(
     if isinstance(estimator, TwoPhase):
         due = isinstance(estimator.switch, int) and step >= estimator.switch
         estimator = estimator.second if due else estimator.first
+    elif isinstance(estimator, PerTask):
+        estimator = estimator.estimator
     elif isinstance(estimator, Auto):
         estimator = estimator.choose(problem, inner_solver, inner_params, outer_params).estimator
     elif isinstance(estimator, AbstractDirectionalEstimator):

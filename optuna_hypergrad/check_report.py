@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ._errors import RequirementError
-from .hypergradients import AbstractHypergradientEstimator, ZerothOrder
+from .equilibrium import Phantom
+from .hypergradients import SAMA, T1T2, AbstractHypergradientEstimator, ZerothOrder
 from .operators import Hessian
 
 ALL = "(all together)"
@@ -135,7 +136,14 @@ def diagnose(
 
 def _biases(estimator: AbstractHypergradientEstimator) -> str:
     """What is known to be a bias among the settings of an estimator."""
+    if isinstance(estimator, T1T2 | SAMA):
+        return (
+            f" {type(estimator).__name__} puts the step of the inner solver in the place of the inverse Hessian, which is a "
+            f"bias by itself: Implicit has none."
+        )
     known = []
+    if isinstance(solver := getattr(estimator, "solver", None), Phantom):
+        known.append(f"solver=Phantom({solver.num_steps}, {solver.relaxation:g})")
     truncation, damping = getattr(estimator, "truncation", None), getattr(estimator, "damping", 0.0)
     if truncation is not None:
         known.append(f"truncation={truncation}")

@@ -7,7 +7,7 @@ beyond itself. Half-precision parameters are accumulated in float32.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -133,6 +133,14 @@ class DampedOperator(AbstractLinearOperator):
         return self.base.many(vectors).add(vectors, alpha=self.damping)
 
 
+def undamped(operator: AbstractLinearOperator) -> tuple[AbstractLinearOperator, float]:
+    """The operator under all damping, and the damping in all."""
+    if not isinstance(operator, DampedOperator):
+        return operator, 0.0
+    base, damping = undamped(operator.base)
+    return base, damping + operator.damping
+
+
 class InnerGraph:
     """The gradient of the inner objective with its double-backward graph, kept for one solve.
 
@@ -159,7 +167,7 @@ class InnerGraph:
             gradients = torch.autograd.grad(
                 value, self._leaves, create_graph=True, materialize_grads=True
             )
-        check_differentiable_twice(gradients)
+        check_differentiable_twice(value, gradients, self._leaves)
         self.value = value.detach()
         detached = [g.detach() for g in gradients]
         self.gradient_norm = float(_tree.norm(_tree.from_list(self.layout.names, detached)))
@@ -276,54 +284,29 @@ class HessianOperator(AbstractLinearOperator):
         return self.graph.hvp_many(vectors)
 
 
-class GaussNewtonOperator(AbstractLinearOperator):
-    """``J^T (d2 loss / d outputs2) J`` plus the exact Hessian of a regularizer, graphs kept."""
+class AveragedOperator(AbstractLinearOperator):
+    """The mean of several operators of one size: a product costs one with each of them."""
 
-    def __init__(self, curvature: GaussNewton, graph: InnerGraph, batch: Batch) -> None:
-        self.graph, layout = graph, graph.layout
-        self.size, self.dtype, self.device = layout.size, layout.dtype, layout.device
-        self._layout = layout
-        lam = _tree.detach(graph.outer_params)
-        self._leaves = tuple(graph.inner_params.values())
-        with torch.enable_grad():
-            outputs = curvature.outputs(graph.inner_params, lam, batch)
-            if not outputs.requires_grad:
-                raise ObjectiveError("GaussNewton: outputs(...) does not depend on inner_params.")
-            self._outputs = outputs
-            at = outputs.detach().requires_grad_(True)
-            loss = scalar(curvature.loss(at, lam, batch), "GaussNewton loss")
-            (slope,) = torch.autograd.grad(loss, at, create_graph=True, materialize_grads=True)
-            self._at, self._slope = at, slope
-            self._dual = torch.zeros_like(outputs, requires_grad=True)
-            transposed = torch.autograd.grad(
-                outputs, self._leaves, self._dual, create_graph=True, materialize_grads=True
-            )
-            self._alive = tuple(i for i, t in enumerate(transposed) if t.requires_grad)
-            self._transposed = tuple(transposed[i] for i in self._alive)
-        self._regularizer = (
-            None
-            if curvature.regularizer is None
-            else InnerGraph(curvature.regularizer, _tree.detach(graph.inner_params), lam, batch)
-        )
+    def __init__(self, operators: Sequence[AbstractLinearOperator]) -> None:
+        self.operators, first = tuple(operators), operators[0]
+        self.size, self.dtype, self.device = first.size, first.dtype, first.device
+        self.symmetric = all(o.symmetric for o in operators)
+
+    def each(self, vector: Tensor) -> Tensor:
+        """``(P,) -> (K, P)``: the product with each of the operators."""
+        return torch.stack([o(vector) for o in self.operators])
 
     def _apply(self, vector: Tensor, out: Tensor | None) -> Tensor:
-        parts = self._layout.split(vector)
-        (pushed,) = torch.autograd.grad(
-            self._transposed, self._dual, [parts[i] for i in self._alive], retain_graph=True
-        )
-        if self._slope.requires_grad:
-            (bent,) = torch.autograd.grad(
-                self._slope, self._at, pushed, retain_graph=True, materialize_grads=True
-            )
-            pulled = torch.autograd.grad(
-                self._outputs, self._leaves, bent, retain_graph=True, materialize_grads=True
-            )
-            product = self._layout.flatten(pulled)
-        else:
-            product = torch.zeros_like(vector)
-        if self._regularizer is not None:
-            product = product + self._regularizer.hvp(vector)
-        return product
+        total = self.operators[0](vector).clone()
+        for operator in self.operators[1:]:
+            total += operator(vector)
+        return total.div_(len(self.operators))
+
+    def _apply_many(self, vectors: Tensor) -> Tensor:
+        total = self.operators[0].many(vectors).clone()
+        for operator in self.operators[1:]:
+            total += operator.many(vectors)
+        return total.div_(len(self.operators))
 
 
 class AbstractCurvature(abc.ABC):
@@ -331,6 +314,10 @@ class AbstractCurvature(abc.ABC):
 
     @abc.abstractmethod
     def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator: ...
+
+    def average(self, graph: InnerGraph, batches: Sequence[Batch]) -> AbstractLinearOperator:
+        """The mean over several batches; ``graph`` is that of :func:`mean_objective` on all of them."""
+        return AveragedOperator([self.build(graph, batch) for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -340,27 +327,18 @@ class Hessian(AbstractCurvature):
     def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator:
         return HessianOperator(graph)
 
+    def average(self, graph: InnerGraph, batches: Sequence[Batch]) -> AbstractLinearOperator:
+        return HessianOperator(graph)
 
-@dataclass(frozen=True)
-class GaussNewton(AbstractCurvature):
-    """The generalized Gauss-Newton matrix (Schraudolph 2002): positive semidefinite for a convex loss.
 
-    It equals the Hessian where the model is linear in ``w``; elsewhere it is a bias, and is reported
-    in the estimate's stats as ``exact_hessian = 0``.
+def mean_objective(objective: Objective) -> Objective:
+    """The objective whose batch is several batches: its mean over them."""
 
-    Args:
-        outputs: ``(inner_params, outer_params, batch) -> tensor``, the model.
-        loss: ``(outputs, outer_params, batch) -> scalar tensor``, convex in the outputs.
-        regularizer: ``(inner_params, outer_params, batch) -> scalar tensor`` or ``None``; its exact
-            Hessian is added, so that ``loss(outputs) + regularizer`` is the inner objective.
-    """
+    def mean(inner_params: Params, outer_params: Params, batches: Batch) -> Tensor:
+        values = [objective(inner_params, outer_params, batch) for batch in batches]
+        return torch.stack([scalar(v, "inner_objective") for v in values]).mean()
 
-    outputs: Callable[[Params, Params, Batch], Tensor]
-    loss: Callable[[Tensor, Params, Batch], Tensor]
-    regularizer: Objective | None = None
-
-    def build(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator:
-        return GaussNewtonOperator(self, graph, batch)
+    return mean
 
 
 def scalar(value: object, label: str) -> Tensor:

@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -16,15 +16,21 @@ from tqdm.auto import tqdm
 
 from . import _optuna, _tree
 from ._arguments import check_count
-from ._errors import HyperparameterError, SolverError
+from ._errors import HyperparameterError, ProblemError, RequirementError, SolverError
 from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
 from .hypergradients import AbstractHypergradientEstimator, Implicit
 from .hypergradients._base import check_methods, outer_value_at, run_inner
-from .inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
+from .inner import (
+    AbstractCurvatureSolver,
+    AbstractInnerSolver,
+    AbstractStepSolver,
+    InnerSolution,
+    inner_solve,
+)
 from .outer_run import OptimizerFactory, OuterRun
-from .problem import BilevelProblem, check_problem
+from .problem import AbstractProblem, BilevelProblem, check_problem, same_batch
 from .search_space import Domain
 from .stores import saying_what_has_no_room
 
@@ -44,7 +50,8 @@ class BilevelResult:
 
     Attributes:
         outer_params: ``lam`` after the last outer step: external values, inside their bounds.
-        inner_params: ``w`` after a last inner solve at that ``lam``.
+        inner_params: ``w`` after a last inner solve at that ``lam``; after the last step, with estimators that move it
+            by one at a time.
         outer_value: ``f(w, lam)`` there.
         value_kind: What ``outer_value`` is: ``"cold"`` or ``"warm"``. Warm-started values flatter.
         retrained_value: ``f`` after training again from the first ``inner_params`` with the final
@@ -66,8 +73,8 @@ class BilevelResult:
 
 
 def minimize_bilevel(
-    problem: BilevelProblem,
-    inner_params: Params,
+    problem: AbstractProblem,
+    inner_params: Params | Callable[[int], Params],
     outer_params: Params,
     *,
     inner_solver: AbstractInnerSolver,
@@ -88,8 +95,11 @@ def minimize_bilevel(
     """Minimize ``f(w*(lam), lam)`` over ``lam`` by hypergradients.
 
     Args:
-        problem: Objectives and batches.
-        inner_params: ``w_0``; never written to.
+        problem: Objectives and batches: a :class:`BilevelProblem`, or :class:`Episodes`, whose tasks are others at
+            each outer step.
+        inner_params: ``w_0``; never written to. For cold starts it may be a function ``step -> w_0``, which gives
+            equal tensors for equal outer steps: a fresh initialization at each of them (and at step ``num_steps``
+            for the solve after the last one).
         outer_params: ``lam_0``: floating-point tensors of any shape; never written to.
         inner_solver: Its ``max_steps`` is the number of inner steps between outer steps
             (``HeavyBall(step_size=0.2, max_steps=10)``: ten).
@@ -127,9 +137,11 @@ def minimize_bilevel(
     Raises:
         HyperparameterError: bounds that cannot be used, a start outside of them, the name of another run
             of this trial, or a checkpoint that was begun otherwise: with other bounds, another
-            ``outer_params`` (and, for cold starts, ``inner_params``), class of inner solver or optimizer,
+            ``outer_params`` (and, for cold starts, ``inner_params``, of step 0 if it is a function), class of inner solver or optimizer,
             or with more steps done than ``num_steps``.
         ValueError: for a negative number of steps.
+        ProblemError: if ``inner_params`` is a function that cannot be replayed.
+        RequirementError: if it is a function, or the problem is :class:`Episodes`, and ``warm_start`` is set.
         SolverError: if a solve failed and ``throw`` is set.
         StorageError: if a checkpoint cannot be stored (:class:`NoSpaceError`: for want of room); the one
             before it is still there.
@@ -150,11 +162,12 @@ def minimize_bilevel(
     ):
         check_count("minimize_bilevel", label, number, 0, none=none)
     domains = _domains(outer_params, bounds or {})
-    check_problem(problem, inner_params, outer_params)
-    estimator.check(problem, inner_solver, inner_params, outer_params)
+    first_params = _first_params(problem, inner_params, warm_start)
+    check_problem(problem, first_params, outer_params)
+    estimator.check(problem.at(0), inner_solver, first_params, outer_params)
     _check_start(outer_params, domains)
 
-    run = OuterRun.start(inner_params, outer_params, domains, optimizer, warm_start)
+    run = OuterRun.start(first_params, outer_params, domains, optimizer, warm_start)
     if checkpoint_every is None:
         checkpoint_every = max(1, num_steps // 20) if trial is not None else 0
     stored = Checkpoints.of_trial(trial, name) if trial is not None else None
@@ -175,7 +188,7 @@ def minimize_bilevel(
         check_same(run.settings, saved[1], num_steps, name)
         run.restore(*saved)
     elif burn_in and warm_start:
-        run.burn_in(problem, inner_solver, burn_in)
+        run.burn_in(problem.at(0), inner_solver, burn_in)
 
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
     judged = None if trial is None or _optuna.is_multi_objective(trial.study) else trial
@@ -185,9 +198,14 @@ def minimize_bilevel(
     with checkpoints or contextlib.nullcontext():
         with bar:
             while run.step < num_steps:
-                given = run.inner_params if warm_start else _tree.detach(inner_params)
+                given = run.inner_params if warm_start else _at_step(inner_params, run.step)
                 estimate = estimator.estimate(
-                    problem, inner_solver, given, run.outer_params, run.step, run.next_state()
+                    problem.at(run.step),
+                    inner_solver,
+                    given,
+                    run.outer_params,
+                    run.step,
+                    run.next_state(),
                 )
                 if not estimate.result:
                     result = replace(
@@ -225,17 +243,22 @@ def minimize_bilevel(
                     raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
         if not result and throw:
             raise SolverError(result.message, result)
-        last = _final_solve(problem, inner_solver, inner_params, run)
+        now, first_params = problem.at(num_steps), _at_step(inner_params, num_steps)
+        last = (
+            _final_solve(now, inner_solver, first_params, run)
+            if estimator.solves
+            else InnerSolution(run.inner_params, {}, 0, math.nan, math.nan)
+        )
         if result and not last.result:
             result = last.result
-        value = outer_value_at(problem, last.inner_params, run.outer_params, num_steps)
+        value = outer_value_at(now, last.inner_params, run.outer_params, num_steps)
         kind: ValueKind = "warm" if warm_start else "cold"
         retrained: float | None = None
         retrained_params: Params | None = None
         if final_eval == "retrain" and result:
-            again = _retrain(problem, inner_solver, inner_params, run, retrain_steps)
+            again = _retrain(now, inner_solver, first_params, run, retrain_steps)
             result, retrained_params = again.result, again.inner_params
-            retrained = outer_value_at(problem, retrained_params, run.outer_params, num_steps)
+            retrained = outer_value_at(now, retrained_params, run.outer_params, num_steps)
         if stored is not None:
             stored.save_values(run.step, run.outer_params)
         if trial is not None:
@@ -250,6 +273,36 @@ def minimize_bilevel(
         history=run.history,
         result=result,
     )
+
+
+def _first_params(
+    problem: AbstractProblem, inner_params: Params | Callable[[int], Params], warm_start: bool
+) -> Params:
+    """``w_0`` of outer step 0; refuses warm starts where each step has a start of its own."""
+    if warm_start and problem.changes_with_step:
+        raise RequirementError(
+            f"{type(problem).__name__} has another inner problem at each outer step, and the inner solution of the "
+            f"one before is no start for it; pass warm_start=False. (For tasks that stay the same, pass the problem "
+            f"of one step: problem.at(0).)"
+        )
+    if not callable(inner_params):
+        return inner_params
+    if warm_start:
+        raise RequirementError(
+            "inner_params is a function of the outer step, and warm starts go on from where the last one ended; "
+            "pass warm_start=False, or the tensors of one start."
+        )
+    first = inner_params(0)
+    if not same_batch(first, inner_params(0)):
+        raise ProblemError(
+            "inner_params(0) gave different tensors when called twice. A resumed run must be the same run: draw them "
+            "from the step alone, for example with torch.Generator().manual_seed(step)."
+        )
+    return first
+
+
+def _at_step(inner_params: Params | Callable[[int], Params], step: int) -> Params:
+    return _tree.detach(inner_params(step) if callable(inner_params) else inner_params)
 
 
 def _take_name(trial: optuna.Trial, name: str) -> None:
@@ -286,7 +339,7 @@ def _final_solve(
     problem: BilevelProblem, inner_solver: AbstractInnerSolver, first_params: Params, run: OuterRun
 ) -> InnerSolution:
     """At the last ``lam``."""
-    given = run.inner_params if run.warm_start else _tree.detach(first_params)
+    given = run.inner_params if run.warm_start else first_params
     return run_inner(problem, inner_solver, given, run.outer_params, run.next_state())
 
 
@@ -298,7 +351,9 @@ def _retrain(
     num_steps: int | None,
 ) -> InnerSolution:
     """From the first ``w``, at the last ``lam``, with as many inner steps as the run has taken if nobody says."""
-    if num_steps is None and isinstance(inner_solver, AbstractStepSolver):
+    if num_steps is None and isinstance(
+        inner_solver, (AbstractStepSolver, AbstractCurvatureSolver)
+    ):
         num_steps = run.state.inner_index if run.warm_start else inner_solver.max_steps
     return inner_solve(problem, inner_solver, first_params, run.outer_params, num_steps=num_steps)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +21,28 @@ def full_batch(step: int) -> Batch:
     return None
 
 
+class AbstractProblem(abc.ABC):
+    """A bilevel problem, or one for each outer step."""
+
+    changes_with_step: ClassVar[bool] = False
+    """Whether each outer step has an inner problem of its own, so that warm starts make no sense."""
+
+    @abc.abstractmethod
+    def at(self, step: int) -> BilevelProblem:
+        """The problem of outer step ``step``."""
+
+    @abc.abstractmethod
+    def check(self, inner_params: Params, outer_params: Params, step: int) -> None:
+        """Refuse, before any work, what cannot be replayed or does not fit.
+
+        Raises:
+            ProblemError: saying what, and what to do.
+            HyperparameterError: likewise.
+        """
+
+
 @dataclass(frozen=True)
-class BilevelProblem:
+class BilevelProblem(AbstractProblem):
     """``min over lam of f(w*(lam), lam)`` with ``w*(lam) = argmin over w of g(w, lam)``.
 
     The objectives are functions: they are called as often as a method needs them, so what they change outside (running
@@ -41,9 +62,28 @@ class BilevelProblem:
     inner_batch: Callable[[int], Batch] = full_batch
     outer_batch: Callable[[int], Batch] = full_batch
 
+    def at(self, step: int) -> BilevelProblem:
+        return self
+
+    def without_start(self) -> BilevelProblem:
+        """The problem for methods that differentiate its solution: where an inner solve starts is a constant."""
+        return self
+
+    def check(self, inner_params: Params, outer_params: Params, step: int) -> None:
+        for label, batch_of in (
+            ("inner_batch", self.inner_batch),
+            ("outer_batch", self.outer_batch),
+        ):
+            if batch_of is not full_batch and not same_batch(batch_of(step), batch_of(step)):
+                raise ProblemError(
+                    f"{label}({step}) gave different data when called twice. A hypergradient replays batches: "
+                    f"derive the indices from the step alone, for example with "
+                    f"torch.randperm(n, generator=torch.Generator().manual_seed(step))."
+                )
+
 
 def check_problem(
-    problem: BilevelProblem, inner_params: Params, outer_params: Params, step: int = 0
+    problem: AbstractProblem, inner_params: Params, outer_params: Params, step: int = 0
 ) -> None:
     """Refuse, before any work, a problem from which no hypergradient can be taken.
 
@@ -58,16 +98,7 @@ def check_problem(
         )
     check_params(outer_params, "outer_params", HyperparameterError)
     check_params(inner_params, "inner_params", ProblemError)
-    for label, batch_of in (
-        ("inner_batch", problem.inner_batch),
-        ("outer_batch", problem.outer_batch),
-    ):
-        if batch_of is not full_batch and not same_batch(batch_of(step), batch_of(step)):
-            raise ProblemError(
-                f"{label}({step}) gave different data when called twice. A hypergradient replays batches: "
-                f"derive the indices from the step alone, for example with "
-                f"torch.randperm(n, generator=torch.Generator().manual_seed(step))."
-            )
+    problem.check(inner_params, outer_params, step)
 
 
 def check_params(params: Mapping[str, Tensor], label: str, error: type[Exception]) -> None:

@@ -62,7 +62,8 @@ def solve(
         )
     if not isinstance(estimator, AbstractPullbackEstimator):
         raise RequirementError(
-            f"ohg.solve needs an estimator with a pullback (Implicit, Unroll, ForwardMode, Reversible), not "
+            f"ohg.solve needs an estimator with a pullback (Implicit, Unroll, ForwardMode, Reversible, "
+            f"FixedPointImplicit, T1T2, SAMA), not "
             f"{estimator!r:.80}; ohg.minimize_bilevel and ohg.hypergradient take any."
         )
     problem = BilevelProblem(inner_objective, _no_outer_objective, inner_batch=inner_batch)

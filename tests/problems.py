@@ -225,6 +225,32 @@ def momentum_descent(num_steps: int = 12, seed: int = 80) -> Case:
     )
 
 
+def isotropic(p: int = 8, q: int = 5, seed: int = 100) -> Case:
+    """A Hessian of 4 I, for methods that put a multiple of the identity in its place; a direct term."""
+    b, t = randn(p, q, seed=seed), randn(p, seed=seed + 1)
+
+    def inner(w: Params, lam: Params, batch: object) -> Tensor:
+        return 2.0 * ((w["w"] - b @ lam["x"].sin()) ** 2).sum()
+
+    def outer(w: Params, lam: Params, batch: object) -> Tensor:
+        return 0.25 * ((w["w"] - t) ** 4).sum() + 0.1 * (lam["x"] ** 2).sum()
+
+    def truth(lam: Params) -> Params:
+        slope = (b @ lam["x"].sin() - t) ** 3
+        return {"x": lam["x"].cos() * (b.T @ slope) + 0.2 * lam["x"]}
+
+    return Case(
+        "isotropic",
+        ohg.BilevelProblem(inner, outer),
+        {"w": torch.zeros(p, dtype=F64)},
+        {"x": randn(q, seed=seed + 2)},
+        truth,
+        lambda lam: {"w": b @ lam["x"].sin()},
+        step_size=0.25,
+        properties=frozenset({"spd", "linear_model"}),
+    )
+
+
 def finite_differences(inner: object, outer: object, w0: Params, lam: Params) -> Params:
     """Central differences (Richardson-extrapolated) of ``f(w*(lam), lam)``, the inner problem solved again."""
 
@@ -273,3 +299,94 @@ def newton(inner: object, w0: Params, lam: Params, steps: int = 50) -> Params:
             break
         u = u - step
     return unflatten(u)
+
+
+def episodes(num_tasks: int = 3, n: int = 8, p: int = 5, seed: int = 120) -> Case:
+    """GT4: linear-regression tasks pulled to a shared start by a learned strength."""
+    tasks = []
+    for i in range(num_tasks):
+        x, xq = randn(n, p, seed=seed + 10 * i), randn(n, p, seed=seed + 10 * i + 1)
+        w = randn(p, seed=seed + 10 * i + 2)
+        y, yq = (a @ w + 0.3 * randn(n, seed=seed + 10 * i + 3 + k) for k, a in enumerate((x, xq)))
+        tasks.append(((x, y), (xq, yq)))
+
+    def loss(w: Params, lam: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return 0.5 * ((x @ w["slope"] + w["offset"] - y) ** 2).mean()
+
+    def flat(lam: Params) -> Tensor:
+        return torch.cat([lam["theta.slope"], lam["theta.offset"].reshape(1)])
+
+    def with_ones(x: Tensor) -> Tensor:
+        return torch.cat([x, torch.ones(len(x), 1, dtype=F64)], 1)
+
+    def truth(lam: Params) -> Params:
+        """``d_theta = mean_i (I + H_i / s)^-1 b_i``, ``d_s = -mean_i (w_i - theta)^T (I + H_i / s)^-1 b_i / s``."""
+        theta, s = flat(lam), lam["strength"]
+        by_theta, by_strength = torch.zeros_like(theta), torch.zeros_like(s)
+        for (x, y), (xq, yq) in tasks:
+            a, aq = with_ones(x), with_ones(xq)
+            h = a.T @ a / n
+            w = torch.linalg.solve(h + s * torch.eye(p + 1, dtype=F64), a.T @ y / n + s * theta)
+            b = aq.T @ (aq @ w - yq) / n
+            v = torch.linalg.solve(torch.eye(p + 1, dtype=F64) + h / s, b)
+            by_theta = by_theta + v / num_tasks
+            by_strength = by_strength - (w - theta) @ v / s / num_tasks
+        return {"theta.slope": by_theta[:p], "theta.offset": by_theta[p], "strength": by_strength}
+
+    problem = ohg.Episodes(
+        ohg.proximal(loss, "strength", "theta."), loss, lambda step: tasks, "theta."
+    )
+    lam = {
+        "theta.slope": randn(p, seed=seed + 100),
+        "theta.offset": torch.tensor(0.3, dtype=F64),
+        "strength": torch.tensor(0.7, dtype=F64),
+    }
+    return Case("episodes", problem, problem.start(lam), lam, truth, step_size=0.25)
+
+
+def two_stage(p: int = 6, seed: int = 160) -> Case:
+    """GT6: quadratic pre-training, four steps of fine-tuning, hyperparameters in both. Truth by differences."""
+    roots = [randn(p, p, seed=seed + i) for i in range(2)]
+    h_pre, h_fine = (r @ r.T / p + 0.5 * torch.eye(p, dtype=F64) for r in roots)
+    b, c, d, t = randn(p, 4, seed=seed + 2), *(randn(p, seed=seed + 3 + i) for i in range(3))
+    step, num_steps = 0.15, 4
+
+    def pretraining(w: Params, lam: Params, batch: object) -> Tensor:
+        u = w["w"]
+        return 0.5 * u @ h_pre @ u - u @ (b @ lam["mix"] + c) + 0.5 * lam["decay"] * u @ u
+
+    def fine(w: Params, lam: Params, batch: object) -> Tensor:
+        u = w["w"]
+        return (
+            0.5 * u @ h_fine @ u
+            - u @ d
+            + 0.5 * lam["decay"] * u @ u
+            + 0.1 * lam["mix"].sum() * u[0]
+        )
+
+    def outer(w: Params, lam: Params, batch: object) -> Tensor:
+        return 0.5 * ((w["w"] - t) ** 2).sum()
+
+    def value(lam: Params) -> Tensor:
+        eye = torch.eye(p, dtype=F64)
+        w = torch.linalg.solve(h_pre + lam["decay"] * eye, b @ lam["mix"] + c)
+        for _ in range(num_steps):
+            shift = 0.1 * lam["mix"].sum() * eye[0]
+            w = w - step * (h_fine @ w - d + lam["decay"] * w + shift)
+        return 0.5 * ((w - t) ** 2).sum()
+
+    problem = ohg.two_stage(
+        pretraining,
+        outer,
+        ohg.FineTuning(fine, ohg.GradientDescent(step, max_steps=num_steps)),
+    )
+    lam = {"mix": randn(4, seed=seed + 6), "decay": torch.tensor(0.3, dtype=F64)}
+    return Case(
+        "two_stage",
+        problem,
+        {"w": torch.zeros(p, dtype=F64)},
+        lam,
+        lambda at: differences(value, at),
+        step_size=0.2,
+    )

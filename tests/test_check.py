@@ -127,6 +127,15 @@ def test_a_bias_that_was_asked_for_is_named() -> None:
     report = check("ridge", ohg.Implicit(ohg.Direct(), damping=0.1), cases.EXACT)
     assert not report
     assert "damping=0.1 of Implicit is a bias" in report.diagnosis
+    for estimator, named in (
+        (ohg.T1T2(), "T1T2 puts the step of the inner solver in the place"),
+        (ohg.SAMA(), "SAMA puts the step of the inner solver in the place"),
+        (ohg.FixedPointImplicit(ohg.Phantom(2, 0.5)), "solver=Phantom(2, 0.5) of FixedPoint"),
+    ):
+        report = check("ridge", estimator, cases.TO_THE_END["ridge"])
+        assert not report
+        assert named in report.diagnosis
+        assert "missing" not in report.diagnosis
 
 
 def test_an_inner_problem_that_is_not_solved_is_told_from_a_wrong_gradient() -> None:

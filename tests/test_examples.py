@@ -16,7 +16,15 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "learning_rate": ({"num_trials": 5}, 0.8),
     "learned_schedule": ({"num_trials": 5}, 0.3),
     "per_weight_decay": ({"num_steps": 30}, 0.13),
+    "imaml": ({"num_steps": 25}, 0.25),
+    "pretraining": ({"num_steps": 10}, 0.45),
+    "pipeline_search": ({"num_trials": 12, "grid_size": 2}, 56.0),
     "condensed_digits": ({"num_trials": 5}, 0.6),
+    "choosing_a_solver": ({"num_products": (5, 40)}, 1e-3),  # the relative error
+    "equilibrium_digits": ({"num_epochs": 3}, 0.25),  # the test error
+    "data_cleaning": ({"num_steps": 600}, 0.15),  # one minus the AUROC
+    "kernel_ridge_loo": ({"num_trials": 15}, 2.5),  # 7.4 at the start; the noise alone is 1
+    "kernel_distillation": ({"num_trials": 12}, 0.15),
 }
 
 

@@ -193,6 +193,82 @@ def test_an_interrupted_run_goes_on_bit_for_bit(solver, stop_at: int, tmp_path) 
         assert torch.equal(resumed.inner_params[k], straight.inner_params[k])
 
 
+def fresh(step: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(step)
+    return {"w": torch.randn(6, 3, generator=rng, dtype=F64)}
+
+
+def test_each_outer_step_may_have_a_start_of_its_own(tmp_path) -> None:
+    """The starts are asked for by step, also after an interruption, and the run goes on bit for bit."""
+    case, asked = cases.case("logistic"), []
+
+    def starts(step):
+        asked.append(step)
+        return fresh(step)
+
+    def go(num_steps, trial=None, **settings):
+        asked.clear()
+        return ohg.minimize_bilevel(
+            case.problem,
+            starts,
+            case.outer_params,
+            inner_solver=ohg.HeavyBall(0.1, max_steps=5),
+            estimator=ohg.Unroll(),
+            optimizer=ADAM,
+            num_steps=num_steps,
+            warm_start=False,
+            checkpoint_every=3 if trial else None,
+            trial=trial,
+            **settings,
+        )
+
+    straight = go(6, final_eval="retrain")
+    assert asked == [0, 0, 0, 1, 2, 3, 4, 5, 6]
+    last = ohg.inner_solve(
+        case.problem, ohg.HeavyBall(0.1, max_steps=5), fresh(6), straight.outer_params
+    )
+    assert torch.equal(straight.inner_params["w"], last.inner_params["w"])
+    assert straight.retrained_value == straight.outer_value
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
+    trial = study.ask()
+    go(3, trial)
+    resumed = go(6, optuna.trial.Trial(study, trial._trial_id))
+    assert asked == [0, 0, 3, 4, 5, 6]
+    assert [h["outer_value"] for h in resumed.history] == [
+        h["outer_value"] for h in straight.history
+    ]
+    for k, v in straight.outer_params.items():
+        assert torch.equal(resumed.outer_params[k], v)
+
+
+@pytest.mark.parametrize(
+    ("starts", "warm_start", "error", "message"),
+    [
+        (fresh, True, ohg.RequirementError, "a function of the outer step, and warm starts go on"),
+        (
+            lambda step, calls=iter(range(99)): fresh(next(calls)),
+            False,
+            ohg.ProblemError,
+            r"inner_params\(0\) gave different tensors",
+        ),
+        (lambda step: None, False, ohg.ProblemError, "inner_params must be a non-empty dict"),
+        (lambda step: {"w": 3.0}, False, ohg.ProblemError, "not a tensor"),
+    ],
+)
+def test_starts_that_make_no_sense_are_refused(starts, warm_start, error, message) -> None:
+    case = cases.case("logistic")
+    with pytest.raises(error, match=message):
+        ohg.minimize_bilevel(
+            case.problem,
+            starts,
+            case.outer_params,
+            inner_solver=ohg.HeavyBall(0.1, max_steps=5),
+            estimator=ohg.Unroll(),
+            num_steps=2,
+            warm_start=warm_start,
+        )
+
+
 def test_values_are_reported_and_the_pruner_is_obeyed() -> None:
     class Pruner(optuna.pruners.BasePruner):
         def prune(self, study, trial):

@@ -34,12 +34,26 @@ class Mutant:
 
 TABLES = "tests/test_tables.py"
 TRUTHS = "tests/test_truths.py"
+CLOSED = "tests/test_closed_form.py"
+PROXIES = "tests/test_proxies.py"
 REVERSIBLE = "tests/test_reversible.py"
 UNDONE = f"{REVERSIBLE}::test_two_thousand_steps_are_undone_bit_for_bit[0.9]"
+IHVP = "tests/test_ihvp.py"
 OUTER = "tests/test_minimize_bilevel.py"
+EQUILIBRIA = "tests/test_fixed_point.py"
+FIRST_ORDER = "tests/test_first_order.py"
+EPISODES = "tests/test_episodes.py"
+SHAPES = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-{{}}]"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
+LOOKAHEAD = "tests/test_lookahead.py"
+OPERATORS = "tests/test_operators.py"
+SKETCHES = "tests/test_sketchy_sgd.py"
+CURVATURE = "tests/test_curvature.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
+BROS = "tests/test_bros.py"
+PENALTIES = "tests/test_penalties.py"
+SINGLE = "tests/test_single_loop.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
 MUTANTS = [
@@ -67,8 +81,8 @@ MUTANTS = [
     Mutant(
         "use the old residual in CG",
         "ihvp/cg.py",
-        "torch.add(r, p, alpha=rr / before, out=p)",
-        "torch.add(old, p, alpha=rr / before, out=p)",
+        "torch.add(z, p, alpha=rz / before, out=p)",
+        "torch.add(old, p, alpha=rz / before, out=p)",
         f"{TABLES}::test_linear_solver_converges_or_says_why_not[cg-spd0]",
         also=(
             ("ihvp/cg.py", "r.sub_(hp, alpha=alpha)", "old = r.clone(); r.sub_(hp, alpha=alpha)"),
@@ -78,8 +92,64 @@ MUTANTS = [
         "return CG's iterate before the last update",
         "ihvp/cg.py",
         "x.add_(p, alpha=alpha)",
-        "x, ahead = (x, x + alpha * p) if _ == 0 else (ahead, ahead + alpha * p)",
+        "x, ahead = (x, x + alpha * p) if count == 0 else (ahead, ahead + alpha * p)",
         f"{TRUTHS}::test_cg_iterates_are_krylov_minimizers",
+    ),
+    Mutant(
+        "keep the steps of plain CG under a preconditioner",
+        "ihvp/cg.py",
+        "alpha = rz / curvature",
+        "alpha = rr / curvature",
+        f"{TABLES}::test_preconditioner_saves_steps_or_says_why_not[nystrom-power_law0]",
+    ),
+    Mutant(
+        "count the range of the sketch twice",
+        "ihvp/nystrom.py",
+        ".clamp_min(least) - 1.0 / tail",
+        ".clamp_min(least)",
+        f"{IHVP}::test_nystrom_is_exact_for_a_matrix_of_its_rank",
+    ),
+    Mutant(
+        "take sums over positions of a convolution for means",
+        "ihvp/kfac.py",
+        "layer.square / layer.places",
+        "layer.square / rows",
+        f"{IHVP}::test_kfac_blocks_are_kronecker_products_of_inputs_and_output_curvature",
+    ),
+    Mutant(
+        "forget the 1 of the bias",
+        "ihvp/_layers.py",
+        "rows.new_ones(len(rows), 1)",
+        "rows.new_zeros(len(rows), 1)",
+        f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
+    ),
+    Mutant(
+        "forget the curvature of the decay in K-FAC",
+        "ihvp/kfac.py",
+        "undamped(operator)[1] + own",
+        "undamped(operator)[1]",
+        f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
+    ),
+    Mutant(
+        "begin the next linear solve from the solution's negative",
+        "hypergradients/implicit.py",
+        "tensors[_SOLUTION] = -found.x",
+        "tensors[_SOLUTION] = found.x",
+        "tests/test_carried_solves.py::test_a_fixed_number_of_steps_gets_nearer_from_the_last_solution",
+    ),
+    Mutant(
+        "rotate a Hessenberg column the wrong way",
+        "ihvp/gmres.py",
+        "c * entries[i + 1] - s * entries[i]",
+        "c * entries[i + 1] + s * entries[i]",
+        f"{IHVP}::test_gmres_iterates_have_the_least_residual_in_the_krylov_space",
+    ),
+    Mutant(
+        "forget the second diagonal of MINRES",
+        "ihvp/minres.py",
+        "v - epsilon_before * w_before - delta * w",
+        "v - delta * w",
+        f"{IHVP}::test_minres_iterates_are_those_of_gmres",
     ),
     Mutant(
         "the outer product of the gradient in place of the Hessian",
@@ -250,11 +320,382 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "hand out the fast weights of Lookahead",
+        "inner/lookahead.py",
+        "return moved, after, value, gradient",
+        "return fast, after, value, gradient",
+        f"{LOOKAHEAD}::test_between_two_slow_steps_the_inner_params_stand_still",
+    ),
+    Mutant(
+        "begin each period of Lookahead at its old fast weights",
+        "inner/lookahead.py",
+        "begins = phase == 0",
+        "begins = phase < 0",
+        f"{LOOKAHEAD}::test_the_variance_on_a_noisy_quadratic_is_that_of_the_formula[0.5-5-0.3]",
+    ),
+    Mutant(
+        "forget that probabilities add up to one in the Fisher information",
+        "gauss_newton.py",
+        "(p * x).sum(1, keepdim=True) if classes else p * x",
+        "0.0 if classes else p * x",
+        f"{OPERATORS}::test_the_fisher_information_is_the_expectation_that_it_is_named_for",
+    ),
+    Mutant(
+        "sum over batches in place of their mean",
+        "operators.py",
+        'torch.stack([scalar(v, "inner_objective") for v in values]).mean()',
+        'torch.stack([scalar(v, "inner_objective") for v in values]).sum()',
+        f"{OPERATORS}::test_all_parts_together_are_the_whole[Fisher]",
+    ),
+    Mutant(
+        "leave directions outside of the sketch as they are",
+        "inner/sketchy_sgd.py",
+        "rest = self.damping**exponent",
+        "rest = 1.0",
+        f"{SKETCHES}::test_powers_of_the_preconditioner_are_those_of_its_matrix",
+    ),
+    Mutant(
+        "forget the shift of the core of a sketch",
+        "_nystrom.py",
+        "shifted = self.products.add(self.test, alpha=shift)",
+        "shifted = self.products.add(self.test, alpha=1e9 * shift)",
+        f"{SKETCHES}::test_the_sketch_of_a_matrix_of_its_rank_is_exact[dtype0]",
+    ),
+    Mutant(
+        "forget what batches add to the largest eigenvalue",
+        "curvature_report.py",
+        "return bare + added / bare if bare > edge",
+        "return bare if bare > edge",
+        f"{CURVATURE}::test_the_largest_eigenvalue_at_other_batch_sizes_is_predicted[0]",
+    ),
+    Mutant(
         "do not look where the way back has led",
         "hypergradients/_reversing.py",
         "            self._exact.check_start()\n",
         "",
         f"{REVERSIBLE}::test_gradients_that_differ_when_taken_again_are_an_error",
+    ),
+    Mutant(
+        "drop the relaxation from the phantom gradient",
+        "equilibrium/phantom.py",
+        "alpha=float(self.relaxation)",
+        "alpha=1.0",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "one term too many in the phantom gradient",
+        "equilibrium/phantom.py",
+        "Neumann(self.num_steps - 1,",
+        "Neumann(self.num_steps,",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "do not relax the unrolled steps",
+        "fixed_point.py",
+        "torch.lerp(v, image[k], tau) if tau < 1",
+        "image[k] if tau < 1",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "pull the cotangent through the map without a solve",
+        "fixed_point.py",
+        "return operator.layout.split(found.x)",
+        "return operator.layout.split(b)",
+        f"{EQUILIBRIA}::test_gradients_reach_parameters_inputs_and_closures",
+    ),
+    Mutant(
+        "forget the identity in the adjoint system",
+        "equilibrium/adjoint.py",
+        "        return vector - self._pulled(vector)",
+        "        return -self._pulled(vector)",
+        f"{EQUILIBRIA}::test_phantom_gradients_are_their_formula",
+    ),
+    Mutant(
+        "combine points and forget their residuals in Anderson",
+        "equilibrium/anderson.py",
+        "moved.baddbmm_(gamma, changes, alpha=-self.relaxation).squeeze_(1)",
+        "moved.squeeze_(1)",
+        f"{EQUILIBRIA}::test_anderson_with_enough_memory_ends_after_as_many_steps_as_dimensions",
+    ),
+    Mutant(
+        "differentiate w alone and forget the velocity",
+        "hypergradients/fixed_point_implicit.py",
+        "return found | {",
+        "return found or {",
+        f"{EQUILIBRIA}::test_phantom_of_momentum_descent_is_its_unrolling_from_the_solution",
+    ),
+    Mutant(
+        "divide by half of the distance between the ends of a difference",
+        "hypergradients/sama.py",
+        "outer[k] = (b - a) / (2 * eps)",
+        "outer[k] = (b - a) / eps",
+        f"{FIRST_ORDER}::test_sama_is_its_formula",
+    ),
+    Mutant(
+        "forget the second moment in the adaptation",
+        "hypergradients/sama.py",
+        "lambda _: (value, gradient), at, lam, last.state, last.index",
+        "lambda _: (value, gradient), at, lam, solver.init(at), last.index",
+        f"{FIRST_ORDER}::test_the_adaptation_is_the_derivative_of_the_step_by_the_gradient",
+    ),
+    Mutant(
+        "flip the sign of the adaptation",
+        "hypergradients/sama.py",
+        "return {k: -p for k, p in",
+        "return {k: p for k, p in",
+        f"{FIRST_ORDER}::test_sama_is_its_formula",
+    ),
+    Mutant(
+        "do not look for functions that leave no trace in the gradient",
+        "_twice.py",
+        "return code is not None and code is _MARK",
+        "return False",
+        f"{FIRST_ORDER}::test_all_others_refuse_what_has_no_second_derivative",
+    ),
+    Mutant(
+        "forget the implicit factor of pre-training",
+        "hypergradients/implicit.py",
+        "return found, graph.cross_vjp(found.x.neg_()), graph",
+        "return found, graph.cross_vjp(right.neg_()), graph",
+        SHAPES.format("two_stage"),
+        also=(
+            (
+                "hypergradients/implicit.py",
+                "        found = linear_solve(\n",
+                "        right = b.clone()\n        found = linear_solve(\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "forget the direct term of fine-tuning",
+        "two_stage.py",
+        "            outer_params,\n            solver=self.solver,",
+        "            {k: v.detach() for k, v in outer_params.items()},\n            solver=self.solver,",
+        SHAPES.format("two_stage"),
+    ),
+    Mutant(
+        "forget that fine-tuning starts from pre-training",
+        "two_stage.py",
+        "            begun,\n",
+        "            {k: v.detach() for k, v in begun.items()},\n",
+        SHAPES.format("two_stage"),
+    ),
+    Mutant(
+        "add the identity to the operator of iMAML",
+        "operators.py",
+        "        return self.graph.hvp(vector, out)",
+        "        return self.graph.hvp(vector, out) + vector",
+        SHAPES.format("episodes"),
+    ),
+    Mutant(
+        "the sum of the tasks in place of their mean",
+        "episodes.py",
+        'count, "outer_objective").mean()',
+        'count, "outer_objective").sum()',
+        SHAPES.format("episodes"),
+    ),
+    Mutant(
+        "forget the half of the proximal term",
+        "proximal.py",
+        "0.5 * strength * torch.stack",
+        "1.0 * strength * torch.stack",
+        SHAPES.format("episodes"),
+    ),
+    Mutant(
+        "forget that the tasks start from the shared parameters",
+        "episodes.py",
+        "theta = outer_params if counts else",
+        "theta = outer_params if False else",
+        f"{EPISODES}::test_unrolled_steps_from_the_shared_start_are_maml[False]",
+    ),
+    Mutant(
+        "differentiate the start at a solution",
+        "hypergradients/_base.py",
+        "problem = problem.without_start()",
+        "problem = problem",
+        f"{EPISODES}::test_implicit_uses_the_proximal_term_alone",
+    ),
+    Mutant(
+        "the tasks of the first step at every step",
+        "outer.py",
+        "                    problem.at(run.step),",
+        "                    problem.at(0),",
+        f"{EPISODES}::test_each_outer_step_has_other_tasks_and_the_loss_falls",
+    ),
+    Mutant(
+        "the first start at every step",
+        "outer.py",
+        "return _tree.detach(inner_params(step) if",
+        "return _tree.detach(inner_params(0) if",
+        f"{OUTER}::test_each_outer_step_may_have_a_start_of_its_own",
+    ),
+    Mutant(
+        "solve the linear system of a single loop for the opposite",
+        "hypergradients/_single_loop.py",
+        "residual, scale = product - cotangent",
+        "residual, scale = product + cotangent",
+        f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[soba]",
+    ),
+    Mutant(
+        "flip the sign of the indirect term in a single loop",
+        "hypergradients/_single_loop.py",
+        "None if c is None else -c",
+        "None if c is None else c",
+        f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[soba]",
+    ),
+    Mutant(
+        "weigh the average of a single loop the wrong way round",
+        "hypergradients/_single_loop.py",
+        "torch.lerp(h, d, theta)",
+        "torch.lerp(d, h, theta)",
+        f"{SINGLE}::test_all_directions_are_taken_at_the_same_point[ma_soba]",
+    ),
+    Mutant(
+        "never shorten the steps of a linear system",
+        "hypergradients/_pace.py",
+        "if growth <= _TOO_MUCH:",
+        "if True:",
+        f"{SINGLE}::test_steps_under_which_the_linear_system_diverges_are_shortened[21.0]",
+    ),
+    Mutant(
+        "forget what a table remembers of a batch",
+        "hypergradients/saba.py",
+        "found[name] = mean + change",
+        "found[name] = mean + rows[name]",
+        f"{SINGLE}::test_tables_of_past_gradients_take_the_noise_away",
+    ),
+    Mutant(
+        "do not write what a batch says into its table",
+        "hypergradients/saba.py",
+        "table[index] = rows[name]",
+        "pass",
+        f"{SINGLE}::test_tables_of_past_gradients_take_the_noise_away",
+    ),
+    Mutant(
+        "take the outer gradient of a penalty at the wrong one of two solutions",
+        "hypergradients/f2sa.py",
+        "direct = at(above, True).outer",
+        "direct = at(z, True).outer",
+        f"{PENALTIES}::test_penalties_of_a_coupled_outer_objective_equal_the_closed_form",
+    ),
+    Mutant(
+        "forget the half of central penalties",
+        "hypergradients/f2sa.py",
+        "scale = 0.5 * s if self.central else s",
+        "scale = s",
+        f"{PENALTIES}::test_penalized_solutions_equal_the_closed_form[True]",
+    ),
+    Mutant(
+        "drop the inner gradient at the inner solution from a penalty",
+        "hypergradients/_penalty.py",
+        "found[k] = x if y is None else x - y",
+        "found[k] = x",
+        f"{PENALTIES}::test_penalized_solutions_equal_the_closed_form[False]",
+    ),
+    Mutant(
+        "let the barrier push back where the inner objective falls by itself",
+        "hypergradients/bome.py",
+        "return max(0.0, self.barrier -",
+        "return max(-1e9, self.barrier -",
+        f"{PENALTIES}::test_both_variables_move_from_the_same_point[bome]",
+    ),
+    Mutant(
+        "perturb the hyperparameters of a proxy to one side only",
+        "hypergradients/_proxy.py",
+        "for d in (delta, -delta)",
+        "for d in (delta, delta)",
+        f"{PROXIES}::test_the_response_tends_to_the_implicit_one[delta_stn]",
+    ),
+    Mutant(
+        "the same perturbation for every fit of a proxy",
+        "hypergradients/_proxy.py",
+        "around.drawn(self.seed, 0, index)",
+        "around.drawn(self.seed, 0, 0)",
+        f"{PROXIES}::test_the_response_tends_to_the_implicit_one[hypernetwork]",
+    ),
+    Mutant(
+        "drop the chain rule of a perturbed logarithm",
+        "hypergradients/_around.py",
+        "k: part / v.detach() if k in self.log else part",
+        "k: part",
+        f"{PROXIES}::test_one_gate_is_enough_for_one_hyperparameter[1-log1]",
+    ),
+    Mutant(
+        "differentiate a closed form as if its matrix were constant",
+        "closed_form/_solving.py",
+        "(-pulled @ found.mT)",
+        "(0 * pulled @ found.mT)",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[one-tall-False]",
+    ),
+    Mutant(
+        "forget that the residual depends on the coefficients",
+        "closed_form/_fitting.py",
+        "v.mT - by_t @ w.mT",
+        "v.mT",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[None-tall-False]",
+    ),
+    Mutant(
+        "exchange the sides of the gradient of sample weights",
+        "closed_form/_solving.py",
+        "((kernel @ left) * right)",
+        "((kernel @ right) * left)",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[one-wide-False]",
+    ),
+    Mutant(
+        "forget the leverage of the intercept",
+        "closed_form/ridge_held_out.py",
+        "hat = hat + (1 /",
+        "hat = hat + 0 * (1 /",
+        f"{CLOSED}::test_scikit_learn_agrees",
+    ),
+    Mutant(
+        "forget the weights in the hat matrix",
+        "closed_form/ridge_held_out.py",
+        "eye - hat * held",
+        "eye - hat",
+        f"{CLOSED}::test_gradients_equal_differences_of_refits[one-tall-False]",
+    ),
+    Mutant(
+        "leave the held-out samples in the constant",
+        "closed_form/_blocks.py",
+        "solved = solved - constant *",
+        "solved = solved - 0 * constant *",
+        f"{CLOSED}::test_leaving_one_out_is_right_where_the_penalty_is_almost_nothing[0.01]",
+    ),
+    Mutant(
+        "sketch the Hessian on both sides with one sketch",
+        "hypergradients/bros.py",
+        "return along(v, True)",
+        "return along({k: s.up(s.down(v[k])) for k, s in sketches.items()}, True)",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[one_sided-gaussian-2]",
+    ),
+    Mutant(
+        "forget the second signs of the probe",
+        "hypergradients/bros.py",
+        "(x - e[k] * second.product[k])",
+        "(x - second.product[k])",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-gaussian-3]",
+    ),
+    Mutant(
+        "forget the factor of the probe",
+        "hypergradients/bros.py",
+        "correction = self.rank / (self.rank - 1)",
+        "correction = 1.0",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-rademacher-2]",
+    ),
+    Mutant(
+        "take the same sketch for both sides of two",
+        "hypergradients/bros.py",
+        "others = self._drawn(count, 1, inner_params)",
+        "others = sketches",
+        f"{BROS}::test_the_action_of_the_hessian_is_unbiased[two_sketch-orthonormal-2]",
+    ),
+    Mutant(
+        "hold on to the gradients of all blocks",
+        "hypergradients/_sketches.py",
+        "        leaf.grad = None\n",
+        "",
+        f"{BROS}::test_no_gradient_of_more_than_one_block_lives_at_a_time",
     ),
 ]
 

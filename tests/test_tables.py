@@ -11,7 +11,7 @@ import torch
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad import hypergradients, ihvp, inner
-from optuna_hypergrad.operators import MatrixOperator
+from optuna_hypergrad.operators import MatrixOperator, undamped
 
 
 @pytest.mark.parametrize("row", cases.HYPERGRADIENTS, ids=str)
@@ -39,6 +39,33 @@ def test_estimator_matches_the_truth_or_names_the_mismatch(row: cases.Row) -> No
         assert estimate.value[k].dtype == v.dtype
 
 
+@pytest.mark.parametrize("row", cases.SINGLE_LOOP, ids=str)
+def test_single_loop_reaches_the_truth_or_names_the_mismatch(row: cases.SingleLoopRow) -> None:
+    case = cases.case(row.problem)
+    where = case.problem, row.inner_solver
+
+    def first() -> ohg.HypergradientEstimate:
+        return ohg.hypergradient(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            estimator=row.estimator,
+            inner_solver=row.inner_solver,
+        )
+
+    if row.error is not None:
+        with pytest.raises(row.error, match=row.message):
+            first()
+        return
+    found = first()
+    for t in range(1, row.num_steps):
+        found = row.estimator.estimate(
+            *where, found.inner_params, case.outer_params, t, found.state
+        )
+        assert found.result.success, found.result.message
+    assert problems.relative_error(found.value, cases.truth(row.problem)) < row.rtol
+
+
 @pytest.mark.parametrize("row", cases.LINEAR_SOLVERS, ids=lambda r: f"{r.solver.name}-{r.matrix}")
 def test_linear_solver_converges_or_says_why_not(row: cases.SolverRow) -> None:
     matrix = make_matrix(row.matrix)
@@ -52,6 +79,34 @@ def test_linear_solver_converges_or_says_why_not(row: cases.SolverRow) -> None:
     exact = torch.linalg.solve(matrix, b)
     assert float((found.x - exact).norm() / exact.norm()) < row.rtol
     assert found.num_products == operator.num_products
+
+
+@pytest.mark.parametrize(
+    "row", cases.PRECONDITIONERS, ids=lambda r: f"{r.preconditioner.name}-{r.operator}"
+)
+def test_preconditioner_saves_steps_or_says_why_not(row: cases.PreconditionerRow) -> None:
+    operator = cases.OPERATORS[row.operator]()
+    b = problems.randn(operator.size, seed=7)
+    solver = ohg.CG(3000, 1e-8, require_convergence=True, preconditioner=row.preconditioner)
+    if row.most is None:
+        with pytest.raises((ohg.SolverError, ohg.RequirementError), match=row.message):
+            ohg.linear_solve(solver, operator, b)
+        return
+    plain = ohg.linear_solve(ohg.CG(3000, 1e-8, require_convergence=True), operator, b)
+    found = ohg.linear_solve(solver, operator, b)
+    assert float((operator(found.x) - b).norm() / b.norm()) < 1e-7
+    base, _ = undamped(operator)
+    before = base.num_products
+    inverse = row.preconditioner.build(operator)
+    own = base.num_products - before
+    assert found.num_products - own <= row.most * plain.num_products
+    u, v = problems.randn(2, operator.size, seed=8)
+    kept = u.clone()
+    assert float(torch.dot(v, inverse(u)) / torch.dot(u, inverse(v)) - 1) == pytest.approx(
+        0, abs=1e-8
+    )
+    assert float(torch.dot(u, inverse(u))) > 0
+    assert torch.equal(u, kept)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +126,15 @@ def test_inner_solver_reaches_the_solution(
 @pytest.mark.parametrize(
     ("registered", "table"),
     [
-        (hypergradients.REGISTRY, [type(r.estimator) for r in cases.HYPERGRADIENTS]),
+        (
+            hypergradients.REGISTRY,
+            [type(r.estimator) for r in (*cases.HYPERGRADIENTS, *cases.SINGLE_LOOP)],
+        ),
         (ihvp.REGISTRY, [type(r.solver) for r in cases.LINEAR_SOLVERS]),
+        (ihvp.PRECONDITIONERS, [type(r.preconditioner) for r in cases.PRECONDITIONERS]),
         (inner.REGISTRY, [type(r[0]) for r in cases.INNER_SOLVERS]),
     ],
-    ids=["hypergradients", "ihvp", "inner"],
+    ids=["hypergradients", "ihvp", "preconditioners", "inner"],
 )
 def test_every_registered_method_has_a_row_and_a_reference(registered, table) -> None:
     for name, cls in registered.items():
@@ -95,6 +154,10 @@ def make_matrix(kind: str, size: int = 40) -> torch.Tensor:
         return symmetric(u @ u.T + eye)
     if kind == "nonsymmetric":
         return eye + 0.3 * problems.randn(size, size, seed=5) / size**0.5
+    if kind.startswith("radius_"):  # GT8: I - J of a fixed point
+        jacobian = problems.randn(size, size, seed=6)
+        radius = float(torch.linalg.eigvals(jacobian).abs().max())
+        return eye - float(kind[len("radius_") :]) / radius * jacobian
     spectra = {
         "spd": torch.logspace(-1, 1, size, dtype=problems.F64),
         "indefinite": torch.linspace(-0.5, 5, size, dtype=problems.F64),

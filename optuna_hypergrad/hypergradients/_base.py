@@ -9,7 +9,7 @@ import abc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
 from ..inner._base import InnerState
 from ..operators import scalar
-from ..problem import BilevelProblem, check_problem
+from ..problem import AbstractProblem, BilevelProblem, check_problem
 
 _LARGE = 100_000
 """Entries of a direct term from which memory is worth more than one evaluation of ``f``."""
@@ -84,12 +84,16 @@ class Pulled:
         initial: Cotangents of ``w_0``.
         result: Of the linear solve, where there is one.
         stats: Counts and residuals.
+        tensors: What the estimator wants back at the next outer step, as ``EstimatorState.tensors``.
+        numbers: Likewise.
     """
 
     outer: Cotangents
     initial: Cotangents
     result: Result = SUCCESS
     stats: dict[str, float] = field(default_factory=dict)
+    tensors: Params = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class AbstractHypergradientEstimator(abc.ABC):
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    solves: ClassVar[bool] = True
+    """Whether it solves the inner problem, so that a run ends with a solve at its last ``lam``; otherwise it moves ``w``."""
 
     def check(  # noqa: B027
         self,
@@ -162,6 +168,8 @@ class AbstractPullbackEstimator(AbstractHypergradientEstimator):
         state: EstimatorState | None = None,
     ) -> HypergradientEstimate:
         state = EstimatorState() if state is None else state
+        if "stationary_point" in self.requires:
+            problem = problem.without_start()
         begun = time.perf_counter()
         solved = self.solve(problem, inner_solver, inner_params, outer_params, state)
         solution = solved.solution
@@ -193,13 +201,14 @@ class AbstractPullbackEstimator(AbstractHypergradientEstimator):
             "seconds_inner": solved_at - begun,
             "seconds_backward": time.perf_counter() - solved_at,
         }
+        after = replace(after, tensors=pulled.tensors, numbers=pulled.numbers)
         return HypergradientEstimate(
             value, outer_value, solution.inner_params, result, stats, after
         )
 
 
 def hypergradient(
-    problem: BilevelProblem,
+    problem: AbstractProblem,
     inner_params: Params,
     outer_params: Params,
     *,
@@ -212,7 +221,7 @@ def hypergradient(
     """The hypergradient ``d f(w*(lam), lam) / d lam`` at ``outer_params``.
 
     Args:
-        problem: Objectives and batches.
+        problem: Objectives and batches: a :class:`BilevelProblem`, or :class:`Episodes`.
         inner_params: ``w_0``; or the inner solution itself where ``inner_solver`` is ``None``.
         outer_params: ``lam``, external values (``dict`` of floating-point tensors of any shape).
         estimator: The method, e.g. ``Implicit()`` or ``Unroll()``.
@@ -228,8 +237,9 @@ def hypergradient(
     check_count("hypergradient", "step", step, 0)
     check_methods("hypergradient", estimator, inner_solver)
     check_problem(problem, inner_params, outer_params, step)
-    estimator.check(problem, inner_solver, inner_params, outer_params)
-    estimate = estimator.estimate(problem, inner_solver, inner_params, outer_params, step, state)
+    now = problem.at(step)
+    estimator.check(now, inner_solver, inner_params, outer_params)
+    estimate = estimator.estimate(now, inner_solver, inner_params, outer_params, step, state)
     if throw:
         estimate.result.raise_if_failed()
     return estimate

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import HyperparameterError, RequirementError
+from .._twice import check_differentiable_twice
 from .._typing import Params
 from ..inner import HeavyBall
 from ..inner._base import InnerState, gradient_of, objective_at
@@ -45,7 +46,7 @@ class Descent:
         self._lam = _tree.leaves(outer_params)
         self._exact = FixedPoint(inner_params, velocity, fraction_bits)
         self._start = self._end = self._at = start
-        self.failed = False
+        self.failed = self._looked = False
         self.too_large = 0.0
         self.num_recomputed = self.bytes_aside = 0
         self._constant: Rational | None = None
@@ -145,6 +146,9 @@ class Descent:
         with torch.enable_grad():
             objective = objective_at(self._problem, self._lam, index)
             value, gradient = gradient_of(objective, w, create_graph=True)
+            if not self._looked:
+                check_differentiable_twice(value, gradient.values())
+                self._looked = True
             direction = self._solver.regularized(gradient, w, self._lam, index)
         return w, value, gradient, direction
 

@@ -197,7 +197,7 @@ class Rewinder:
         else:
             self._kept.append((position, point))
         after = self._last = tape.after.map(_tree.detach)
-        return after.inner_params, after.state, value, gradient
+        return after.inner_params, after.state, value.detach(), gradient
 
     def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``.
@@ -224,7 +224,7 @@ class Rewinder:
     def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
         with saved_storages() as held:
             begun = self._record(point, 0)
-        check_differentiable_twice(begun[0].after.tensors())
+        check_differentiable_twice(begun[1], begun[0].after.tensors())
         shared = set(storages(self._lam.values()))
         if self._planner is not whole_tape:
             shared |= self._data(begun[0])
@@ -297,7 +297,7 @@ class Rewinder:
                 before.state,
                 index,
             )
-        return Tape(before, Point(w, state)), value.detach(), _tree.detach(gradient)
+        return Tape(before, Point(w, state)), value, _tree.detach(gradient)
 
 
 def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) -> None:

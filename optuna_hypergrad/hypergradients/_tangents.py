@@ -209,10 +209,11 @@ class Pushforward:
     def _look(self, before: Point, index: int) -> None:
         """Which hyperparameters this step depends on, in whatever way; and that it can be differentiated."""
         names = sorted(self._unseen)
-        ends = [t for t in self._record(before, index)[1].tensors() if t.requires_grad]
+        _, after, value, _ = self._record(before, index)
+        ends = [t for t in after.tensors() if t.requires_grad]
+        self._refuse_dead_ends(ends, value)
         if not ends:
             return
-        self._refuse_dead_ends(ends)
         ones = [torch.ones_like(t) for t in ends]
         try:
             found = torch.autograd.grad(
@@ -271,9 +272,9 @@ class Pushforward:
             return [t[None] for t in rows[0]]
         return [torch.stack(column) for column in zip(*rows, strict=True)]
 
-    def _refuse_dead_ends(self, tensors: list[Tensor]) -> None:
+    def _refuse_dead_ends(self, tensors: list[Tensor], value: Tensor | None = None) -> None:
         """``torch.autograd.grad`` goes around them, and then its answer is wrong."""
-        if goes_through_once_differentiable(tensors):
+        if goes_through_once_differentiable(tensors, value):
             raise self._refusal("once_differentiable")
 
     def _refusal(self, error: RuntimeError | str) -> RequirementError:

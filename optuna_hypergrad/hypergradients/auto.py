@@ -224,7 +224,7 @@ def _missing_derivative(
         try:
             found = torch.autograd.grad(value, [*w.values()], create_graph=True, allow_unused=True)
             alive = [g for g in found if g is not None and g.requires_grad]
-            if goes_through_once_differentiable(alive):
+            if goes_through_once_differentiable(alive, value):
                 return "a torch.autograd.Function is marked once_differentiable"
             if alive:
                 at, ones = [*w.values(), *lam.values()], [torch.ones_like(g) for g in alive]

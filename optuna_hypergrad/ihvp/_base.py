@@ -5,16 +5,19 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _tree
-from .._errors import RequirementError
+from .._arguments import is_number
+from .._errors import RequirementError, SolverError
 from .._results import SUCCESS, Result, Status
-from ..operators import AbstractLinearOperator
+from ..curvature import asymmetry
+from ..operators import AbstractLinearOperator, undamped
+from ._preconditioner import AbstractPreconditioner, Factors, Inverse
 
 Vector = list[Tensor]
 """A vector of ``P`` entries as the tensors that it is made of."""
@@ -30,6 +33,8 @@ class LinearSolution:
         num_products: Products with ``H``, those spent on estimating step sizes included.
         result: Success, or a sentence that says what to change.
         curvature: Estimate of the largest eigenvalue, where one was made.
+        stats: What else there is to say: ``damping_share``, how a preconditioner was made.
+        factors: Those of the preconditioner that was used, for the next solve; ``None`` without one.
     """
 
     x: Tensor
@@ -37,6 +42,8 @@ class LinearSolution:
     num_products: int = 0
     result: Result = SUCCESS
     curvature: float = math.nan
+    stats: dict[str, float] = field(default_factory=dict)
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,48 @@ class AbstractLinearSolver(abc.ABC):
         return 1.0, math.nan, None
 
 
+class AbstractPreconditionedSolver(AbstractLinearSolver):
+    """A method that takes a preconditioner: an approximate inverse, symmetric positive definite."""
+
+    preconditioner: AbstractPreconditioner | None
+
+    def compute(
+        self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None
+    ) -> LinearSolution:
+        return self.compute_with(operator, vector, x0, None)
+
+    @abc.abstractmethod
+    def compute_with(
+        self,
+        operator: AbstractLinearOperator,
+        vector: Tensor,
+        x0: Tensor | None,
+        inverse: Inverse | None,
+    ) -> LinearSolution:
+        """:meth:`AbstractLinearSolver.compute`, with the map that the preconditioner has become."""
+
+    def check_preconditioner(self) -> None:
+        """Refuse anything but a preconditioner, or none.
+
+        Raises:
+            ValueError: naming the method.
+        """
+        if not (
+            self.preconditioner is None or isinstance(self.preconditioner, AbstractPreconditioner)
+        ):
+            raise ValueError(
+                f"{type(self).__name__} needs a preconditioner such as NystromPreconditioner(30), or None, got "
+                f"{self.preconditioner!r:.80}."
+            )
+
+
 def linear_solve(
     solver: AbstractLinearSolver,
     operator: AbstractLinearOperator,
     vector: Tensor,
     x0: Tensor | None = None,
     *,
+    factors: Factors | None = None,
     overwrite_vector: bool = False,
     throw: bool = True,
 ) -> LinearSolution:
@@ -118,7 +161,9 @@ def linear_solve(
         operator: ``H``, acting on ``(P,)``.
         vector: ``b``, shape ``(P,)``.
         x0: First guess, or ``None`` for zero.
-        overwrite_vector: Let the method use the memory of ``vector``.
+        factors: Of the solver's preconditioner, from an earlier solve; ``None`` to make them.
+        overwrite_vector: Let the method use the memory of ``vector`` (it does not where the operator is
+            damped: ``damping_share`` needs it).
         throw: Raise on failure; otherwise the failure is in ``result``.
 
     Raises:
@@ -131,23 +176,91 @@ def linear_solve(
         )
     if "symmetric" in solver.requires and not operator.symmetric:
         raise RequirementError(
-            f"{solver.name} needs a symmetric operator, and this one is not. Use Direct, or Neumann "
+            f"{solver.name} needs a symmetric operator, and this one is not. Use GMRES, or Direct, or Neumann "
             f"if its spectral radius allows."
         )
-    before = operator.num_products
+    base, damping = undamped(operator)
+    before = base.num_products
     solution = without_products(vector)
     if solution is None:
         scale = scale_of(vector)
         if scale != 1.0:
             vector, overwrite_vector = vector / scale, True
             x0 = None if x0 is None else x0 / scale
-        solution = solver.compute(operator, vector if overwrite_vector else vector.clone(), x0)
+        spare = vector if overwrite_vector and not damping else vector.clone()
+        solution = _compute(solver, operator, spare, x0, factors)
+        if damping:
+            solution = _with_damping_share(solution, vector, damping)
         if scale != 1.0:
             solution = replace(solution, x=solution.x * scale)
-    solution = checked(solver, replace(solution, num_products=operator.num_products - before))
+        if not solution.result and "symmetric" in solver.requires:
+            solution = replace(solution, result=_said_of_asymmetry(solution.result, operator))
+    solution = checked(solver, replace(solution, num_products=base.num_products - before))
     if throw:
         solution.result.raise_if_failed()
     return solution
+
+
+def _compute(
+    solver: AbstractLinearSolver,
+    operator: AbstractLinearOperator,
+    vector: Tensor,
+    x0: Tensor | None,
+    factors: Factors | None,
+) -> LinearSolution:
+    if not isinstance(solver, AbstractPreconditionedSolver) or solver.preconditioner is None:
+        return solver.compute(operator, vector, x0)
+    preconditioner = solver.preconditioner
+    try:
+        if factors is None:
+            factors = preconditioner.factorize(operator)
+        inverse = preconditioner.inverse(factors, operator)
+    except SolverError as error:
+        result = error.result or Result(Status.STALLED, str(error))
+        return LinearSolution(torch.zeros_like(vector), math.nan, result=result)
+    solution = solver.compute_with(operator, vector, x0, inverse)
+    return replace(solution, stats=solution.stats | factors.stats, factors=factors)
+
+
+def _with_damping_share(solution: LinearSolution, vector: Tensor, damping: float) -> LinearSolution:
+    """Of the curvature ``x.(H + damping) x`` along the solution, what the damping makes up.
+
+    Above 1 where that of ``H`` itself is negative.
+    """
+    energy = float(torch.dot(solution.x, vector))
+    share = damping * float(torch.dot(solution.x, solution.x)) / energy if energy else math.nan
+    if not 0 < share < math.inf:
+        return solution
+    return replace(solution, stats=solution.stats | {"damping_share": share})
+
+
+def _said_of_asymmetry(result: Result, operator: AbstractLinearOperator) -> Result:
+    """A failure of a method for symmetric operators may mean that this one only says that it is."""
+    found = asymmetry(operator)
+    if not found > float(torch.finfo(operator.dtype).eps) ** 0.5:
+        return result
+    message = (
+        f"{result.message} The operator says that it is symmetric, but u.Hv and v.Hu differ by {found:.1e} of "
+        f"their size: use GMRES, or make its products deterministic (dropout, running statistics)."
+    )
+    return replace(result, message=message)
+
+
+def check_steps(method: str, max_steps: object, rtol: object) -> None:
+    """Refuse steps and tolerances that mean nothing.
+
+    Raises:
+        ValueError: naming the method.
+    """
+    if type(max_steps) is not int or max_steps < 1:
+        raise ValueError(f"{method} needs an integer max_steps >= 1, got {max_steps!r}.")
+    if not (is_number(rtol) and 0 <= rtol < 1):  # type: ignore[operator]
+        raise ValueError(f"{method} needs 0 <= rtol < 1, got {rtol!r}.")
+
+
+def smallest_residual(vector: Tensor) -> float:
+    """Below this, a recurrence holds rounding errors only, and 0 / 0 is near."""
+    return float(torch.finfo(vector.dtype).eps) * 1e-2
 
 
 def inner(a: Vector, b: Vector) -> Tensor:

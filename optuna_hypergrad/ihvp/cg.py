@@ -10,18 +10,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from ..operators import AbstractLinearOperator
-from ._base import AbstractLinearSolver, LinearSolution, TracedSolution, Vector, inner
+from ._base import (
+    AbstractPreconditionedSolver,
+    LinearSolution,
+    TracedSolution,
+    Vector,
+    inner,
+    smallest_residual,
+)
+from ._preconditioner import AbstractPreconditioner, Inverse
 from .direct import solve_positive_definite
 
 
 @dataclass(frozen=True)
-class CG(AbstractLinearSolver):
+class CG(AbstractPreconditionedSolver):
     """Conjugate gradients for a symmetric positive definite operator.
 
+    With a preconditioner the residual that ends the solve is still ``b - H x`` itself.
+
     Reference: Hestenes & Stiefel (1952); for hypergradients Pedregosa (2016), "Hyperparameter
-    optimization with approximate gradient", algorithm 1.
+    optimization with approximate gradient", algorithm 1; preconditioned as in Golub & Van Loan (2013),
+    "Matrix computations", algorithm 11.5.1.
 
     Args:
         max_steps: At most this many products.
@@ -31,6 +43,7 @@ class CG(AbstractLinearSolver):
         factorize_up_to: For so many unknowns ``P`` at most, a solve that has not converged after
             ``P // 4`` products tries the factorized matrix (``P`` more, done together) before it goes
             on. 0 for never; compiled solves never do.
+        preconditioner: For fewer steps where the spectrum is wide; compiled solves take none.
     """
 
     name: ClassVar[str] = "cg"
@@ -39,6 +52,7 @@ class CG(AbstractLinearSolver):
     rtol: float = 1e-6
     require_convergence: bool = False
     factorize_up_to: int = 0
+    preconditioner: AbstractPreconditioner | None = None
 
     def __post_init__(self) -> None:
         counts = self.max_steps, self.factorize_up_to
@@ -49,12 +63,17 @@ class CG(AbstractLinearSolver):
             )
         if not 0 <= self.rtol < 1:
             raise ValueError(f"CG needs 0 <= rtol < 1, got {self.rtol!r}.")
+        self.check_preconditioner()
 
-    def compute(
-        self, operator: AbstractLinearOperator, vector: Tensor, x0: Tensor | None
+    def compute_with(
+        self,
+        operator: AbstractLinearOperator,
+        vector: Tensor,
+        x0: Tensor | None,
+        inverse: Inverse | None,
     ) -> LinearSolution:
         bb = float(torch.dot(vector, vector))
-        target = max(self.rtol, _smallest_residual(vector)) ** 2 * bb
+        target = max(self.rtol, smallest_residual(vector)) ** 2 * bb
         factorized_at = operator.size // 4 if operator.size <= self.factorize_up_to else None
         b = vector if factorized_at is None else vector.clone()
         if x0 is None:
@@ -63,10 +82,15 @@ class CG(AbstractLinearSolver):
             x = x0.clone()
             r = vector.sub_(operator(x))
             rr = float(torch.dot(r, r))
-        p, memory = r.clone(), operator.workspace()
+        z = r if inverse is None else inverse(r)
+        rz = rr if inverse is None else float(torch.dot(r, z))
+        p, memory = z.clone(), operator.workspace()
         result = SUCCESS
         for count in range(self.max_steps):
             if rr <= target:
+                break
+            if not rz > 0:
+                result = _no_preconditioner(rz)
                 break
             if count == factorized_at:
                 direct = solve_positive_definite(operator, b, self.factorize_up_to)
@@ -77,12 +101,14 @@ class CG(AbstractLinearSolver):
             if not curvature > 0:
                 result = _no_descent(curvature / float(torch.dot(p, p)))
                 break
-            alpha = rr / curvature
+            alpha = rz / curvature
             x.add_(p, alpha=alpha)
             r.sub_(hp, alpha=alpha)
             del hp
-            rr, before = float(torch.dot(r, r)), rr
-            torch.add(r, p, alpha=rr / before, out=p)
+            rr = float(torch.dot(r, r))
+            z = r if inverse is None else inverse(r)
+            rz, before = rr if inverse is None else float(torch.dot(r, z)), rz
+            torch.add(z, p, alpha=rz / before, out=p)
         residual = math.sqrt(rr / bb)
         if result and not rr <= target:
             result = self._unconverged(residual)
@@ -91,8 +117,12 @@ class CG(AbstractLinearSolver):
     def traced(
         self, product: Callable[[Vector], Vector], vector: Vector, alpha: Tensor
     ) -> TracedSolution:
+        if self.preconditioner is not None:
+            raise RequirementError(
+                "CG with a preconditioner cannot be compiled; use Implicit(compile=False), or CG without one."
+            )
         bb = inner(vector, vector)
-        target = max(self.rtol, _smallest_residual(vector[0])) ** 2 * bb
+        target = max(self.rtol, smallest_residual(vector[0])) ** 2 * bb
         x, r, p, rr, pp = [torch.zeros_like(b) for b in vector], vector, vector, bb, bb
         least = torch.full_like(bb, torch.inf)
         for _ in range(self.max_steps):
@@ -130,9 +160,17 @@ class CG(AbstractLinearSolver):
         )
 
 
-def _smallest_residual(vector: Tensor) -> float:
-    """Below this, the recurrence holds rounding errors only, and 0 / 0 is near."""
-    return float(torch.finfo(vector.dtype).eps) * 1e-2
+def _no_preconditioner(value: float) -> Result:
+    if math.isnan(value):
+        return Result(
+            Status.NONFINITE,
+            "CG's preconditioner gave NaN; raise its floor, rho or damping, or leave it out.",
+        )
+    return Result(
+        Status.STALLED,
+        f"CG needs a positive definite preconditioner, and r.P(r) is {value:.1e} for this one; raise its floor, rho or "
+        f"damping, or leave it out.",
+    )
 
 
 def _no_descent(value: float) -> Result:

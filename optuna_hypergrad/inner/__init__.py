@@ -3,6 +3,7 @@
 from .._registry import registry
 from ._base import (
     AbstractBlackBox,
+    AbstractCurvatureSolver,
     AbstractInnerSolver,
     AbstractMinimizer,
     AbstractStepSolver,
@@ -14,7 +15,9 @@ from .black_box import BlackBox
 from .gradient_descent import GradientDescent
 from .heavy_ball import HeavyBall
 from .lbfgs import LBFGS
+from .lookahead import Lookahead
 from .newton_cg import NewtonCG
+from .sketchy_sgd import SketchySGD
 
 REGISTRY = registry(AbstractInnerSolver, globals())
 
@@ -22,6 +25,7 @@ __all__ = [
     "LBFGS",
     "REGISTRY",
     "AbstractBlackBox",
+    "AbstractCurvatureSolver",
     "AbstractInnerSolver",
     "AbstractMinimizer",
     "AbstractStepSolver",
@@ -31,6 +35,8 @@ __all__ = [
     "GradientDescent",
     "HeavyBall",
     "InnerSolution",
+    "Lookahead",
     "NewtonCG",
+    "SketchySGD",
     "inner_solve",
 ]

@@ -79,6 +79,40 @@ class AbstractMinimizer(AbstractInnerSolver):
         """Minimize; ``max_steps`` overrides the solver's own limit (and its tolerance)."""
 
 
+@dataclass(frozen=True)
+class AbstractCurvatureSolver(AbstractInnerSolver):
+    """A solver that takes steps on batches, and looks at the objective itself and other batches too.
+
+    It cannot be unrolled: what it makes of the curvature is not differentiated.
+
+    Args:
+        max_steps: At most this many steps; exactly this many where ``rtol = atol = 0``.
+        rtol: Stop when the gradient norm falls below ``rtol`` times its first value.
+        atol: Stop when the gradient norm falls below ``atol``.
+    """
+
+    max_steps: int = 100
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    @abc.abstractmethod
+    def init(self, inner_params: Params) -> InnerState:
+        """The memory before the first step."""
+
+    @abc.abstractmethod
+    def take(
+        self,
+        objective_at: Callable[[int], InnerObjective],
+        inner_params: Params,
+        state: InnerState,
+        index: int,
+    ) -> tuple[Params, InnerState, Tensor, Params]:
+        """One step on batch ``index``, without a graph: ``(w', state', g(w), dg/dw)``."""
+
+
 class AbstractBlackBox(AbstractInnerSolver):
     """A solver that uses no inner objective. Only zeroth-order estimators can differentiate through it."""
 
@@ -113,11 +147,7 @@ class AbstractStepSolver(AbstractInnerSolver):
 
     def __post_init__(self) -> None:
         label = type(self).__name__
-        check_count(label, "max_steps", self.max_steps, 0)
-        for name in ("rtol", "atol"):
-            tolerance = getattr(self, name)
-            if not (is_number(tolerance) and tolerance >= 0):
-                raise ValueError(f"{label} needs {name} >= 0, got {tolerance!r:.80}.")
+        check_limits(self)
         for name in self.settings:
             check_setting(f"{label}: {name}", getattr(self, name))
         if isinstance(self.step_size, (int, float)) and not (
@@ -178,6 +208,20 @@ class AbstractStepSolver(AbstractInnerSolver):
         """One step: ``(w', state', g(w), dg/dw)``."""
 
 
+def check_limits(solver: AbstractStepSolver | AbstractCurvatureSolver) -> None:
+    """Refuse ``max_steps``, ``rtol`` and ``atol`` that make no sense.
+
+    Raises:
+        ValueError: naming the solver.
+    """
+    label = type(solver).__name__
+    check_count(label, "max_steps", solver.max_steps, 0)
+    for name in ("rtol", "atol"):
+        tolerance = getattr(solver, name)
+        if not (is_number(tolerance) and tolerance >= 0):
+            raise ValueError(f"{label} needs {name} >= 0, got {tolerance!r:.80}.")
+
+
 def gradient_of(
     objective: InnerObjective, inner_params: Params, create_graph: bool
 ) -> tuple[Tensor, Params]:
@@ -235,14 +279,23 @@ def inner_solve(
         if create_graph:
             raise RequirementError("A black box cannot be unrolled; use ZerothOrder with it.")
         return solver.solution(_tree.detach(inner_params), _tree.detach(outer_params))
-    if not isinstance(solver, AbstractStepSolver):
+    if isinstance(solver, AbstractCurvatureSolver):
+        if create_graph:
+            raise RequirementError(
+                f"{type(solver).__name__} cannot be unrolled: what it makes of the curvature is not differentiated. Use "
+                f"Implicit with it, or a step solver (GradientDescent, HeavyBall, Adam) with Unroll."
+            )
+        take = partial(solver.take, partial(objective_at, problem, _tree.detach(outer_params)))
+    elif not isinstance(solver, AbstractStepSolver):
         raise RequirementError(
-            f"inner_solver must be an AbstractStepSolver, AbstractMinimizer or AbstractBlackBox, not {solver!r:.80}."
+            f"inner_solver must be an AbstractStepSolver, AbstractCurvatureSolver, AbstractMinimizer or "
+            f"AbstractBlackBox, not {solver!r:.80}."
         )
     w = inner_params if create_graph else _tree.detach(inner_params)
     lam = outer_params if create_graph else _tree.detach(outer_params)
     memory = solver.init(_tree.detach(inner_params)) if state is None else state
     if take is None:
+        assert isinstance(solver, AbstractStepSolver)
         take = partial(take_step, problem, solver, lam, create_graph)
     budget = solver.max_steps if num_steps is None else num_steps
     tolerant = num_steps is None and (solver.rtol > 0 or solver.atol > 0)

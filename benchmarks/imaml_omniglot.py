@@ -1,0 +1,234 @@
+"""Few-shot learning of Omniglot drawings: iMAML, and shared features with a head for each task.
+
+    python benchmarks/imaml_omniglot.py --omniglot DIRECTORY [--methods imaml ...] [--steps N] [--checkpoints URL]
+
+``DIRECTORY`` holds ``images_background`` (training and validation) and ``images_evaluation`` (test), each a ``.png`` of
+28 x 28 tiles, 20 in a row, and a ``.json`` of labels. An episode has 5 classes with one image each to learn from.
+``--classes characters``: 20 people's drawings of a character, the usual protocol; refused where the labels do not
+belong to the images. ``--classes drawings``: a class is one drawing, distorted at random anew for each image.
+
+Each method is one ``minimize_bilevel`` over ``Episodes`` in a trial of a study, whose checkpoints it goes on from when it
+is stopped and started again; results are kept in ``results/imaml_omniglot.json``, and it ends with ``.md`` and ``.png``.
+About 15 minutes of CPU time on one thread with ``--steps 1000``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import math
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import omniglot_task
+import optuna
+import torch
+from omniglot_task import Data, Method, Setting, accuracies, nearest_pixels
+from tqdm import tqdm
+
+import optuna_hypergrad as ohg
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("imaml", "ridge_head", "unrolled_head")
+CALLED = {
+    "imaml": "iMAML: all weights, Implicit",
+    "ridge_head": "shared features, ridge head, Implicit (exact)",
+    "unrolled_head": "shared features, softmax head in 10 steps, Unroll",
+}
+COLORS = {"imaml": "#c1121f", "ridge_head": "#1d5fa8", "unrolled_head": "#24292f"}
+CHUNK, VALIDATED, TESTED = 250, 160, 1000
+TRAIN, VALIDATE, TEST = 1, 2, 3  # seeds of the episodes
+
+
+def train(
+    study: optuna.Study, name: str, method: Method, setting: Setting, data: Data, num_steps: int
+) -> tuple[dict[str, torch.Tensor], list[float], list[tuple[int, float]]]:
+    """Shared parameters, outer losses and validation accuracies."""
+    known = [t for t in study.get_trials() if t.user_attrs.get("method") == name]
+    trial = optuna.trial.Trial(study, known[0]._trial_id) if known else study.ask()
+    trial.set_user_attr("method", name)
+    lam = method.outer_params(setting, 0)
+    problem = method.problem(setting, data.training, TRAIN, rotate=True)
+    curve = [tuple(c) for c in trial.user_attrs.get("curve", [])]
+    found = None
+    bar = tqdm(range(CHUNK, num_steps + 1, CHUNK), name)
+    for end in bar:
+        if end != num_steps and len(curve) * CHUNK >= end:
+            continue
+        share = (end - CHUNK) / num_steps
+        found = ohg.minimize_bilevel(
+            problem,
+            method.start(problem, setting, lam),
+            lam,
+            inner_solver=method.solver,
+            estimator=method.estimator,
+            optimizer=functools.partial(
+                torch.optim.Adam, lr=method.lr * 0.5 * (1 + math.cos(math.pi * share))
+            ),
+            num_steps=end,
+            warm_start=False,
+            trial=optuna.trial.Trial(study, trial._trial_id),
+            checkpoint_every=CHUNK // 2,
+            name=name,
+        )
+        if len(curve) * CHUNK < end:
+            of_validation = accuracies(
+                method, setting, data.validation, found.outer_params, VALIDATE, VALIDATED
+            )
+            curve.append((end, statistics.mean(of_validation)))
+            trial.set_user_attr("curve", curve)
+        bar.set_postfix_str(f"validation {curve[-1][1]:.3f}", refresh=True)
+    assert found is not None
+    losses = [h["outer_value"] for h in found.history]
+    return found.outer_params, losses, curve
+
+
+def cost(method: Method, setting: Setting, data: Data) -> float:
+    """CPU seconds of a hypergradient: the least of five."""
+    lam = method.outer_params(setting, 0)
+    problem = method.problem(setting, data.training, TRAIN, rotate=True)
+    w0, seconds = method.start(problem, setting, lam), []
+    for step in range(5):
+        begun = time.process_time()
+        ohg.hypergradient(
+            problem,
+            w0,
+            lam,
+            estimator=method.estimator,
+            inner_solver=method.solver,
+            step=step,
+            throw=False,
+        )
+        seconds.append(time.process_time() - begun)
+    return min(seconds)
+
+
+def report(store: dict[str, Any], nearest: float, costs: dict[str, float]) -> str:
+    first = next(iter(store.values()))
+    lines = [
+        "# Few-shot learning of Omniglot drawings",
+        "",
+        f"`python benchmarks/imaml_omniglot.py --omniglot DIRECTORY --classes {first['classes']} --methods METHOD --steps "
+        f"OUTER_STEPS`, Python {platform.python_version()}, torch {importlib.metadata.version('torch')}. 5-way 1-shot "
+        f"episodes at 28 x 28; classes are *{first['classes']}*. Training and validation on the background alphabets (each "
+        "class turned by a multiple of 90 degrees in training), test on the evaluation alphabets: "
+        f"{first['num_episodes']} episodes of 25 queries, mean and 95 % confidence interval. Network: 4 convolutions of "
+        "stride 2, 32 channels, normalized with the statistics of the batch (transductive, as in the papers), SiLU. Outer "
+        "steps of Adam (0.002, falling to 0) on 8 episodes each. *Cost*: CPU time of a hypergradient, all measured one after the other, against the first.",
+        "",
+        "| method | outer steps | test accuracy, % | validation, % | cost |",
+        "|---|---|---|---|---|",
+        f"| nearest image by pixels, nothing learned | - | {100 * nearest:.2f} | - | - |",
+    ]
+    for name, r in store.items():
+        lines.append(
+            f"| {CALLED[name]} (`{name}`) | {r['num_steps']} | {100 * r['test']:.2f} ± {100 * r['interval']:.2f} | "
+            f"{100 * r['curve'][-1][1]:.1f} | {costs[name] / next(iter(costs.values())):.2f} |"
+        )
+    return "\n".join([*lines, "", READING])
+
+
+READING = """## Reading (of `--classes drawings --steps 1000`)
+
+* **This is not the usual Omniglot task, and its figures compare with no paper.** The labels that came with the images at hand
+  do not belong to them: images of one character are no more alike than any (correlation of class halves .002; labels
+  shuffled at random give -.001, twenty distortions of each drawing .32), so `--classes characters` refuses them. Here a class is one drawing, and its images are that
+  drawing turned, sheared, scaled, shifted and bent at random; nothing but how to see through this can be learned, from other
+  alphabets. The usual task (`--classes characters`, for images with their labels) has not been run.
+* All three learn: from 39.8 % (nearest image) to 81 to 91 %. The target of 95 % is not reached, in 1,000 outer steps (the
+  papers take tens of thousands). The run of iMAML was stopped and went on from its checkpoints.
+* Shared features with a ridge head are ahead of iMAML after each 250 steps, of which each costs less than half. (Not looked
+  into: more inner steps, another pull than 2.0, a wider network, all of which the paper's iMAML has.)
+* The softmax head gained nothing from longer training: with 500 steps (and the step size falling to 0 by then) it
+  had 84.75 ± 0.66, the ridge head 87.30 ± 0.57. One seed each: differences of a point between runs mean little.
+* iMAML needs an inner problem that can be solved. With ReLU, L-BFGS stops at gradient norms of 0.4 to 0.9 (kinks, it
+  seems); with SiLU it reaches 1e-5. And eight steps of descent do not solve every task: the Hessian plus the pull, with a damping
+  of 1 on top, had directions of curvature -4.3 in the first outer steps, which CG refuses. The Gauss-Newton curvature has none.
+"""
+
+
+def figure(store: dict[str, Any], path: Path) -> None:
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, ax = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+    for name, r in store.items():
+        steps, values = zip(*r["curve"], strict=True)
+        ax.plot(
+            steps,
+            [100 * v for v in values],
+            color=COLORS[name],
+            label=CALLED[name],
+            lw=1.5,
+            marker="o",
+            ms=3,
+        )
+    ax.set(xlabel="outer steps (8 episodes each)", ylabel="validation accuracy, %")
+    ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=160)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--omniglot", type=Path, required=True)
+    parser.add_argument("--classes", choices=("characters", "drawings"), default="characters")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--steps", type=int, help=f"outer steps, a multiple of {CHUNK}")
+    parser.add_argument("--tasks", type=int, default=8, help="episodes an outer step")
+    parser.add_argument("--episodes", type=int, default=TESTED, help="of the test")
+    parser.add_argument("--checkpoints", default="sqlite:///imaml_omniglot.db")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.steps is not None and (arguments.steps < 1 or arguments.steps % CHUNK):
+        parser.error(f"--steps must be a multiple of {CHUNK}")
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    data = omniglot_task.load(arguments.omniglot, arguments.classes)
+    setting = Setting(num_tasks=arguments.tasks)
+    path = arguments.results / "imaml_omniglot.json"
+    store = json.loads(path.read_text()) if path.exists() else {}
+    study = optuna.create_study(
+        storage=arguments.checkpoints,
+        study_name=f"omniglot, {arguments.classes}, {arguments.tasks}",
+        load_if_exists=True,
+        pruner=optuna.pruners.NopPruner(),
+    )
+    for name in arguments.methods:
+        method: Method = getattr(omniglot_task, name)()
+        num_steps = arguments.steps or method.num_steps
+        asked = {
+            "classes": arguments.classes,
+            "num_steps": num_steps,
+            "num_episodes": arguments.episodes,
+        }
+        if all(store.get(name, {}).get(k) == v for k, v in asked.items()):
+            continue
+        lam, losses, curve = train(study, name, method, setting, data, num_steps)
+        of_test = accuracies(method, setting, data.test, lam, TEST, arguments.episodes)
+        store[name] = asked | {
+            "test": statistics.mean(of_test),
+            "interval": 1.96 * statistics.stdev(of_test) / len(of_test) ** 0.5,
+            "curve": curve,
+            "losses": [round(v, 4) for v in losses[::10]],
+        }
+        print(f"{name}: {store[name]['test']:.4f} ± {store[name]['interval']:.4f}", flush=True)
+        whole = path.with_suffix(".tmp")
+        whole.write_text(json.dumps(store))
+        whole.replace(path)
+    nearest = nearest_pixels(setting, data.test, TEST, arguments.episodes)
+    costs = {k: cost(getattr(omniglot_task, k)(), setting, data) for k in store}
+    text = report(store, statistics.mean(nearest), costs)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    figure(store, path.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Two linear solves that are factorized once: their gradients, of any order, use the factor of the forward pass.
+
+Plain autograd through ``torch.linalg.cholesky`` factorizes once as well, but goes back through the factor, which
+takes more operations than the factorization (two triangular solves with whole matrices). Here a backward pass is one
+solve with as many columns as the forward pass has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import SolverError
+
+
+def positive_solve(matrix: Tensor, rhs: Tensor, what: str) -> Tensor:
+    """``matrix^-1 rhs`` for symmetric positive definite matrices; differentiable any number of times.
+
+    Args:
+        matrix: ``(..., p, p)``.
+        rhs: ``(..., p, k)``; leading dimensions broadcast.
+        what: Names the system in errors.
+
+    Raises:
+        SolverError: if a matrix is singular to rounding.
+    """
+    factor = factorized(matrix.detach(), what)
+    return _PositiveSolve.apply(matrix, rhs, factor)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def weighted_solve(kernel: Tensor, weights: Tensor, rhs: Tensor, what: str) -> Tensor:
+    """``(I + K S)^-1 rhs`` with ``S = diag(weights)``; differentiable any number of times, also at weights of zero.
+
+    What is factorized is ``I + S^1/2 K S^1/2``, whose eigenvalues are at least one.
+
+    Args:
+        kernel: ``K``, ``(..., n, n)``, symmetric and positive semidefinite.
+        weights: ``(..., n)``, not negative.
+        rhs: ``(..., n, k)``; leading dimensions broadcast.
+        what: Names the system in errors.
+
+    Raises:
+        SolverError: if a matrix is singular to rounding.
+    """
+    root = weights.detach().sqrt()
+    matrix = root.unsqueeze(-1) * kernel.detach() * root.unsqueeze(-2)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    factor = factorized(matrix, what)
+    return _WeightedSolve.apply(  # type: ignore[no-untyped-call, no-any-return]
+        kernel, weights, rhs, factor, False
+    )
+
+
+def residuals(
+    multiply: Callable[[Tensor], Tensor], weights: Tensor, rhs: Tensor, factor: Tensor
+) -> Tensor:
+    """``(I + K S)^-1 rhs`` given the factor of ``I + S^1/2 K S^1/2`` and products with ``K``; without a graph."""
+    root = weights.sqrt().unsqueeze(-1)
+    solved = torch.cholesky_solve(root * rhs, factor)
+    absent = root == 0
+    if not bool(absent.any()):
+        return solved / root
+    return torch.where(absent, rhs - multiply(root * solved), solved / root)
+
+
+def common_shape(*shapes: Sequence[int]) -> torch.Size:
+    """The shape that all of these broadcast to."""
+    return torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def factorized(matrix: Tensor, what: str) -> Tensor:
+    """The Cholesky factor; a pivot that rounding has eaten up is no pivot."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    size = matrix.diagonal(dim1=-2, dim2=-1)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    lost = 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps  # as rounding errors add up
+    # pivot / diagonal is what is new in a column beside the columns before it, whatever its scale
+    if bool(info.any()) or not bool((pivots > lost * size).all()):
+        other = "" if matrix.dtype == torch.float64 else " Or use float64."
+        raise SolverError(
+            f"The linear system of {what} is singular to rounding in {matrix.dtype}: its penalty is lost beside the "
+            f"data, of size up to {float(size.abs().max()):.1e}. Raise the penalty (the lower bound of a "
+            f"hyperparameter) above about {lost:.0e} times that, or take out columns that repeat others.{other}"
+        )
+    return factor  # type: ignore[no-any-return]
+
+
+class _PositiveSolve(torch.autograd.Function):
+    @staticmethod
+    def forward(matrix: Tensor, rhs: Tensor, factor: Tensor) -> Tensor:
+        batch = common_shape(factor.shape[:-2], rhs.shape[:-2])
+        return torch.cholesky_solve(rhs.expand(*batch, *rhs.shape[-2:]), factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        matrix, rhs, factor = inputs
+        ctx.save_for_backward(matrix, output, factor)
+        ctx.rhs_shape = rhs.shape
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, found, factor = ctx.saved_tensors
+        pulled = _PositiveSolve.apply(matrix, slope, factor)  # type: ignore[no-untyped-call]
+        by_matrix = None
+        if ctx.needs_input_grad[0]:
+            by_matrix = (-pulled @ found.mT).sum_to_size(matrix.shape)
+        return by_matrix, pulled.sum_to_size(ctx.rhs_shape), None
+
+
+class _WeightedSolve(torch.autograd.Function):
+    """With ``M = I + K S``: ``M^-1 T``, or ``M^-T T``. ``R = S^1/2``, ``C = (I + R K R)^-1``."""
+
+    @staticmethod
+    def forward(
+        kernel: Tensor, weights: Tensor, rhs: Tensor, factor: Tensor, transposed: bool
+    ) -> Tensor:
+        root = weights.sqrt().unsqueeze(-1)
+        batch = common_shape(factor.shape[:-2], rhs.shape[:-2])
+        wide = rhs.expand(*batch, *rhs.shape[-2:])
+        absent = root == 0
+        some_absent = bool(absent.any())
+        if (
+            transposed
+        ):  # R C R^-1 on samples that have a weight; those without one are only passed on
+            given = wide / root
+            if some_absent:
+                given = given - root * (kernel @ torch.where(absent, wide, 0.0))
+                given = torch.where(absent, 0.0, given)
+            found = root * torch.cholesky_solve(given, factor)
+            if some_absent:
+                found = torch.where(absent, wide, found)
+        else:
+            found = residuals(lambda v: kernel @ v, weights, wide, factor)
+        return found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        kernel, weights, rhs, factor, transposed = inputs
+        ctx.save_for_backward(kernel, weights, output, factor)
+        ctx.rhs_shape, ctx.transposed = rhs.shape, transposed
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, weights, found, factor = ctx.saved_tensors
+        pulled = _WeightedSolve.apply(  # type: ignore[no-untyped-call]
+            kernel, weights, slope, factor, not ctx.transposed
+        )
+        left, right = (found, pulled) if ctx.transposed else (pulled, found)
+        # M differs by dK S + K dS, and right is what M^-1 was applied to last
+        by_kernel = by_weights = None
+        if ctx.needs_input_grad[0]:
+            by_kernel = (-left @ (weights.unsqueeze(-1) * right).mT).sum_to_size(kernel.shape)
+        if ctx.needs_input_grad[1]:
+            by_weights = -((kernel @ left) * right).sum(-1).sum_to_size(weights.shape)
+        return by_kernel, by_weights, pulled.sum_to_size(ctx.rhs_shape), None, None

@@ -1,0 +1,60 @@
+"""Differentiable counterparts of scikit-learn's scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import huber_loss, nll_loss
+
+from ._adapter import FollowedLoss
+
+
+def _mean_squared_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    return (weights @ (predicted - target).square()).mean()
+
+
+def _root_mean_squared_error(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """The mean over targets of the roots, as scikit-learn takes it."""
+    return (weights @ (predicted - target).square()).sqrt().mean()
+
+
+def _one_less_r2(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    unexplained = weights @ (predicted - target).square()
+    return (unexplained / (weights @ (target - weights @ target).square())).mean()
+
+
+def _huber(predicted: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Close to the absolute error: quadratic within a hundredth of the targets' deviation."""
+    width = 1e-2 * float(target.std().clamp(min=1e-12))
+    each = huber_loss(predicted, target, delta=width, reduction="none") / width
+    return (weights @ each).mean()
+
+
+def _log_loss(log_probabilities: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    return weights @ nll_loss(log_probabilities, target, reduction="none")
+
+
+_REGRESSION = {
+    None: FollowedLoss("1 - R^2", True, _one_less_r2, of_variation=True),
+    "r2": FollowedLoss("1 - R^2", True, _one_less_r2, of_variation=True),
+    "neg_mean_squared_error": FollowedLoss("mean squared error", True, _mean_squared_error),
+    "neg_root_mean_squared_error": FollowedLoss(
+        "root mean squared error", True, _root_mean_squared_error
+    ),
+    "neg_mean_absolute_error": FollowedLoss("Huber loss, nearly the absolute error", False, _huber),
+    "neg_median_absolute_error": FollowedLoss(
+        "Huber loss, nearly the absolute error", False, _huber
+    ),
+}
+
+
+def regression_loss(scoring: Any) -> FollowedLoss:
+    """Of a regressor; the mean squared error for a score that has no counterpart."""
+    known = _REGRESSION.get(scoring) if scoring is None or isinstance(scoring, str) else None
+    return known or FollowedLoss("mean squared error", False, _mean_squared_error)
+
+
+def classification_loss(scoring: Any) -> FollowedLoss:
+    """Of a classifier that predicts log probabilities ``(m, k)`` for classes ``(m,)``: the log loss."""
+    return FollowedLoss("log loss", scoring == "neg_log_loss", _log_loss)

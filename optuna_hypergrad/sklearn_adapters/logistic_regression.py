@@ -1,0 +1,101 @@
+"""Logistic regression, by implicit differentiation of its optimum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from optuna.distributions import FloatDistribution
+from sklearn.base import BaseEstimator
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split
+from ._losses import classification_loss
+from ._newton import LogisticOptimum, LogisticProblem
+
+_MOST_COEFFICIENTS = 2000
+
+_SAME = {
+    ("penalty", "l2"),
+    ("l1_ratio", 0),
+    ("l1_ratio", None),
+    ("solver", "newton-cg"),
+    ("solver", "newton-cholesky"),
+}
+_IGNORED = {
+    "C",
+    "fit_intercept",
+    "max_iter",
+    "n_jobs",
+    "random_state",
+    "tol",
+    "verbose",
+    "warm_start",
+}
+
+
+class LogisticRegressionAdapter(AbstractAdapter):
+    """``sklearn.linear_model.LogisticRegression`` with the L2 penalty, of any number of classes.
+
+    Each fit starts from the fold's last one.
+
+    Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient".
+    """
+
+    name: ClassVar[str] = "logistic_regression"
+    type: ClassVar[type[BaseEstimator]] = LogisticRegression
+    usual: ClassVar[dict[str, FloatDistribution]] = {"C": FloatDistribution(1e-5, 1e5, log=True)}
+
+    def reason_to_decline(
+        self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]
+    ) -> str | None:
+        plain = LogisticRegression()
+        for name, value in estimator.get_params().items():
+            adapted = value == getattr(plain, name) or (name, value) in _SAME or name in _IGNORED
+            if not adapted:
+                return f"LogisticRegression({name}={value!r}) is not adapted"
+        if y.ndim != 1:
+            return "there is more than one target"
+        for train, test in splits:
+            if not np.isin(y[test], y[train]).all():
+                return "a fold is tested on a class that it is not trained on"
+            if len(np.unique(y[train])) < 2:
+                return "a fold is trained on one class only"
+        return None
+
+    def followed_loss(self, scoring: Any) -> FollowedLoss:
+        return classification_loss(scoring)
+
+    def predict(
+        self,
+        estimator: BaseEstimator,
+        params: Mapping[str, Tensor],
+        fold: Fold,
+        memory: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        problem, classes = memory.get("problem"), np.unique(fold.y_train)
+        ones = [torch.ones(len(x), 1, dtype=x.dtype) for x in (fold.x_train, fold.x_test)]
+        if not estimator.fit_intercept:
+            ones = [o[:, :0] for o in ones]
+        if problem is None:
+            labels = torch.as_tensor(np.searchsorted(classes, fold.y_train))
+            targets = one_hot(labels, len(classes)).to(fold.x_train)
+            problem = memory["problem"] = LogisticProblem(
+                torch.cat([fold.x_train, ones[0]], 1),
+                targets[:, 1:] if len(classes) == 2 else targets,
+                torch.ones(len(labels), dtype=torch.float64)
+                if fold.weights is None
+                else fold.weights,
+                fold.x_train.shape[1],
+            )
+        theta: Tensor = LogisticOptimum.apply(  # type: ignore[no-untyped-call]
+            problem, params["C"], memory.get("theta")
+        )
+        memory["theta"] = theta.detach()
+        places = torch.as_tensor(np.searchsorted(classes, fold.y_test))
+        x_test = torch.cat([fold.x_test, ones[1]], 1)
+        return problem.log_probabilities(theta, x_test), places

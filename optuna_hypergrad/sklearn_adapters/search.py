@@ -1,0 +1,299 @@
+"""A scikit-learn search that is an Optuna study, and goes along hypergradients where it can."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from sklearn.base import BaseEstimator, clone
+from sklearn.model_selection._search import BaseSearchCV
+from sklearn.utils import check_random_state, get_tags
+from sklearn.utils._param_validation import Interval, StrOptions
+
+from .. import _optuna
+from ..studies import HypergradientSampler, differentiable
+from ._adapter import AbstractAdapter, Split
+from ._distributions import Space, space_of, suggest
+from ._folds import last_step
+from ._following import Followed, NotFollowedError, one_thread
+from ._rows import FailedTrialError, FrozenSplits, Rows, distinct
+from ._study import completed, fingerprint, finished, open_study, quiet
+from .adapters import adapter_of, known_types
+
+
+class HypergradientSearchCV(BaseSearchCV):  # type: ignore[misc]
+    """Search over the parameters of an estimator or pipeline by cross-validation, as an Optuna study.
+
+    In place of ``GridSearchCV`` and its siblings: the same attributes after ``fit``, the same metadata routing, any
+    estimator. The splits of ``cv`` are made once and are the same for all trials.
+
+    Where the last step is an estimator that an adapter knows (``Ridge``, ``LogisticRegression``), its continuous
+    hyperparameters move by the hypergradient of a cross-validated *loss*: a trial is one evaluation of it with its
+    gradient over all folds. Transformers before it are fitted once per fold and setting. Everything else is left to the
+    sampler's base sampler, in the same study. At the end the best ``n_rescored`` settings are fitted by scikit-learn and
+    ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a common one.
+    :attr:`followed_` says which of the two it was, and why.
+
+    Args:
+        estimator: Anything with ``fit``; a pipeline's parameters are named ``step__parameter``.
+        param_distributions: By parameter name, one of ``optuna.distributions``, or a list of choices (of any kind).
+            ``"auto"``: the usual ranges of the last step's differentiable hyperparameters.
+        scoring, n_jobs, refit, cv, verbose, pre_dispatch, error_score, return_train_score: As in ``GridSearchCV``;
+            ``n_jobs`` is of scikit-learn's fits. With several scores, ``refit`` names the one that is searched for.
+            ``verbose`` lets Optuna tell of each trial, too.
+        n_trials: Settings to try, in all; with ``resume``, those of earlier fits count.
+        timeout: Seconds after which no further trial begins.
+        n_rescored: Settings that are ranked by the true score at the end.
+        sampler: Of the study. By default a :class:`HypergradientSampler` where there are hypergradients, and a
+            ``TPESampler`` where there are none. It is copied for each fit.
+        storage: URL or Optuna storage of the study; in memory by default.
+        study_name: In ``storage``. A name that is taken gets a number, so that the fits of clones never mix.
+        resume: Continue the study of ``study_name`` that has the same data, splits, estimator and distributions, if there
+            is one: a search that was killed goes on.
+        callbacks: Called with ``(study, frozen_trial)`` after each trial, as by ``study.optimize``; may call
+            ``study.stop()``.
+        random_state: Of the default sampler.
+
+    Attributes:
+        study_: The study. Its values are the followed losses (to be minimized) or mean scores (to be maximized), with
+            the scores of the folds as user attribute ``split_scores``.
+        followed_: What a trial's value is, and how the hyperparameters move.
+        cv_results_: As in ``GridSearchCV``, for what scikit-learn fitted: with ``trial_number``, and ``followed_loss``
+            where there is one. A trial of which every fit failed has no row.
+        best_estimator_, best_params_, best_score_, best_index_, scorer_, n_splits_, refit_time_, multimetric_: As in
+            ``GridSearchCV``; so are ``classes_``, ``n_features_in_`` and ``feature_names_in_``.
+
+    Raises:
+        ValueError: from ``fit``, before any fit of the estimator, for an unknown parameter name, an empty search space, or
+            several scores without one to search for; afterwards if every trial failed.
+        TypeError: for what is no distribution.
+
+    Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient"; for many kinds of models,
+    Bertrand et al. (2022), "Implicit differentiation for fast hyperparameter selection in non-smooth convex learning".
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseSearchCV._parameter_constraints,
+        "param_distributions": [dict, StrOptions({"auto"})],
+        "n_trials": [Interval(Integral, 1, None, closed="left")],
+        "timeout": [Interval(Real, 0, None, closed="neither"), None],
+        "n_rescored": [Interval(Integral, 1, None, closed="left")],
+        "sampler": [BaseSampler, None],
+        "storage": [str, BaseStorage, None],
+        "study_name": [str, None],
+        "resume": ["boolean"],
+        "callbacks": [list, tuple, None],
+        "random_state": ["random_state"],
+    }
+
+    def __init__(
+        self,
+        estimator: BaseEstimator,
+        param_distributions: dict[str, Any] | str = "auto",
+        *,
+        scoring: Any = None,
+        n_jobs: int | None = None,
+        refit: bool | str | Callable[..., int] = True,
+        cv: Any = None,
+        verbose: int = 0,
+        pre_dispatch: int | str = "2*n_jobs",
+        error_score: float | str = np.nan,
+        return_train_score: bool = False,
+        n_trials: int = 30,
+        timeout: float | None = None,
+        n_rescored: int = 3,
+        sampler: BaseSampler | None = None,
+        storage: str | BaseStorage | None = None,
+        study_name: str | None = None,
+        resume: bool = False,
+        callbacks: Sequence[Callable[[Study, optuna.trial.FrozenTrial], None]] | None = None,
+        random_state: Any = None,
+    ) -> None:
+        super().__init__(
+            estimator=estimator,
+            scoring=scoring,
+            n_jobs=n_jobs,
+            refit=refit,
+            cv=cv,
+            verbose=verbose,
+            pre_dispatch=pre_dispatch,
+            error_score=error_score,
+            return_train_score=return_train_score,
+        )
+        self.param_distributions = param_distributions
+        self.n_trials = n_trials
+        self.timeout = timeout
+        self.n_rescored = n_rescored
+        self.sampler = sampler
+        self.storage = storage
+        self.study_name = study_name
+        self.resume = resume
+        self.callbacks = callbacks
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        own = get_tags(self.estimator)
+        tags.target_tags = copy.deepcopy(own.target_tags)
+        tags.input_tags.allow_nan = own.input_tags.allow_nan
+        return tags
+
+    def fit(self, X: Any, y: Any = None, **params: Any) -> HypergradientSearchCV:
+        """Search, and fit the best estimator to all data.
+
+        Args:
+            X: ``(n_samples, n_features)``, or what the estimator takes.
+            y: Targets, or ``None``.
+            **params: Routed to the estimator, the scorer and the splitter, as in ``GridSearchCV``.
+        """
+        if y is None and get_tags(self.estimator).target_tags.required:
+            raise ValueError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None: its estimator, "
+                f"{type(self.estimator).__name__}, needs one."
+            )
+        self._data = X, y, params
+        try:
+            super().fit(X, y, **params)
+        finally:
+            del self._data
+        return self
+
+    def _run_search(self, evaluate_candidates: Callable[..., dict[str, Any]]) -> None:
+        space = space_of(self.estimator, self._distributions())
+        metric, splits = self._metric(), FrozenSplits(self._splits())
+        followed = self._follow(space, metric, splits.splits)
+        study = self.study_ = self._open(space, splits, followed is not None)
+        rows = Rows(evaluate_candidates, splits, metric)
+
+        def scored(trial: optuna.Trial) -> float:
+            rows.add([trial], [space.decode({k: suggest(trial, k, d) for k, d in space.items()})])
+            trial.set_user_attr("split_scores", rows.last_split_scores())
+            return rows.scores[-1]
+
+        objective = scored if followed is None else differentiable(followed.objective)
+        remaining = self.n_trials - len(finished(study))
+        if remaining > 0:
+            with quiet(self.verbose), one_thread():
+                study.optimize(
+                    objective,
+                    n_trials=remaining,
+                    timeout=self.timeout,
+                    callbacks=list(self.callbacks or ()),
+                    catch=() if self.error_score == "raise" else (FailedTrialError,),
+                )
+        best = completed(study)
+        if not best and rows.numbers:
+            return  # their scores are NaN: scikit-learn warns, and fits one of them
+        if not best:
+            raise ValueError(
+                f"No trial of study {study.study_name!r} was completed. "
+                f"{rows.failure or 'Give it more time (timeout=), or see why its trials failed.'}"
+            )
+        if followed is not None:
+            best = distinct(best)[: self.n_rescored]
+            settings = [space.decode(t.params) for t in best]
+            rows.add(best, settings, losses=[float(t.value or 0.0) for t in best])
+            study.set_user_attr(
+                "scores", dict(zip(map(str, rows.numbers), rows.scores, strict=True))
+            )
+        elif best[0].number not in rows.numbers:  # of an earlier fit
+            rows.add(best[:1], [space.decode(best[0].params)])
+
+    def _distributions(self) -> dict[str, Any]:
+        if isinstance(self.param_distributions, dict):
+            return self.param_distributions
+        leaf, prefix = last_step(self.estimator)
+        adapter = adapter_of(leaf)
+        if adapter is None:
+            raise ValueError(
+                f'param_distributions="auto" knows the usual ranges of {", ".join(known_types())}, not of '
+                f"{type(leaf).__name__}; give a distribution by parameter name."
+            )
+        return {prefix + name: usual for name, usual in adapter.usual.items()}
+
+    def _metric(self) -> str:
+        """The score that is searched for, as ``cv_results_`` names it."""
+        if isinstance(self.refit, str):
+            return self.refit
+        if isinstance(self.scoring, (list, tuple, dict, set)):
+            raise ValueError(
+                f"scoring names several scores; name the one to search for by refit=, not {self.refit!r:.80}."
+            )
+        return "score"
+
+    def _splits(self) -> list[Split]:
+        X, y, params = self._data
+        routed = self._get_routed_params_for_fit(params).splitter.split
+        splits = list(self._checked_cv_orig.split(X, y, **routed))
+        if self.resume:
+            again = list(self._checked_cv_orig.split(X, y, **routed))
+            if not all(np.array_equal(a[1], b[1]) for a, b in zip(splits, again, strict=True)):
+                raise ValueError(
+                    f"resume=True continues a study of the same splits, and cv={self.cv!r} gives others each time; give "
+                    f"it a random_state."
+                )
+        return splits
+
+    def _follow(self, space: Space, metric: str, splits: list[Split]) -> Followed | None:
+        """What hypergradients follow, or ``None``; :attr:`followed_` says it in words."""
+        try:
+            followed = self._followed(space, metric, splits)
+        except NotFollowedError as reason:
+            self.followed_ = f"the score, without hypergradients: {reason}"
+            return None
+        near = "" if followed.loss.is_score else ", which stands for the score"
+        moved = ", ".join(followed.names)
+        self.followed_ = f"{followed.loss.label}{near}, by the hypergradients of {moved}"
+        return followed
+
+    def _followed(self, space: Space, metric: str, splits: list[Split]) -> Followed:
+        leaf, prefix = last_step(self.estimator)
+        adapter: AbstractAdapter | None = adapter_of(leaf)
+        X, y, params = self._data
+        if adapter is None:
+            raise NotFollowedError(f"there is no adapter for {type(leaf).__name__}")
+        if self.sampler is not None and not _optuna.find_sampler(
+            self.sampler, HypergradientSampler
+        ):
+            raise NotFollowedError(f"{type(self.sampler).__name__} takes none")
+        if y is None:
+            raise NotFollowedError("there are no targets")
+        routed = self._get_routed_params_for_fit(params)
+        given, scored = dict(routed.estimator.fit), dict(routed.scorer.score)
+        weights = given.pop(f"{prefix}sample_weight", None)
+        weighted = weights is not None and scored.get("sample_weight") is weights
+        if given or scored.keys() - ({"sample_weight"} if weighted else set()):
+            names = ", ".join(sorted({*given, *scored}))
+            raise NotFollowedError(f"fit or the score are given {names}")
+        scoring = self.scoring
+        if metric != "score":
+            scoring = scoring.get(metric) if isinstance(scoring, dict) else metric
+        loss = adapter.followed_loss(scoring)
+        return Followed(adapter, self.estimator, space, loss, X, y, splits, weights, weighted)
+
+    def _open(self, space: Space, splits: FrozenSplits, follows: bool) -> Study:
+        if self.resume and (self.storage is None or self.study_name is None):
+            raise ValueError("resume=True needs storage= and study_name= to find the study again.")
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        if self.sampler is not None:
+            sampler = copy.deepcopy(self.sampler)
+        else:
+            sampler = HypergradientSampler(seed=seed) if follows else TPESampler(seed=seed)
+        digest = ""
+        if self.storage is not None:
+            estimator = clone(self.estimator)
+            settings = type(estimator).__qualname__, estimator.get_params(deep=True), self.scoring
+            searched = {k: repr(d) for k, d in space.items()}
+            digest = fingerprint(*settings, searched, *self._data, splits.splits)
+        direction: Literal["minimize", "maximize"] = "minimize" if follows else "maximize"
+        with quiet(self.verbose):
+            return open_study(
+                self.storage, self.study_name, sampler, direction, digest, self.resume
+            )
