@@ -12,6 +12,7 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import get_scorer, log_loss, make_scorer, mean_squared_error, r2_score
@@ -355,3 +356,92 @@ def test_several_scores_and_scorers_of_ones_own():
     assert tree.best_score_ == pytest.approx(tree.study_.best_value)
     with pytest.raises(ValueError, match="several scores"):
         tree.set_params(refit=lambda results: 0).fit(x, y)
+
+
+def test_pipelines_in_pipelines_are_followed_with_all_their_transformers():
+    x, y = small(load_diabetes)
+    inner = Pipeline([("poly", PolynomialFeatures(2)), ("ridge", Ridge())])
+    search = HypergradientSearchCV(
+        Pipeline([("scale", StandardScaler()), ("inner", inner)]), n_trials=5, random_state=0
+    ).fit(x[:, :4], y)
+    assert search.followed_ == "1 - R^2, by the hypergradients of inner__ridge__alpha"
+    assert search.cv_results_["followed_loss"] == pytest.approx(
+        1 - search.cv_results_["mean_test_score"], rel=1e-9
+    )
+
+
+def test_losses_and_scores_are_never_in_one_study(tmp_path):
+    x, y = small(load_diabetes)
+    stored: dict[str, Any] = {
+        "storage": f"sqlite:///{tmp_path / 'study.db'}", "study_name": "a", "resume": True
+    }  # fmt: skip
+    followed = HypergradientSearchCV(Ridge(), n_trials=3, random_state=0, **stored).fit(x, y)
+    sampled = HypergradientSearchCV(
+        Ridge(), n_trials=4, sampler=optuna.samplers.TPESampler(seed=0), **stored
+    ).fit(x, y)
+    assert followed.study_.study_name != sampled.study_.study_name
+    assert sampled.best_score_ == pytest.approx(sampled.study_.best_value)
+
+
+def test_a_search_without_hypergradients_goes_on_where_it_was_cut(tmp_path):
+    x, y = small(load_diabetes)
+    space = {"alpha": FloatDistribution(0.0, 1.0)}
+    settings: dict[str, Any] = {"cv": 3, "random_state": 0}
+    whole = HypergradientSearchCV(Ridge(), space, n_trials=12, **settings).fit(x, y)
+    settings |= {"storage": f"sqlite:///{tmp_path / 'study.db'}", "study_name": "a", "resume": True}
+    for n in (5, 12):
+        cut = HypergradientSearchCV(Ridge(), space, n_trials=n, **settings).fit(x, y)
+    assert [t.params for t in cut.study_.trials] == [t.params for t in whole.study_.trials]
+
+
+def test_settings_that_cannot_be_fitted_are_failed_trials():
+    x, y = small(load_diabetes)
+    pipeline = Pipeline([("pca", PCA()), ("ridge", Ridge())])
+    space = {"pca__n_components": [2, 99], "ridge__alpha": ALPHA}
+    search = HypergradientSearchCV(pipeline, space, n_trials=14, random_state=0)
+    with pytest.warns(FitFailedWarning, match="n_components"):
+        search.fit(x, y)
+    assert "by the hypergradients" in search.followed_
+    assert search.best_params_["pca__n_components"] == 2
+    with pytest.raises(ValueError, match="n_components"):
+        search.set_params(error_score="raise").fit(x, y)
+    search.set_params(error_score=np.nan, param_distributions={**space, "pca__n_components": [99]})
+    with (
+        pytest.warns(FitFailedWarning),
+        pytest.raises(ValueError, match=r"No trial .*n_components"),
+    ):
+        search.fit(x, y)
+
+
+def test_a_setting_of_the_last_step_that_is_not_adapted_is_seen_before():
+    x, y = small(load_wine, 60)
+    space = {"C": ALPHA, "l1_ratio": FloatDistribution(0.0, 1.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search = HypergradientSearchCV(
+            LogisticRegression(solver="saga", max_iter=20), space, n_trials=2, random_state=0
+        ).fit(x, y)
+    assert "without hypergradients" in search.followed_
+
+
+def test_a_fold_without_weight_is_left_to_scikit_learn():
+    x, y = small(load_diabetes)
+    weights = np.ones(len(y))
+    weights[: len(y) // 3] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        search = HypergradientSearchCV(Ridge(), {"alpha": ALPHA}, cv=KFold(3), n_trials=2)
+        search.fit(x, y, sample_weight=weights)
+    assert "no weight" in search.followed_
+
+
+def test_scorers_that_cannot_be_pickled_may_be_stored(tmp_path):
+    x, y = small(load_diabetes)
+    search = HypergradientSearchCV(
+        Ridge(),
+        n_trials=3,
+        scoring=lambda e, a, b: -float(np.abs(e.predict(a) - b).mean()),
+        storage=f"sqlite:///{tmp_path / 'study.db'}",
+        random_state=0,
+    ).fit(x, y)
+    assert search.best_score_ == search.cv_results_["mean_test_score"].max()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import numpy as np
 from sklearn.base import BaseEstimator, clone
@@ -11,6 +12,19 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing
 
 from ._adapter import Fold, Split, tensor
+
+T = TypeVar("T")
+_SETTINGS = 3
+"""Of which the folds are kept, the last ones that were used."""
+
+
+def _remembered(kept: OrderedDict[Hashable, T], setting: Hashable, make: Callable[[], T]) -> T:
+    if setting not in kept:
+        kept[setting] = make()
+    kept.move_to_end(setting)
+    while len(kept) > _SETTINGS:
+        kept.popitem(last=False)
+    return kept[setting]
 
 
 class Folds:
@@ -34,8 +48,8 @@ class Folds:
     ) -> None:
         self._test_weights = weights if scored and weights is not None else np.ones(len(y))
         self._X, self._y, self._splits, self._weights = X, y, splits, weights
-        self._kept: dict[Hashable, list[Fold]] = {}
-        self._memories: dict[Hashable, list[dict[str, Any]]] = {}
+        self._kept: OrderedDict[Hashable, list[Fold]] = OrderedDict()
+        self._memories: OrderedDict[Hashable, list[dict[str, Any]]] = OrderedDict()
 
     def of(self, estimator: BaseEstimator, setting: Hashable) -> list[Fold]:
         """The folds behind the transformers of ``estimator``, which are those of every other ``estimator`` of ``setting``.
@@ -43,21 +57,23 @@ class Folds:
         Raises:
             ValueError: if what comes out of them is not a finite matrix of numbers.
         """
-        if setting not in self._kept:
-            self._kept[setting] = [self._fold(estimator, *split) for split in self._splits]
-        return self._kept[setting]
+        return _remembered(
+            self._kept, setting, lambda: [self._fold(estimator, *split) for split in self._splits]
+        )
 
     def memories(self, setting: Hashable) -> list[dict[str, Any]]:
         """What an adapter remembers of each fold, by setting of everything but the differentiated hyperparameters."""
-        return self._memories.setdefault(setting, [{} for _ in self._splits])
+        return _remembered(self._memories, setting, lambda: [{} for _ in self._splits])
 
     def _fold(self, estimator: BaseEstimator, train: np.ndarray, test: np.ndarray) -> Fold:
         x_train, x_test = _safe_indexing(self._X, train), _safe_indexing(self._X, test)
         y_train = self._y[train]
-        if isinstance(estimator, Pipeline) and len(estimator.steps) > 1:
-            transformers = clone(estimator)[:-1]
-            x_train = transformers.fit_transform(x_train, y_train)
-            x_test = transformers.transform(x_test)
+        while isinstance(estimator, Pipeline):
+            if len(estimator.steps) > 1:
+                transformers = clone(estimator)[:-1]
+                x_train = transformers.fit_transform(x_train, y_train)
+                x_test = transformers.transform(x_test)
+            estimator = estimator.steps[-1][1]
         return Fold(
             _matrix(x_train),
             y_train,
@@ -70,11 +86,11 @@ class Folds:
 
 def _matrix(data: Any) -> Any:
     if hasattr(data, "toarray") or np.asarray(data).dtype.kind not in "fiub":
-        raise ValueError("they are not a dense matrix of real numbers")
+        raise ValueError("what the last step would get is not a dense matrix of real numbers")
     array = np.asarray(data, dtype=np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
         raise ValueError(
-            f"they are not a matrix of finite numbers, but of shape {array.shape}, or not finite"
+            f"what the last step would get, of shape {array.shape}, is not a matrix of finite numbers"
         )
     return tensor(array)
 

@@ -12,6 +12,7 @@ from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
+    IntDistribution,
 )
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils import indexable
@@ -21,6 +22,7 @@ from ..studies import DifferentiableTrial
 from ._adapter import AbstractAdapter, FollowedLoss, Split
 from ._distributions import Space, suggest
 from ._folds import Folds, last_step
+from ._rows import FailedTrialError
 
 
 class NotFollowedError(Exception):
@@ -78,6 +80,9 @@ class Followed:
         self._check_targets(targets, splits)
         kept = _weights(weights, len(targets))
         positive = np.ones(len(targets), dtype=bool) if kept is None else kept > 0
+        parts = [part for a, b in splits for part in ((a, b) if scored else (a,))]
+        if not all(positive[part].any() for part in parts):
+            raise NotFollowedError("all samples of a part of a fold have no weight")
         self._check_settings(targets, [(a[positive[a]], b) for a, b in splits])
         self._folds = Folds(X, targets, splits, kept, scored)
         try:
@@ -99,7 +104,10 @@ class Followed:
                 chosen[name] = suggest(trial, name, distribution)
         estimator = clone(self._estimator).set_params(**self._space.decode(chosen))
         before = {k: v for k, v in chosen.items() if not k.startswith(self._prefix)}
-        folds = self._folds.of(estimator, tuple(before.items()))
+        try:
+            folds = self._folds.of(estimator, tuple(before.items()))
+        except Exception as error:
+            raise FailedTrialError(f"{before}: {error}") from error
         memories = self._folds.memories(tuple(chosen.items()))
         leaf, _ = last_step(estimator)
         losses = [
@@ -117,7 +125,7 @@ class Followed:
             )
 
     def _check_settings(self, y: np.ndarray, splits: list[Split]) -> None:
-        """All choices that an own hyperparameter of the last step has, one at a time."""
+        """Choices of any hyperparameter, and the bounds of the last step's own ones, one at a time."""
         for params in ({}, *self._choices()):
             leaf, _ = last_step(clone(self._estimator).set_params(**params))
             if type(leaf) is not self._adapter.type:
@@ -130,8 +138,13 @@ class Followed:
 
     def _choices(self) -> Iterator[dict[str, Any]]:
         for name, distribution in self._space.items():
-            if isinstance(distribution, CategoricalDistribution) and name not in self.names:
+            if name in self.names:
+                continue
+            if isinstance(distribution, CategoricalDistribution):
                 yield from (self._space.decode({name: c}) for c in distribution.choices)
+            elif name.startswith(self._prefix):
+                assert isinstance(distribution, (FloatDistribution, IntDistribution))
+                yield from ({name: v} for v in (distribution.low, distribution.high))
 
 
 def _is_smooth(distribution: BaseDistribution | None) -> bool:

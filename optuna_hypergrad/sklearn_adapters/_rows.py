@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, Trial
-from sklearn.exceptions import FitFailedWarning
 
 from ._adapter import Split
 
 
-class FailedTrialError(Exception):
-    """All fits of a trial failed; ``args`` hold what scikit-learn says."""
+class FailedTrialError(ValueError):
+    """A setting cannot be fitted; ``args`` say why."""
 
 
 class FrozenSplits:
@@ -41,7 +39,6 @@ class Rows:
     Attributes:
         numbers: Of the trials that have a row.
         scores: Mean test scores, a row each.
-        failure: What scikit-learn said of the last trial of which every fit failed.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class Rows:
         self._results: dict[str, Any] = {}
         self.numbers: list[int] = []
         self.scores: list[float] = []
-        self.failure = ""
 
     def add(
         self,
@@ -77,9 +73,6 @@ class Rows:
         except ValueError as error:
             if "fits failed" not in str(error):
                 raise
-            self.failure = str(error)
-            what = ", ".join(map(str, settings))
-            warnings.warn(f"All fits failed of {what:.300}.", FitFailedWarning, stacklevel=2)
             raise FailedTrialError(str(error)) from error
         key = f"mean_test_{self._metric}"
         if key not in self._results:

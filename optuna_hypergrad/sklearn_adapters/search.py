@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
@@ -13,11 +14,13 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import FitFailedWarning
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import check_random_state, get_tags
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from .. import _optuna
+from .._errors import ObjectiveError
 from ..studies import HypergradientSampler, differentiable
 from ._adapter import AbstractAdapter, Split
 from ._distributions import Space, space_of, suggest
@@ -35,7 +38,8 @@ class HypergradientSearchCV(BaseSearchCV):  # type: ignore[misc]
     estimator. The splits of ``cv`` are made once and are the same for all trials.
 
     Where the last step is an estimator that an adapter knows (``Ridge``, ``LogisticRegression``), its continuous
-    hyperparameters move by the hypergradient of a cross-validated *loss*: a trial is one evaluation of it with its
+    hyperparameters (with a ``FloatDistribution`` without a step, above 0; dense data; no class weights) move by the
+    hypergradient of a cross-validated *loss*: a trial is one evaluation of it with its
     gradient over all folds. Transformers before it are fitted once per fold and setting. Everything else is left to the
     sampler's base sampler, in the same study. At the end the best ``n_rescored`` settings are fitted by scikit-learn and
     ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a common one.
@@ -64,7 +68,8 @@ class HypergradientSearchCV(BaseSearchCV):  # type: ignore[misc]
     Attributes:
         study_: The study. Its values are the followed losses (to be minimized) or mean scores (to be maximized), with
             the scores of the folds as user attribute ``split_scores``.
-        followed_: What a trial's value is, and how the hyperparameters move.
+        followed_: What a trial's value is, and how the hyperparameters move. Losses are those of exact fits; scikit-learn's
+            iterative ones stop earlier, so that their scores may differ in the last digits (lower ``tol``).
         cv_results_: As in ``GridSearchCV``, for what scikit-learn fitted: with ``trial_number``, and ``followed_loss``
             where there is one. A trial of which every fit failed has no row.
         best_estimator_, best_params_, best_score_, best_index_, scorer_, n_splits_, refit_time_, multimetric_: As in
@@ -178,14 +183,27 @@ class HypergradientSearchCV(BaseSearchCV):  # type: ignore[misc]
             return rows.scores[-1]
 
         objective = scored if followed is None else differentiable(followed.objective)
+        failures: list[str] = []
+
+        def attempted(trial: optuna.Trial) -> float:
+            try:
+                return objective(trial)
+            except (FailedTrialError, ObjectiveError) as error:
+                if self.error_score == "raise":
+                    raise
+                failures.append(str(error))
+                what = f"Trial {trial.number} failed, {trial.params}: {error}"
+                warnings.warn(what[:500], FitFailedWarning, stacklevel=2)
+                raise FailedTrialError(str(error)) from error
+
         remaining = self.n_trials - len(finished(study))
         if remaining > 0:
             with quiet(self.verbose), one_thread():
                 study.optimize(
-                    objective,
+                    attempted,
                     n_trials=remaining,
                     timeout=self.timeout,
-                    callbacks=list(self.callbacks or ()),
+                    callbacks=[*self._reseeding(study), *(self.callbacks or ())],
                     catch=() if self.error_score == "raise" else (FailedTrialError,),
                 )
         best = completed(study)
@@ -194,7 +212,7 @@ class HypergradientSearchCV(BaseSearchCV):  # type: ignore[misc]
         if not best:
             raise ValueError(
                 f"No trial of study {study.study_name!r} was completed. "
-                f"{rows.failure or 'Give it more time (timeout=), or see why its trials failed.'}"
+                f"{failures[-1] if failures else 'Give it more time (timeout=).'}"
             )
         if followed is not None:
             best = distinct(best)[: self.n_rescored]
@@ -286,14 +304,41 @@ class HypergradientSearchCV(BaseSearchCV):  # type: ignore[misc]
             sampler = copy.deepcopy(self.sampler)
         else:
             sampler = HypergradientSampler(seed=seed) if follows else TPESampler(seed=seed)
+        self._seed = None if follows or self.sampler is not None else seed
         digest = ""
         if self.storage is not None:
-            estimator = clone(self.estimator)
-            settings = type(estimator).__qualname__, estimator.get_params(deep=True), self.scoring
-            searched = {k: repr(d) for k, d in space.items()}
-            digest = fingerprint(*settings, searched, *self._data, splits.splits)
+            digest = self._digest(space, splits, follows)
         direction: Literal["minimize", "maximize"] = "minimize" if follows else "maximize"
         with quiet(self.verbose):
             return open_study(
                 self.storage, self.study_name, sampler, direction, digest, self.resume
             )
+
+    def _digest(self, space: Space, splits: FrozenSplits, follows: bool) -> str:
+        """Of all that a trial's value depends on but its parameters."""
+        estimator, scoring = clone(self.estimator), self.scoring
+        if callable(scoring):
+            scoring = f"{getattr(scoring, '__module__', '')}.{getattr(scoring, '__qualname__', repr(scoring))}"
+        settings = type(estimator).__qualname__, estimator.get_params(deep=True), scoring
+        followed = self.followed_ if follows else ""
+        searched = {k: repr(d) for k, d in space.items()}
+        try:
+            return fingerprint(*settings, followed, searched, *self._data, splits.splits)
+        except Exception as error:
+            if self.resume:
+                raise ValueError(
+                    f"resume=True has to tell whether data and settings are the same, and they cannot be compared: {error}"
+                ) from error
+            return ""
+
+    def _reseeding(self, study: Study) -> list[Callable[[Study, optuna.trial.FrozenTrial], None]]:
+        """Where nobody named a sampler, TPE is seeded by the number of each trial: a resumed search is the same search."""
+        if self._seed is None:
+            return []
+        seed = self._seed
+
+        def seeded(study: Study, number: int) -> None:
+            study.sampler = _optuna.seeded_copy(TPESampler(), [seed, number])
+
+        seeded(study, len(finished(study)))
+        return [lambda study, trial: seeded(study, trial.number + 1)]
