@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import cases
 import pytest
@@ -552,6 +552,62 @@ def test_cg_and_unrolled_phantoms_are_refused_when_the_estimator_is_made() -> No
     ):
         with pytest.raises(ohg.RequirementError, match=message):
             ohg.FixedPointImplicit(solver)
+
+
+@dataclass(frozen=True)
+class Wrapped(ohg.GradientDescent):
+    """A solver of somebody else's, around another."""
+
+    inside: ohg.Lookahead | None = None
+
+    def init(self, inner_params):
+        return self.inside.init(inner_params)
+
+    def step(self, *arguments):
+        return self.inside.step(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        (ohg.Lookahead(ohg.GradientDescent(0.2, 10)), r"Lookahead\(period=5\) takes another step"),
+        (ohg.Lookahead(ohg.Lookahead(ohg.GradientDescent(0.2, 10)), 1), r"Lookahead\(period=5\)"),
+        (ohg.Lookahead(ohg.Adam(0.2, 10), 1), "Adam takes another step"),
+        (Wrapped(inside=ohg.Lookahead(ohg.GradientDescent(0.2, 10))), r"Lookahead\(period=5\)"),
+    ],
+    ids=["lookahead", "inside lookahead", "adam inside", "inside another's"],
+)
+def test_a_solver_that_counts_its_steps_has_no_fixed_point(solver, message) -> None:
+    """Its hypergradient was 0, and called a success."""
+    case = cases.case("quadratic")
+    with pytest.raises(ohg.RequirementError, match=f"{message}.*no map of which.*Use Implicit"):
+        ohg.hypergradient(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            estimator=ohg.FixedPointImplicit(),
+            inner_solver=solver,
+        )
+
+
+def test_a_lookahead_whose_period_is_one_step_has_one() -> None:
+    case = cases.case("quadratic")
+    found = ohg.hypergradient(
+        case.problem,
+        case.inner_params,
+        case.outer_params,
+        estimator=ohg.FixedPointImplicit(ohg.Anderson(rtol=1e-11, memory=20)),
+        inner_solver=ohg.Lookahead(ohg.GradientDescent(0.25, 1000), 1),
+    )
+    assert relative_error(found.value, cases.truth("quadratic")) < 1e-8
+    with pytest.raises(ohg.ZeroHypergradientError, match="'number' steers the inner solver"):
+        ohg.hypergradient(
+            case.problem,
+            case.inner_params,
+            case.outer_params,
+            estimator=ohg.FixedPointImplicit(),
+            inner_solver=ohg.Lookahead(ohg.GradientDescent("number"), 1),
+        )
 
 
 def test_the_estimator_goes_into_a_differentiable_solve() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from ..equilibrium import (
     check_adjoint_solver,
     solve_adjoint,
 )
-from ..inner import AbstractInnerSolver, AbstractStepSolver, Adam
+from ..inner import AbstractInnerSolver, AbstractStepSolver, Adam, Lookahead
 from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
 from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved, run_inner
@@ -82,18 +83,19 @@ class FixedPointImplicit(AbstractPullbackEstimator):
                 f"{label} has no step that could be differentiated. Use Implicit with it, or a step solver "
                 f"(GradientDescent, HeavyBall) with FixedPointImplicit."
             )
-        if isinstance(inner_solver, Adam) or inner_solver.has_schedule():
-            cause = (
-                "with a schedule takes another step each time"
-                if inner_solver.has_schedule()
-                else "takes another step each time (its moments and their corrections go on changing)"
-            )
+        cause = _why_steps_differ(inner_solver)
+        if cause:
             raise RequirementError(
-                f"{label} {cause}, so that there is no map of which the inner solution is the fixed point. Use Implicit, "
+                f"{cause}, so that there is no map of which the inner solution is the fixed point. Use Implicit, "
                 f"or GradientDescent or HeavyBall without a schedule."
             )
-        named = {s: getattr(inner_solver, s) for s in inner_solver.settings if s != "weight_decay"}
-        steering = sorted(v for v in named.values() if isinstance(v, str) and v in outer_params)
+        named = {
+            getattr(part, s)
+            for part in _layers(inner_solver)
+            for s in part.settings
+            if s != "weight_decay" and isinstance(getattr(part, s), str)
+        }
+        steering = sorted(named & outer_params.keys())
         if steering:
             raise ZeroHypergradientError(
                 f"{', '.join(map(repr, steering))} steers the inner solver ({label}), and its fixed point does not depend "
@@ -141,6 +143,30 @@ class FixedPointImplicit(AbstractPullbackEstimator):
             return Pulled(outer, {k: None for k in inner_params}, found.result, stats)
 
         return Solved(replace(solution, inner_params=_tree.detach(solution.inner_params)), pullback)
+
+
+def _layers(solver: AbstractStepSolver) -> Iterator[AbstractStepSolver]:
+    """The solver, and those that it goes around."""
+    yield solver
+    for inside in vars(solver).values():
+        if isinstance(inside, AbstractStepSolver):
+            yield from _layers(inside)
+
+
+def _why_steps_differ(solver: AbstractStepSolver) -> str | None:
+    """What makes one step of a solver another map than the next; ``None`` if nothing does."""
+    for part in _layers(solver):
+        label = type(part).__name__
+        if part.has_schedule():
+            return f"{label} with a schedule takes another step each time"
+        if isinstance(part, Adam):
+            return f"{label} takes another step each time (its moments and their corrections go on changing)"
+        if isinstance(part, Lookahead) and part.period > 1:
+            return (
+                f"{label}(period={part.period}) takes another step each time (its state counts the steps of a period, "
+                f"and only the last one moves the inner parameters)"
+            )
+    return None
 
 
 def _flat(inner_params: Params, state: InnerState) -> Params:
