@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import cases
 import optuna
 import pytest
 import test_unrolling as unrolling
@@ -187,6 +188,43 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit() -> None:
         assert torch.equal(resumed.outer_params[k], v)
     for k, v in straight.inner_params.items():
         assert torch.equal(resumed.inner_params[k], v)
+
+
+def test_sama_is_adapted_to_the_last_slow_step_wherever_the_run_ends() -> None:
+    """At the end of a period the reaction to the last gradient is that of descent, ``slow_step`` times; so it is after it."""
+    case = cases.case("isotropic")
+
+    def estimate(solver: Any, **settings: Any) -> ohg.HypergradientEstimate:
+        w, lam = case.inner_params, case.outer_params
+        return ohg.hypergradient(
+            case.problem, w, lam, estimator=ohg.SAMA(), inner_solver=solver, **settings
+        )
+
+    descent = ohg.GradientDescent(0.1, 12)
+    for solver in (
+        ohg.Lookahead(descent, 4),
+        ohg.Lookahead(descent, 5),
+        ohg.Lookahead(ohg.Lookahead(descent, 5, 1.0), 1),
+        ohg.Lookahead(ohg.Lookahead(descent, 2, 1.0), 5, 0.5),
+    ):
+        found = estimate(solver)
+        a = solver.slow_step * getattr(solver.inner_solver, "slow_step", 1.0)
+        here = {"w": found.inner_params["w"]}
+        plain = ohg.hypergradient(
+            case.problem, here, case.outer_params, estimator=ohg.T1T2(0.1 * a)
+        )
+        assert relative_error(found.value, plain.value) < 1e-8
+    with pytest.raises(ohg.ZeroHypergradientError, match=r"none of the 4 steps.*Raise max_steps"):
+        estimate(ohg.Lookahead(ohg.GradientDescent(0.1, 4), 5))
+    begun = ohg.hypergradient(
+        case.problem,
+        case.inner_params,
+        case.outer_params,
+        estimator=ohg.Unroll(),
+        inner_solver=ohg.Lookahead(ohg.GradientDescent(0.1, 3), 5),
+    )
+    goes_on = estimate(ohg.Lookahead(ohg.GradientDescent(0.1, 3), 5), state=begun.state)
+    assert all(float(v.abs().max()) > 0 for v in goes_on.value.values())
 
 
 @pytest.mark.parametrize(

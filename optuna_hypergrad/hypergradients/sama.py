@@ -24,7 +24,7 @@ from ._base import AbstractPullbackEstimator, Cotangents, EstimatorState, Pulled
 
 @dataclass(frozen=True)
 class _Step:
-    """What the last inner step began with."""
+    """What the last inner step that moved ``w`` began with."""
 
     inner_params: Params
     state: InnerState
@@ -108,7 +108,8 @@ class SAMA(AbstractPullbackEstimator):
             w: Params, memory: InnerState, index: int
         ) -> tuple[Params, InnerState, Tensor, Params]:
             moved = take(w, memory, index)
-            last[:] = [_Step(w, memory, index, moved[3])]
+            if inner_solver.has_moved(moved[1]):
+                last[:] = [_Step(w, memory, index, moved[3])]
             return moved
 
         solution = inner_solve(
@@ -123,6 +124,16 @@ class SAMA(AbstractPullbackEstimator):
         w = _tree.detach(solution.inner_params)
 
         def pullback(cotangent: Params) -> Pulled:
+            nowhere: Cotangents = dict.fromkeys(inner_params)
+            if not last and solution.result.status is Status.NONFINITE:
+                nothing = _tree.tree_map(lambda x: torch.full_like(x, torch.nan), outer_params)
+                return Pulled({**nothing}, nowhere, solution.result)
+            if not last:
+                raise ZeroHypergradientError(
+                    f"SAMA is adapted to the last inner step that moves the inner parameters, and none of the "
+                    f"{solution.num_steps} steps of this {type(inner_solver).__name__} did: the hypergradient would be zero. "
+                    f"Raise max_steps to its period or more, lower the period, or tighten the tolerance that stops it earlier."
+                )
             v = adapted(inner_solver, last[-1], outer_params, cotangent)
             cotangent.clear()
             index = state.inner_index + solution.num_steps
@@ -131,7 +142,7 @@ class SAMA(AbstractPullbackEstimator):
                 "inner_gradient_norm": float(_tree.norm(_tree.detach(last[-1].gradient))),
                 "displacement": length,
             }
-            return Pulled(outer, {k: None for k in inner_params}, result, stats)
+            return Pulled(outer, nowhere, result, stats)
 
         return Solved(replace(solution, inner_params=w), pullback)
 

@@ -192,6 +192,10 @@ class AbstractStepSolver(AbstractInnerSolver):
         decay = times(inner_params, self.setting("weight_decay", outer_params, index))
         return _tree.add(gradient, decay)
 
+    def has_moved(self, state: InnerState) -> bool:
+        """Whether the step that led to this memory let its gradient move the inner parameters."""
+        return True
+
     @abc.abstractmethod
     def init(self, inner_params: Params) -> InnerState:
         """The memory before the first step."""

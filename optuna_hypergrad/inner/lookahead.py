@@ -23,7 +23,8 @@ class Lookahead(AbstractStepSolver):
     """``period`` steps of a solver from the slow weights, then ``slow <- slow + slow_step (fast - slow)``.
 
     The inner parameters, at which the outer objective and all derivatives are taken, are the *slow* weights: they
-    move every ``period`` steps, so let ``max_steps`` be a multiple of it. Gradients (and tolerances on them) are
+    move every ``period`` steps, so let ``max_steps`` be a multiple of it: fewer steps than a period do not move them at
+    all, and have no derivative, but for warm starts, under which a period goes on from one outer step to the next. Gradients (and tolerances on them) are
     those at the fast weights, which the solver's state holds, with the place in the period and the inner solver's own
     memory, which goes on from period to period. ``slow_step=1`` is the inner solver. Averaging noise away is
     what it does: at ``slow_step=0.5`` the variance on a noisy quadratic is about a third.
@@ -74,6 +75,10 @@ class Lookahead(AbstractStepSolver):
     def has_schedule(self) -> bool:
         return super().has_schedule() or self.inner_solver.has_schedule()
 
+    def has_moved(self, state: InnerState) -> bool:
+        """Whether a period has ended with the last step, in a solver inside of this one, too."""
+        return not bool(state["phase"]["steps"]) and self.inner_solver.has_moved(_inside(state))
+
     def init(self, inner_params: Params) -> InnerState:
         some = next(iter(inner_params.values()))
         return {
@@ -99,9 +104,8 @@ class Lookahead(AbstractStepSolver):
         # Where a period begins the fast weights are the slow ones, whatever was handed in, with their graph.
         begins = phase == 0
         fast = {k: torch.where(begins, v, state["fast"][k]) for k, v in slow.items()}
-        memory = {k[len(_PREFIX) :]: v for k, v in state.items() if k.startswith(_PREFIX)}
         fast, memory, value, gradient = self.inner_solver.step(
-            evaluate, fast, outer_params, memory, index
+            evaluate, fast, outer_params, _inside(state), index
         )
         ends = phase + 1 == self.period
         moved = {}
@@ -114,3 +118,8 @@ class Lookahead(AbstractStepSolver):
             **{_PREFIX + k: v for k, v in memory.items()},
         }
         return moved, after, value, gradient
+
+
+def _inside(state: InnerState) -> InnerState:
+    """The memory of the solver inside."""
+    return {k[len(_PREFIX) :]: v for k, v in state.items() if k.startswith(_PREFIX)}
