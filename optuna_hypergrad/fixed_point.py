@@ -81,7 +81,7 @@ def fixed_point(
 
     Raises:
         SolverError: if the search fails, or the backward solve in the backward pass, and ``throw`` is set.
-        ObjectiveError: if ``map`` returns something of another kind, shape or dtype.
+        ObjectiveError: if ``map`` returns something of another kind, shape or dtype, or writes to its argument.
         ProblemError: if ``z0`` is no floating-point tensor (or dict of them), or not finite.
         RequirementError: if ``backward`` needs a symmetric matrix, or if a second derivative is asked for.
         ZeroHypergradientError: if ``z0`` requires a gradient, which would be zero.
@@ -99,7 +99,7 @@ def fixed_point(
             "fixed_point: z0 requires a gradient, which would be zero by construction: a fixed point does not depend on "
             "where the search for it starts. Pass z0.detach(); what the fixed point shall depend on belongs into the map."
         )
-    start = _tree.detach(start)
+    function, start = _checked(function), _tree.clone(_tree.detach(start))
     found = find_fixed_point(forward, function, start)
     _report(found.result, throw)
     if stats is not None:
@@ -128,6 +128,27 @@ def _as_params(map: Callable[[Any], Any], z0: object) -> tuple[Map, Params]:
         return {"": image}
 
     return function, {"": z0}
+
+
+def _checked(function: Map) -> Map:
+    """The map, refused where it writes to its argument: its image would be compared with itself."""
+
+    def checked(z: Params) -> Params:
+        # Tensors made in inference mode count no versions.
+        copied = {k: v.clone() for k, v in z.items() if v.is_inference()}
+        versions = {k: v._version for k, v in z.items() if k not in copied}
+        given = dict(z)
+        image = function(z)
+        written = any(given[k]._version != n for k, n in versions.items())
+        if written or not all(torch.equal(given[k], v) for k, v in copied.items()):
+            raise ObjectiveError(
+                "fixed_point: the map writes to its argument, so that there is nothing left to compare F(z) with. Return "
+                "a new tensor (z.mul(0.5), not z.mul_(0.5); ReLU without inplace=True), or let the map begin with "
+                "z.clone()."
+            )
+        return image
+
+    return checked
 
 
 def _with_graph(

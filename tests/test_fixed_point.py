@@ -378,6 +378,24 @@ def test_bad_input_is_refused_in_words(arguments, error, message) -> None:
         ohg.fixed_point(**{"map": lambda z: A @ z + C, "z0": ZEROS, **arguments})
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_map_that_writes_to_its_argument_is_refused_and_the_start_is_left_alone(mode) -> None:
+    """Without a graph its answer was wrong, and in the caller's ``z0``."""
+    z0 = torch.zeros(3, dtype=F64)
+    two = {"b": z0, "a": torch.ones(3, dtype=F64)}
+    with mode():
+        for start in (z0, torch.zeros(3, dtype=F64)):
+            with pytest.raises(ohg.ObjectiveError, match=r"writes to its argument, .*z\.clone\(\)"):
+                ohg.fixed_point(lambda z: z.mul_(0.5).add_(1.0), start)
+            assert torch.equal(start, torch.zeros_like(start))
+        with pytest.raises(ohg.ObjectiveError, match="writes to its argument"):
+            ohg.fixed_point(lambda z: {"b": z["b"], "a": z["a"].mul_(0.5)}, two)
+        found = ohg.fixed_point(lambda z: z.clone().mul_(0.5).add_(1.0), z0)
+        same = ohg.fixed_point(lambda z: z, z0)
+    assert torch.allclose(found, torch.full_like(found, 2.0))
+    assert torch.equal(same, z0)
+
+
 @pytest.mark.parametrize(
     "make",
     [
