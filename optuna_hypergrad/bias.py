@@ -14,8 +14,8 @@ from .hypergradients import EstimatorState, Implicit, hypergradient, run_inner
 from .hypergradients._base import check_methods
 from .ihvp import linear_solve
 from .inner import AbstractInnerSolver
-from .inner._base import gradient_of, objective_at
-from .operators import DampedOperator, InnerGraph
+from .inner._base import gradient_of
+from .operators import InnerGraph
 from .problem import BilevelProblem, check_problem
 
 _SMALL, _LARGE = 1e-2, 0.3
@@ -76,7 +76,8 @@ def inner_bias(
         problem: Objectives and batches.
         inner_params: ``w_0``; or the inner iterate itself where ``inner_solver`` is ``None``.
         outer_params: ``lam``.
-        estimator: ``Implicit()`` by default. Its damping shortens the Newton step, too.
+        estimator: ``Implicit()`` by default. Its damping shortens the Newton step, too; ``g_w`` is the mean over its
+            ``num_batches``.
         inner_solver: What solves the inner problem from ``inner_params``.
         step: Index of the outer batch.
 
@@ -98,12 +99,10 @@ def inner_bias(
     w, lam = _tree.detach(solution.inner_params), _tree.detach(outer_params)
     if not _tree.all_finite(w):
         return _nothing(solution.result)
-    batch = problem.inner_batch(solution.num_steps)
-    graph = InnerGraph(problem.inner_objective, w, lam, batch)
-    operator = estimator.curvature.build(graph, batch)
-    if estimator.damping:
-        operator = DampedOperator(operator, estimator.damping)
-    _, gradient = gradient_of(objective_at(problem, lam, solution.num_steps), w, False)
+    objective, batch = estimator._inner_problem(problem, solution.num_steps)
+    graph = InnerGraph(objective, w, lam, batch)
+    operator = estimator._operator(graph, batch)
+    _, gradient = gradient_of(lambda at: objective(at, lam, batch), w, False)
     flat = graph.layout.flatten(list(gradient.values()), copy=True)
     newton = linear_solve(estimator.solver, operator, flat, throw=False)
     move = graph.layout.unflatten(newton.x)

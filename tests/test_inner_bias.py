@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
-from problems import F64, relative_error
+from problems import F64, randn, relative_error
 
 import optuna_hypergrad as ohg
 
@@ -53,6 +53,35 @@ def test_it_is_exact_where_the_inner_objective_is_quadratic(num_steps) -> None:
 def test_it_is_close_where_the_inner_objective_is_not(num_steps, rel) -> None:
     found, true, _ = found_and_true("logistic", ohg.GradientDescent(0.5, max_steps=num_steps))
     assert found.relative_bias == pytest.approx(true, rel=rel)
+
+
+def test_the_mean_over_all_batches_has_no_bias_at_the_solution_of_all_data() -> None:
+    """One batch does, since its own gradient is not zero there."""
+    x, y, held_out = randn(24, 4, seed=0), randn(24, seed=1), randn(4, seed=2)
+
+    def inner(w, lam, rows):
+        fit = ((x[rows] @ w["w"] - y[rows]) ** 2).mean()
+        return fit + lam["decay"].exp() * (w["w"] ** 2).sum()
+
+    def parts(step: int) -> slice:
+        return slice(4 * (step % 6), 4 * (step % 6) + 4)
+
+    problem = ohg.BilevelProblem(
+        inner, lambda w, lam, _: ((w["w"] - held_out) ** 2).sum(), inner_batch=parts
+    )
+    lam = {"decay": torch.tensor(-2.0, dtype=F64)}
+    matrix = x.T @ x / 24 + lam["decay"].exp() * torch.eye(4, dtype=F64)
+    w = {"w": torch.linalg.solve(matrix, x.T @ y / 24)}
+    six, one = (
+        ohg.inner_bias(problem, w, lam, estimator=ohg.Implicit(ohg.Direct(), num_batches=n))
+        for n in (6, 1)
+    )
+    assert six.relative_bias < 1e-12
+    assert six.inner_gradient_norm < 1e-12
+    assert one.relative_bias > 0.1
+    away = {"w": w["w"] + randn(4, seed=3)}
+    far = ohg.inner_bias(problem, away, lam, estimator=ohg.Implicit(ohg.Direct(), num_batches=6))
+    assert far.distance == pytest.approx(float((away["w"] - w["w"]).norm()), rel=1e-10)
 
 
 def test_what_it_says() -> None:

@@ -27,6 +27,7 @@ from ..ihvp._base import without_products
 from ..inner import AbstractInnerSolver, GradientDescent
 from ..operators import (
     AbstractCurvature,
+    AbstractLinearOperator,
     DampedOperator,
     Flattener,
     Hessian,
@@ -205,11 +206,7 @@ class Implicit(AbstractPullbackEstimator):
         batch_index = state.inner_index + solution.num_steps
 
         def pullback(cotangent: Params) -> Pulled:
-            objective, batch = problem.inner_objective, problem.inner_batch(batch_index)
-            if self.num_batches > 1:
-                following = range(batch_index + 1, batch_index + self.num_batches)
-                objective = mean_objective(objective)
-                batch = (batch, *map(problem.inner_batch, following))
+            objective, batch = self._inner_problem(problem, batch_index)
             where = objective, solution.inner_params, outer_params, batch
             b = Flattener(inner_params).flatten(
                 [cotangent.pop(k) for k in list(cotangent)], copy=True
@@ -234,6 +231,22 @@ class Implicit(AbstractPullbackEstimator):
 
         return Solved(replace(solution, inner_params=_tree.detach(solution.inner_params)), pullback)
 
+    def _inner_problem(self, problem: BilevelProblem, index: int) -> tuple[Objective, Batch]:
+        """The inner objective, or its mean over ``num_batches``, and the batch or batches from ``index`` on."""
+        objective, batch = problem.inner_objective, problem.inner_batch(index)
+        if self.num_batches == 1:
+            return objective, batch
+        following = range(index + 1, index + self.num_batches)
+        return mean_objective(objective), (batch, *map(problem.inner_batch, following))
+
+    def _operator(self, graph: InnerGraph, batch: Batch) -> AbstractLinearOperator:
+        """``H + damping`` of what :meth:`_inner_problem` gives."""
+        several = self.num_batches > 1
+        operator = (self.curvature.average if several else self.curvature.build)(graph, batch)
+        if self.damping:
+            operator = DampedOperator(operator, self.damping)
+        return operator
+
     def _solve_kept(
         self,
         solver: AbstractLinearSolver,
@@ -245,10 +258,7 @@ class Implicit(AbstractPullbackEstimator):
         batch: Batch,
     ) -> tuple[LinearSolution, Cotangents, float]:
         graph = InnerGraph(inner_objective, inner_params, outer_params, batch)
-        several = self.num_batches > 1
-        operator = (self.curvature.average if several else self.curvature.build)(graph, batch)
-        if self.damping:
-            operator = DampedOperator(operator, self.damping)
+        operator = self._operator(graph, batch)
         found = linear_solve(
             solver,
             operator,
