@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import networks
@@ -53,6 +54,22 @@ def test_gmres_iterates_have_the_least_residual_in_the_krylov_space(num_steps: i
     )
 
 
+@pytest.mark.parametrize("solver", [ohg.GMRES(2), ohg.MINRES(2)])
+def test_a_solve_that_achieved_next_to_nothing_warns(solver: ohg.GMRES | ohg.MINRES) -> None:
+    values = torch.linspace(-1.0, 1.0, 30, dtype=F64)
+    operator, b = MatrixOperator(torch.diag(values)), torch.ones(30, dtype=F64)
+    with pytest.warns(
+        UserWarning, match=r"(GMRES|MINRES): .*relative residual of 0\.\d+ after .*Raise max_steps"
+    ):
+        found = ohg.linear_solve(solver, operator, b)
+    assert found.result.success
+    assert found.residual > 0.5
+    strict = dataclasses.replace(solver, require_convergence=True)
+    assert not ohg.linear_solve(strict, operator, b, throw=False).result
+    enough = dataclasses.replace(solver, max_steps=30)
+    assert ohg.linear_solve(enough, operator, b).residual < 1e-5
+
+
 @pytest.mark.parametrize("solver", [ohg.GMRES(200, 1e-4), ohg.MINRES(200, 1e-4)])
 def test_a_first_guess_is_used(solver: ohg.GMRES | ohg.MINRES) -> None:
     operator, b = with_spectrum(torch.linspace(-1, 3, 30, dtype=F64) + 0.01), randn(30, seed=2)
@@ -85,6 +102,7 @@ def test_gmres_in_single_precision_restarts_to_the_residual_that_was_asked_for()
 # MINRES -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*the linear solve ended at a relative residual")
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 17])
 def test_minres_iterates_are_those_of_gmres(num_steps: int) -> None:
     operator, b = with_spectrum(torch.linspace(-1, 3, 30, dtype=F64) + 0.01), randn(30, seed=2)

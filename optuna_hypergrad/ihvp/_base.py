@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -18,6 +19,9 @@ from .._results import SUCCESS, Result, Status
 from ..curvature import asymmetry
 from ..operators import AbstractLinearOperator, undamped
 from ._preconditioner import AbstractPreconditioner, Factors, Inverse
+
+_LITTLE = 0.5
+"""A relative residual above this is hardly better than that of ``x = 0``."""
 
 Vector = list[Tensor]
 """A vector of ``P`` entries as the tensors that it is made of."""
@@ -66,6 +70,8 @@ class AbstractLinearSolver(abc.ABC):
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
+    lowers_residual: ClassVar[bool] = False
+    """Whether each step makes ``|b - H x|`` smaller, so that one near ``|b|`` means that nothing was achieved."""
 
     @abc.abstractmethod
     def compute(
@@ -166,6 +172,9 @@ def linear_solve(
             damped: ``damping_share`` needs it).
         throw: Raise on failure; otherwise the failure is in ``result``.
 
+    Warns:
+        UserWarning: where MINRES or GMRES ends above half of ``|b|`` and convergence was not required.
+
     Raises:
         RequirementError: if the method cannot be used on this operator.
         SolverError: if it failed and ``throw`` is set.
@@ -198,6 +207,14 @@ def linear_solve(
     solution = checked(solver, replace(solution, num_products=base.num_products - before))
     if throw:
         solution.result.raise_if_failed()
+    if solver.lowers_residual and solution.result and solution.residual > _LITTLE:
+        warnings.warn(
+            f"{type(solver).__name__}: the linear solve ended at a relative residual of {solution.residual:.2g} after "
+            f"{solution.num_products} products, where x = 0 has 1: what is made of it (a hypergradient) says little. Raise "
+            f"max_steps, add damping (the matrix may be singular) or a preconditioner; require_convergence=True makes this a "
+            f"failure.",
+            stacklevel=3,
+        )
     return solution
 
 

@@ -40,6 +40,7 @@ class GMRES(AbstractLinearSolver):
     """
 
     name: ClassVar[str] = "gmres"
+    lowers_residual: ClassVar[bool] = True
     max_steps: int = 1000
     rtol: float = 1e-6
     restart: int | None = 50

@@ -47,6 +47,7 @@ class MINRES(AbstractPreconditionedSolver):
 
     name: ClassVar[str] = "minres"
     requires: ClassVar[frozenset[str]] = frozenset({"symmetric"})
+    lowers_residual: ClassVar[bool] = True
     max_steps: int = 1000
     rtol: float = 1e-6
     require_convergence: bool = False
