@@ -93,13 +93,15 @@ def probe_curvature(
         variance = _variance(operator, like, generator) * (batch_size or 1)
     top = max(runs, key=lambda r: float(r.values[-1]))
     least = min(runs, key=lambda r: float(r.values[0]))
+    rounding = _rounding(operators[0])
+    least_bound = rounding * max(abs(float(top.values[-1])), abs(float(least.values[0])))
     return CurvatureReport(
         size=operator.size,
         largest=float(top.values[-1]),
-        largest_bound=float(top.bounds[-1]),
+        largest_bound=max(float(top.bounds[-1]), least_bound),
         smallest=float(least.values[0]),
-        smallest_bound=float(least.bounds[0]),
-        rounding=_rounding(operators[0]),
+        smallest_bound=max(float(least.bounds[0]), least_bound),
+        rounding=rounding,
         nodes=torch.cat([r.values for r in runs]),
         weights=torch.cat([r.weights for r in runs]) / num_probes,
         num_products=sum(o.num_products for o in operators),

@@ -27,9 +27,9 @@ class CurvatureReport:
     Attributes:
         size: ``P``, the number of inner parameters.
         largest: Largest Ritz value: no more than the largest eigenvalue.
-        largest_bound: Some eigenvalue is within this of it.
+        largest_bound: Some eigenvalue is within this of it; no less than the rounding of the products.
         smallest: Smallest Ritz value: no less than the smallest eigenvalue.
-        smallest_bound: Some eigenvalue is within this of it.
+        smallest_bound: Some eigenvalue is within this of it; likewise.
         rounding: Of the dtype of the products, relative.
         nodes: All Ritz values, of all start vectors.
         weights: The share of the spectrum that each stands for; of sum 1.

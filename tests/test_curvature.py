@@ -58,6 +58,18 @@ def test_the_top_of_a_spiked_matrix_is_found_in_ten_products(seed: int) -> None:
     assert found.num_products == 10
 
 
+def test_no_error_bar_is_shorter_than_the_rounding_of_the_products() -> None:
+    """Lanczos that has run to its end leaves residuals of 1e-20, which no product in float64 can."""
+    values = torch.tensor([1.0, 2.0, 4.0, 100.0], dtype=F64)
+    found = ohg.probe_curvature(MatrixOperator(torch.diag(values)), num_products=4)
+    least = found.rounding * found.largest
+    assert found.largest_bound >= least > 0
+    assert found.smallest_bound >= least
+    assert found.largest_bound < 1e-10
+    assert f"100 ± {found.largest_bound:.0e}" in str(found)
+    assert "e-14" in f"{least:.0e}"
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_recommended_damping_makes_it_positive_definite_and_alpha_converges(seed: int) -> None:
     matrix = spiked(9.0, -4.0, seed=10 * seed)
