@@ -24,6 +24,8 @@ Bend = Callable[[Tensor], Tensor]
 class GaussNewton(AbstractCurvature):
     """The generalized Gauss-Newton matrix (Schraudolph 2002): positive semidefinite for a convex loss.
 
+    **Give it the** ``regularizer`` **of the inner objective**, if that has one: see :class:`Fisher`.
+
     It equals the Hessian where the model is linear in ``w``; elsewhere it is a bias, and is reported
     in the estimate's stats as ``exact_hessian = 0``.
 
@@ -57,6 +59,10 @@ class GaussNewton(AbstractCurvature):
 @dataclass(frozen=True)
 class Fisher(AbstractCurvature):
     """The Fisher information of the model's own predictions, whatever the targets are: positive semidefinite.
+
+    **Whatever the inner objective has beyond the likelihood (weight decay, a prior) must be given as** ``regularizer``.
+    Nothing notices where it is left out, and hypergradients are then wrong by any factor: where data say little
+    about a direction, the regularizer is all of its curvature. (:func:`check_hypergradient` finds it.)
 
     ``F = scale * mean over samples of E_y [J^T d d^T J]`` with ``d`` the gradient of ``-log p(y | outputs)`` in the outputs
     and ``y`` distributed as the model says. For these likelihoods the exact expectation is the Gauss-Newton matrix of

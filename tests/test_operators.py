@@ -204,6 +204,29 @@ def test_all_parts_together_are_the_whole(curvature: Any) -> None:
     assert found.stats["inner_gradient_norm"] < 1e-9
 
 
+def test_a_check_finds_a_regularizer_that_was_not_given_to_the_fisher_information() -> None:
+    """The docstring says so, since nothing else notices. The model is linear: with it, the matrix is the Hessian."""
+
+    def linear(w: Params, lam: Params, batch: Any = None) -> Tensor:
+        return X @ w["w"] + w["b"]
+
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: log_loss("gaussian", linear(w, lam), targets("gaussian")) + decay(w, lam),
+        in_parts().outer_objective,
+    )
+    for regularizer, right in ((decay, True), (None, False)):
+        curvature = ohg.Fisher(linear, "gaussian", regularizer)
+        found = ohg.check_hypergradient(
+            problem,
+            W,
+            LAM,
+            estimator=ohg.Implicit(ohg.Direct(), curvature=curvature),
+            inner_solver=ohg.NewtonCG(atol=1e-11),
+            num_directions=1,
+        )
+        assert bool(found) == right, str(found)
+
+
 def test_several_batches_are_refused_where_there_are_none_or_they_are_compiled() -> None:
     whole = ohg.BilevelProblem(inner(), in_parts().outer_objective)
     with pytest.raises(ohg.RequirementError, match="sees all data at once"):
