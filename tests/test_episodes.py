@@ -457,6 +457,46 @@ def test_what_makes_no_sense_is_refused(build, error, message: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("estimator", "carried"),
+    [
+        (ohg.DeltaSTN(), "its fitted response"),
+        (ohg.Hypernetwork(), "its fitted response"),
+        (ohg.Auto(), "the method that it chose"),
+        (ohg.SOBA(0.1), "the linear system's solution"),
+        (ohg.F2SA(), "its second inner variable"),
+        (ohg.BOME(step_size=0.1), "its second inner variable"),
+        (ohg.Implicit(warm_start_solver=True), "warm_start_solver=True; pass False"),
+        (
+            ohg.Implicit(ohg.CG(preconditioner=ohg.NystromPreconditioner(2, refresh_every=5))),
+            "refresh_every=5; pass 1",
+        ),
+        (
+            ohg.TwoPhase(ohg.Unroll(), ohg.Implicit(), ohg.Stalled()),
+            "pass an outer step as switch=",
+        ),
+        (ohg.TwoPhase(ohg.Unroll(), ohg.Implicit(warm_start_solver=True), 3), "pass False"),
+    ],
+)
+def test_what_hands_something_on_is_refused_for_one_task_at_a_time(estimator, carried) -> None:
+    lam = theta()
+    problem = maml()
+    with pytest.raises(ohg.RequirementError, match=f"PerTask starts its estimator anew.*{carried}"):
+        ohg.hypergradient(
+            problem,
+            problem.start(lam),
+            lam,
+            estimator=ohg.PerTask(estimator),
+            inner_solver=ohg.GradientDescent(0.1, max_steps=1),
+        )
+
+
+def test_a_preconditioner_that_is_made_anew_each_time_hands_nothing_on() -> None:
+    kept = ohg.NystromPreconditioner(2, refresh_every=1)
+    assert ohg.Implicit(ohg.CG(preconditioner=kept)).carries is None
+    assert ohg.TwoPhase(ohg.Unroll(), ohg.Implicit(), 3).carries is None
+
+
 def changing():
     calls = iter(range(100))
     return ohg.Episodes(loss, loss, lambda step: tasks_of(next(calls)), "theta.")

@@ -115,6 +115,11 @@ class AbstractHypergradientEstimator(abc.ABC):
     solves: ClassVar[bool] = True
     """Whether it solves the inner problem, so that a run ends with a solve at its last ``lam``; otherwise it moves ``w``."""
 
+    @property
+    def carries(self) -> str | None:
+        """In words, what its state hands on from step to step beside the inner solver's memory; ``None`` for nothing."""
+        return None
+
     def check(  # noqa: B027
         self,
         problem: BilevelProblem,

@@ -50,6 +50,10 @@ class AbstractPenalty(AbstractHypergradientEstimator):
     """What the methods with two inner problems share. ``w`` (here ``z``) is the caller's; ``y`` is in the state."""
 
     @property
+    def carries(self) -> str:
+        return "its second inner variable, and the number of steps that its penalty depends on"
+
+    @property
     def sees(self) -> str:
         return (
             f"{type(self).__name__} sees what the inner or outer objective uses, not how the inner solver moves "

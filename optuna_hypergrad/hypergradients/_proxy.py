@@ -54,6 +54,10 @@ class AbstractProxy(AbstractHypergradientEstimator):
     seed: int = 0
     max_hyperparameters: int = 100
 
+    @property
+    def carries(self) -> str:
+        return "its fitted response"
+
     def __post_init__(self) -> None:
         label = type(self).__name__
         if not isinstance(self.fit, AbstractStepSolver) or self.fit.hyperparameters():

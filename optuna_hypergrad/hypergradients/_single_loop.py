@@ -100,6 +100,10 @@ class AbstractOneStep(AbstractHypergradientEstimator):
             raise ValueError(f"{label} needs a finite damping >= 0, got {self.damping!r:.80}.")
 
     @property
+    def carries(self) -> str:
+        return "its estimate of the linear system's solution"
+
+    @property
     def sees(self) -> str:
         return (
             f"{type(self).__name__} sees what the inner or outer objective uses, not how the inner solver moves "

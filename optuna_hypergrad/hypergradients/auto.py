@@ -76,6 +76,12 @@ class Auto(AbstractHypergradientEstimator):
         check_budget("Auto", self.memory_budget)
         check_count("Auto", "seed", self.seed, 0)
 
+    @property
+    def carries(self) -> str:
+        return (
+            "the method that it chose, and what that hands on (pass Auto().choose(...).estimator)"
+        )
+
     def choose(
         self,
         problem: BilevelProblem,

@@ -177,6 +177,15 @@ class Implicit(AbstractPullbackEstimator):
                 "warm_start_solver=True or a preconditioner."
             )
 
+    @property
+    def carries(self) -> str | None:
+        if self.warm_start_solver:
+            return "the solution of its linear system (warm_start_solver=True; pass False)"
+        kept = self._preconditioner()
+        if kept is None or kept.refresh_every == 1:
+            return None
+        return f"its preconditioner's factors (refresh_every={kept.refresh_every}; pass 1)"
+
     def check(
         self,
         problem: BilevelProblem,

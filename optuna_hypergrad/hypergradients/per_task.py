@@ -29,7 +29,11 @@ class PerTask(AbstractHypergradientEstimator):
     Reference: Rajeswaran, Finn, Kakade & Levine (2019), "Meta-learning with implicit gradients", algorithms 1 and 2.
 
     Args:
-        estimator: For one task.
+        estimator: For one task; one that hands nothing on from step to step (no proxy, single loop, penalty method
+            or ``Auto``, and ``Implicit`` without ``warm_start_solver`` and with ``refresh_every=1``), as no task has a step before it.
+
+    Raises:
+        RequirementError: if the problem has no tasks, or ``estimator`` hands something on.
     """
 
     name: ClassVar[str] = "per_task"
@@ -53,6 +57,13 @@ class PerTask(AbstractHypergradientEstimator):
             raise RequirementError(
                 f"PerTask takes the tasks of Episodes one by one, and this problem, a {type(problem).__name__}, has "
                 f"none; use {type(self.estimator).__name__} itself."
+            )
+        if self.estimator.carries is not None:
+            label = type(self.estimator).__name__
+            raise RequirementError(
+                f"PerTask starts its estimator anew for each task, as the tasks of the next step are others, and {label} "
+                f"hands on from step to step {self.estimator.carries}: that would have no effect, or start from nothing "
+                f"each time. Use an estimator that carries nothing, such as Implicit() or Unroll()."
             )
         first = {k: v[:1] for k, v in inner_params.items()}
         self.estimator.check(problem.each()[0], inner_solver, first, outer_params)

@@ -69,6 +69,12 @@ class TwoPhase(AbstractHypergradientEstimator):
                 f"{self.switch!r:.80}."
             )
 
+    @property
+    def carries(self) -> str | None:
+        if isinstance(self.switch, Stalled):
+            return "the outer values that Stalled looks at (pass an outer step as switch=)"
+        return self.first.carries or self.second.carries
+
     def check(
         self,
         problem: BilevelProblem,
