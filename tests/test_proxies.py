@@ -14,6 +14,7 @@ from torch import Tensor
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad.closed_form import ridge
+from optuna_hypergrad.hypergradients._around import Around
 
 FIT = ohg.GradientDescent(0.02, max_steps=1200)
 SHORT = ohg.Adam(0.05, max_steps=5)
@@ -64,6 +65,44 @@ def test_the_response_tends_to_the_implicit_one(method: str) -> None:
         assert relative_error(found.inner_params, case.solution(case.outer_params)) < 1e-5
     error = (response(estimator, found, 7) - exact).norm() / exact.norm()
     assert float(error) < 1e-5
+
+
+def six_decays() -> tuple[ohg.BilevelProblem, ohg.Params, ohg.Params, Tensor]:
+    """A decay for each input of two outputs: the problem, its solution, the decays and ``-H^-1 M``, ``(12, 6)``."""
+    x = randn(30, 6, seed=1)
+    y = x @ randn(6, 2, seed=2) + randn(30, 2, seed=3)
+
+    def inner(w: ohg.Params, lam: ohg.Params, batch: object) -> Tensor:
+        fit = (x @ w["w"].mT - y).square().sum() / 60
+        return fit + 0.5 * (lam["decay"] * w["w"].square()).sum()
+
+    decay = torch.linspace(0.5, 1.5, 6, dtype=F64)
+    inverse = torch.linalg.inv(x.mT @ x / 30 + torch.diag(decay))
+    w = (inverse @ x.mT @ y / 30).mT
+    exact = torch.cat([-inverse * row for row in w])
+    return ohg.BilevelProblem(inner, inner), {"w": w}, {"decay": decay}, exact
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_as_many_gates_as_hyperparameters_express_any_response(seed: int) -> None:
+    problem, w, lam, exact = six_decays()
+    fit = ohg.GradientDescent(0.05, max_steps=300)
+    estimator = ohg.DeltaSTN(fit, scale=1e-2, rank=6, seed=seed)
+    found = ohg.hypergradient(problem, w, lam, estimator=estimator)
+    error = (response(estimator, found, 6) - exact).norm() / exact.norm()
+    assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 12])
+def test_gates_are_orthonormal_before_any_fit(rank: int) -> None:
+    _, w, lam, _ = six_decays()
+    estimator = ohg.DeltaSTN(rank=rank)
+    gates = estimator.start(w, Around(lam, ()))["gates/w"].movedim(1, 0)  # (rows, rank, N)
+    assert gates.shape == (2, rank, 6)
+    expected = max(1.0, rank / 6) ** 0.5 * torch.ones(2, min(rank, 6), dtype=F64)
+    torch.testing.assert_close(torch.linalg.svdvals(gates), expected)
+    if rank <= 6:
+        torch.testing.assert_close(gates[:, 0].abs(), torch.full((2, 6), 6**-0.5, dtype=F64))
 
 
 def falling(first: float, rate: float) -> Any:

@@ -48,7 +48,8 @@ class DeltaSTN(AbstractProxy):
         log: Names of positive hyperparameters that are perturbed in their logarithm.
         seed: Of the perturbations, and of the gates before any fit.
         max_hyperparameters: More entries of ``outer_params`` than this are refused.
-        rank: Gated directions for each row; as many as hyperparameters can express any response.
+        rank: Gated directions for each row; as many as hyperparameters can express any response (the gates before
+            any fit are orthonormal).
         rows: The dimension of matrix-shaped inner parameters that counts rows: 0 for ``torch.nn.Linear`` (its outputs),
             1 for ``x @ w``.
         entropy: Tune the scale of each hyperparameter as well, by the outer objective at perturbed ``lam`` minus ``entropy``
@@ -78,8 +79,8 @@ class DeltaSTN(AbstractProxy):
                 response[f"jacobian/{k}"] = v.new_zeros(v.numel(), around.size)
                 continue
             by_row = v.movedim(self.rows, 0).flatten(1)
-            gates = torch.randint(0, 2, (self.rank, len(by_row), around.size), generator=generator)
-            response[f"gates/{k}"] = ((2 * gates - 1) / around.size**0.5).to(v)
+            shape = self.rank, len(by_row), around.size
+            response[f"gates/{k}"] = _drawn_gates(*shape, generator).to(v)
             response[f"directions/{k}"] = v.new_zeros(self.rank, *by_row.shape)
         return response
 
@@ -125,3 +126,22 @@ class DeltaSTN(AbstractProxy):
             state=unpacked("scales/", state.tensors),
         )
         return {**moved.inner_params, **packed("scales/", moved.state)}
+
+
+def _drawn_gates(rank: int, rows: int, size: int, generator: torch.Generator) -> Tensor:
+    """``(rank, rows, size)``: for each row, gates of mean square one, orthonormal, or (``rank > size``) a tight frame.
+
+    The first is one of random signs, so that a single gate sees every hyperparameter alike.
+    """
+    drawn = torch.randint(0, 2, (rank, rows, size), generator=generator).double().mul_(2).sub_(1)
+    drawn[1:].normal_(generator=generator)
+    by_row = drawn.movedim(0, 1)  # (rows, rank, size)
+    if rank <= size:
+        q, r = torch.linalg.qr(by_row.mT)
+        found = (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).mT
+    else:
+        found = torch.linalg.qr(by_row)[0].mul((rank / size) ** 0.5)
+    gates: Tensor = found.movedim(
+        1, 0
+    ).contiguous()  # laid out as when it is read from a checkpoint
+    return gates
