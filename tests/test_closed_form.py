@@ -504,6 +504,38 @@ def test_kernels_are_those_of_scikit_learn() -> None:
     assert error(cf.rbf_kernel(a).diagonal(), torch.ones(6, dtype=F64)) < 1e-14
 
 
+@pytest.mark.parametrize("gap", [0.0, 10.0, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_far_clusters_do_not_spoil_near_distances(gap: float, dtype: torch.dtype) -> None:
+    """Values and slopes, also where points coincide (the diagonal, and one point of ``b``)."""
+    scales = torch.tensor([0.5, 1.0, 2.0], dtype=dtype)
+    a = torch.cat([randn(5, 3, seed=1), randn(5, 3, seed=2) + gap]).to(dtype)
+    b = torch.cat([a[:1], a[5:8] + 0.5])
+    weights = randn(10, 4, seed=3)
+
+    def exact(a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
+        squares = ((a.unsqueeze(1) - b.unsqueeze(0)) / scales).square().sum(-1)
+        return squares.div(-2).exp()
+
+    def slopes(kernel: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        at = [v.detach().to(dtype).requires_grad_() for v in (a, b, scales)]
+        first = torch.autograd.grad((kernel(*at) * weights.to(dtype)).sum(), at, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), at)
+        return [*first, *second]
+
+    def found(a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
+        return cf.rbf_kernel(a, b, length_scale=scales)
+
+    square = cf.rbf_kernel(a, length_scale=scales)
+    assert square.dtype == dtype
+    assert float(square.max()) <= 1.0
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-8
+    wide = [v.to(F64) for v in (a, a, scales)]
+    assert float((square.to(F64) - exact(*wide)).abs().max()) < tolerance
+    for own, true in zip(slopes(found, dtype), slopes(exact, F64), strict=True):
+        assert error(own.to(F64), true) < tolerance
+
+
 @pytest.mark.parametrize("targets", [None, 2])
 def test_inducing_points_are_differentiated_as_by_differences(targets: int | None) -> None:
     x, goal = randn(12, 3, seed=1), randn(12, *([] if targets is None else [targets]), seed=2)

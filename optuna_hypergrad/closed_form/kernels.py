@@ -9,6 +9,9 @@ from .._arguments import check_count
 from .._errors import HyperparameterError, ProblemError
 from ._inputs import checked_positive, checked_tensor
 
+_LOST = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""What a squared distance, in length scales, may be wrong by."""
+
 
 def linear_kernel(a: Tensor, b: Tensor | None = None) -> Tensor:
     """``a_i . b_j``.
@@ -66,17 +69,31 @@ def rbf_kernel(a: Tensor, b: Tensor | None = None, *, length_scale: Tensor | flo
         length_scale: Positive: a number, or ``(p,)`` for one per feature ("automatic relevance determination").
 
     Returns:
-        ``(..., n, m)``.
+        ``(..., n, m)``, at most 1. Points of float32 that lie more than about 9 length scales from their mean are compared in
+        float64; those more than about 2,000 away one by one, in memory for ``n m p`` numbers.
     """
     a, b = _checked("rbf_kernel", a, b)
     length_scale = checked_positive("rbf_kernel", "length_scale", length_scale, a)
     _check_per_feature("rbf_kernel", "length_scale", length_scale, a)
-    middle = b.detach().mean(
-        -2, keepdim=True
-    )  # distances do not know it, and squares of large numbers cancel
-    a, b = (a - middle) / length_scale, (b - middle) / length_scale
-    squares = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
-    return (a @ b.mT - 0.5 * squares).exp()
+    exponent = _exponent(a, b, length_scale)
+    above = exponent.detach().clamp_min(0.0)  # by rounding; derivatives are those of what is exact
+    return (exponent - above).exp().to(a.dtype)
+
+
+def _exponent(a: Tensor, b: Tensor, length_scale: Tensor) -> Tensor:
+    """``-|a_i - b_j|^2 / 2`` in units of ``length_scale``; float64 where float32 would lose it, by differences where both would.
+
+    Distances do not know the common mean, and squares of large numbers cancel.
+    """
+    middle = b.detach().mean(-2, keepdim=True)
+    x, z = (a - middle) / length_scale, (b - middle) / length_scale
+    squares = [v.square().sum(-1) for v in (x, z)]
+    largest = max(float(v.detach().max()) for v in squares)
+    if largest * torch.finfo(a.dtype).eps <= _LOST[a.dtype]:
+        return x @ z.mT - 0.5 * (squares[0].unsqueeze(-1) + squares[1].unsqueeze(-2))
+    if a.dtype == torch.float32:
+        return _exponent(a.double(), b.double(), length_scale.double())
+    return -0.5 * ((a.unsqueeze(-2) - b.unsqueeze(-3)) / length_scale).square().sum(-1)
 
 
 def _checked(owner: str, a: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
