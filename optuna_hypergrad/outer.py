@@ -30,7 +30,7 @@ from .inner import (
     inner_solve,
 )
 from .outer_run import OptimizerFactory, OuterRun
-from .problem import AbstractProblem, BilevelProblem, check_problem, same_batch
+from .problem import AbstractProblem, BilevelProblem, check_params, check_problem, same_batch
 from .search_space import Domain
 from .stores import saying_what_has_no_room
 
@@ -140,7 +140,8 @@ def minimize_bilevel(
             ``outer_params`` (and, for cold starts, ``inner_params``, of step 0 if it is a function), class of inner solver or optimizer,
             or with more steps done than ``num_steps``.
         ValueError: for a negative number of steps.
-        ProblemError: if ``inner_params`` is a function that cannot be replayed.
+        ProblemError: if ``inner_params`` is a function that cannot be replayed (steps 0 and 1 are asked twice), or gives
+            other names, shapes or dtypes at a later step.
         RequirementError: if it is a function, or the problem is :class:`Episodes`, and ``warm_start`` is set.
         SolverError: if a solve failed and ``throw`` is set.
         StorageError: if a checkpoint cannot be stored (:class:`NoSpaceError`: for want of room); the one
@@ -162,7 +163,7 @@ def minimize_bilevel(
     ):
         check_count("minimize_bilevel", label, number, 0, none=none)
     domains = _domains(outer_params, bounds or {})
-    first_params = _first_params(problem, inner_params, warm_start)
+    first_params = _first_params(problem, inner_params, warm_start, num_steps)
     check_problem(problem, first_params, outer_params)
     estimator.check(problem.at(0), inner_solver, first_params, outer_params)
     _check_start(outer_params, domains)
@@ -198,7 +199,11 @@ def minimize_bilevel(
     with checkpoints or contextlib.nullcontext():
         with bar:
             while run.step < num_steps:
-                given = run.inner_params if warm_start else _at_step(inner_params, run.step)
+                given = (
+                    run.inner_params
+                    if warm_start
+                    else _at_step(inner_params, run.step, first_params)
+                )
                 estimate = estimator.estimate(
                     problem.at(run.step),
                     inner_solver,
@@ -243,7 +248,8 @@ def minimize_bilevel(
                     raise TrialPruned(f"{name!r} was pruned at outer step {run.step - 1}.")
         if not result and throw:
             raise SolverError(result.message, result)
-        now, first_params = problem.at(num_steps), _at_step(inner_params, num_steps)
+        now = problem.at(num_steps)
+        first_params = _at_step(inner_params, num_steps, first_params)
         last = (
             _final_solve(now, inner_solver, first_params, run)
             if estimator.solves
@@ -276,7 +282,10 @@ def minimize_bilevel(
 
 
 def _first_params(
-    problem: AbstractProblem, inner_params: Params | Callable[[int], Params], warm_start: bool
+    problem: AbstractProblem,
+    inner_params: Params | Callable[[int], Params],
+    warm_start: bool,
+    num_steps: int,
 ) -> Params:
     """``w_0`` of outer step 0; refuses warm starts where each step has a start of its own."""
     if warm_start and problem.changes_with_step:
@@ -293,16 +302,38 @@ def _first_params(
             "pass warm_start=False, or the tensors of one start."
         )
     first = inner_params(0)
-    if not same_batch(first, inner_params(0)):
-        raise ProblemError(
-            "inner_params(0) gave different tensors when called twice. A resumed run must be the same run: draw them "
-            "from the step alone, for example with torch.Generator().manual_seed(step)."
-        )
+    for step in range(min(num_steps, 1) + 1):  # one without a step before it, and one with
+        found = inner_params(step) if step else first
+        check_params(found, f"inner_params({step})" if step else "inner_params", ProblemError)
+        if not same_batch(found, inner_params(step)):
+            raise ProblemError(
+                f"inner_params({step}) gave different tensors when called twice. A resumed run must be the same run: draw "
+                f"them from the step alone, for example with torch.Generator().manual_seed(step)."
+            )
     return first
 
 
-def _at_step(inner_params: Params | Callable[[int], Params], step: int) -> Params:
-    return _tree.detach(inner_params(step) if callable(inner_params) else inner_params)
+def _at_step(
+    inner_params: Params | Callable[[int], Params], step: int, first_params: Params
+) -> Params:
+    """``w_0`` of an outer step; refuses what is not like that of step 0."""
+    if not callable(inner_params):
+        return _tree.detach(inner_params)
+    found = inner_params(step)
+    check_params(found, f"inner_params({step})", ProblemError)
+    if found.keys() != first_params.keys():
+        raise ProblemError(
+            f"inner_params({step}) names {sorted(found)}, and inner_params(0) names {sorted(first_params)}; each outer "
+            f"step must start the same inner parameters."
+        )
+    for name, like in first_params.items():
+        v = found[name]
+        if (v.shape, v.dtype, v.device) != (like.shape, like.dtype, like.device):
+            raise ProblemError(
+                f"inner_params({step})[{name!r}] has shape {tuple(v.shape)} and {v.dtype} on {v.device}, and that of "
+                f"step 0 has {tuple(like.shape)} and {like.dtype} on {like.device}; make them the same at each outer step."
+            )
+    return _tree.detach({name: found[name] for name in first_params})
 
 
 def _take_name(trial: optuna.Trial, name: str) -> None:

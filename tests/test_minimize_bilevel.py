@@ -223,7 +223,7 @@ def test_each_outer_step_may_have_a_start_of_its_own(tmp_path) -> None:
         )
 
     straight = go(6, final_eval="retrain")
-    assert asked == [0, 0, 0, 1, 2, 3, 4, 5, 6]
+    assert asked == [0, 0, 1, 1, 0, 1, 2, 3, 4, 5, 6]
     last = ohg.inner_solve(
         case.problem, ohg.HeavyBall(0.1, max_steps=5), fresh(6), straight.outer_params
     )
@@ -233,7 +233,7 @@ def test_each_outer_step_may_have_a_start_of_its_own(tmp_path) -> None:
     trial = study.ask()
     go(3, trial)
     resumed = go(6, optuna.trial.Trial(study, trial._trial_id))
-    assert asked == [0, 0, 3, 4, 5, 6]
+    assert asked == [0, 0, 1, 1, 3, 4, 5, 6]
     assert [h["outer_value"] for h in resumed.history] == [
         h["outer_value"] for h in straight.history
     ]
@@ -250,6 +250,36 @@ def test_each_outer_step_may_have_a_start_of_its_own(tmp_path) -> None:
             False,
             ohg.ProblemError,
             r"inner_params\(0\) gave different tensors",
+        ),
+        (
+            lambda step, calls=iter(range(99)): fresh(next(calls) if step else 0),
+            False,
+            ohg.ProblemError,
+            r"inner_params\(1\) gave different tensors",
+        ),
+        (
+            lambda step: {"w": torch.zeros(6 - step, 3, dtype=F64)},
+            False,
+            ohg.ProblemError,
+            r"inner_params\(1\)\['w'\] has shape \(5, 3\) .*step 0 has \(6, 3\)",
+        ),
+        (
+            lambda step: {"w": fresh(step)["w"].float() if step == 2 else fresh(step)["w"]},
+            False,
+            ohg.ProblemError,
+            r"inner_params\(2\)\['w'\] has .*float32 .*step 0 has .*float64",
+        ),
+        (
+            lambda step: {"v" if step else "w": fresh(step)["w"]},
+            False,
+            ohg.ProblemError,
+            r"inner_params\(1\) names \['v'\], and inner_params\(0\) names \['w'\]",
+        ),
+        (
+            lambda step: {"w": fresh(step)["w"] * float("nan" if step else 1.0)},
+            False,
+            ohg.ProblemError,
+            r"inner_params\(1\)\['w'\] holds NaN or infinite",
         ),
         (lambda step: None, False, ohg.ProblemError, "inner_params must be a non-empty dict"),
         (lambda step: {"w": 3.0}, False, ohg.ProblemError, "not a tensor"),
