@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -11,11 +13,20 @@ from torch import Tensor
 
 from . import _tree
 from ._arguments import check_count
-from ._errors import HyperparameterError, ObjectiveError, ProblemError
+from ._errors import (
+    HypergradError,
+    HyperparameterError,
+    ObjectiveError,
+    ProblemError,
+    RequirementError,
+)
 from ._typing import Batch, Objective, Params
 from .gauss_newton import GaussNewton
 from .problem import AbstractProblem, BilevelProblem, same_batch
 from .proximal import Proximal, check_shared
+
+_NO_VMAP = re.compile("vmap|functorch|batching rule", re.IGNORECASE)
+"""Of what torch says where an operation cannot be vectorized."""
 
 Task = tuple[Batch, Batch]
 """What the inner objective of a task sees, and what its outer objective sees (support, query)."""
@@ -47,7 +58,8 @@ class Episodes(AbstractProblem):
         origin: Prefix of the outer parameters that all tasks start from; ``None`` if they start from the inner
             parameters that are given.
         vectorize: Evaluate the tasks in one go by ``torch.func.vmap``: faster where tensors are small. Supports,
-            and queries, are then tensors (or dicts, lists, tuples of them) of equal shapes.
+            and queries, are then tensors (or dicts, lists, tuples of them) of equal shapes. Not for closed forms, fixed points and
+            whatever else looks at values: those are refused.
     """
 
     changes_with_step: ClassVar[bool] = True
@@ -142,9 +154,10 @@ class Episodes(AbstractProblem):
 
         def loss_of_all(found: Tensor, outer_params: Params, batches: Batch) -> Tensor:
             if self.vectorize:
-                total: Tensor = torch.func.vmap(lambda o, b: loss(o, outer_params, b))(
-                    found, batches
-                ).sum()
+                with _saying_what_has_no_vmap():
+                    total: Tensor = torch.func.vmap(lambda o, b: loss(o, outer_params, b))(
+                        found, batches
+                    ).sum()
                 return total
             parts = zip(found.unbind(), batches, strict=True)
             return torch.stack([loss(o, outer_params, b) for o, b in parts]).sum()
@@ -292,10 +305,26 @@ def _in_one_go(function: Objective) -> Objective:
         def of_one(w: Params, batch: Batch) -> Tensor:
             return function(w, outer_params, batch)
 
-        found: Tensor = torch.func.vmap(of_one, randomness="different")(inner_params, batches)
+        with _saying_what_has_no_vmap():
+            found: Tensor = torch.func.vmap(of_one, randomness="different")(inner_params, batches)
         return found
 
     return of_all
+
+
+@contextlib.contextmanager
+def _saying_what_has_no_vmap() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, HypergradError) or not _NO_VMAP.search(str(error)):
+            raise
+        said = str(error).strip().partition("\n")[0].partition(". ")[0][:200].rstrip(".")
+        raise RequirementError(
+            f"Episodes(vectorize=True) evaluates all tasks in one go by torch.func.vmap, and one of the operations of a "
+            f"task does not allow that ({said}), as closed forms, fixed points and whatever looks at values do not. Pass "
+            f"vectorize=False, which takes the tasks one by one."
+        ) from error
 
 
 def _stack(batches: list[Batch], label: str) -> Batch:

@@ -16,6 +16,7 @@ import torch
 from problems import F64, differences, randn, relative_error
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad import closed_form as cf
 from optuna_hypergrad.episodes import EpisodeBatch
 
 Params = dict[str, torch.Tensor]
@@ -577,6 +578,47 @@ def test_an_objective_of_a_task_must_be_a_scalar(vectorize: bool) -> None:
         ohg.ObjectiveError, match=r"inner_objective returned a tensor of shape \(6,\) for a"
     ):
         ohg.hypergradient(problem, w0, theta(), estimator=ohg.Unroll(), inner_solver=STEPS)
+
+
+def by_ridge(w, lam, batch):
+    return cf.ridge(batch[0] * w["w"], batch[1], 0.5).predict(batch[0])
+
+
+def by_head(w, lam, batch):
+    return cf.ridge_head(batch[0] * w["w"], batch[1][:, None], 0.5).predict(batch[0])[:, 0]
+
+
+def by_equilibrium(w, lam, batch):
+    return ohg.fixed_point(lambda z: 0.3 * z.tanh() + batch[0] @ w["w"], torch.zeros_like(batch[1]))
+
+
+@pytest.mark.parametrize("model", [by_ridge, by_head, by_equilibrium])
+def test_what_cannot_be_vectorized_says_so(model) -> None:
+    def squares(w, lam, batch):
+        return ((model(w, lam, batch) - batch[1]) ** 2).mean() + lam["decay"] * w[
+            "w"
+        ].square().sum()
+
+    lam = {"decay": torch.tensor(0.1, dtype=F64)}
+    for vectorize in (True, False):
+        problem = ohg.Episodes(squares, squares, tasks_of, vectorize=vectorize)
+        w0 = problem.start({"w": torch.ones(3, dtype=F64)})
+        now = problem.at(0)
+        if not vectorize:
+            assert now.inner_objective(w0, lam, now.inner_batch(0)).isfinite()
+            continue
+        with pytest.raises(ohg.RequirementError, match=r"one of the operations .*vectorize=False"):
+            now.inner_objective(w0, lam, now.inner_batch(0))
+
+
+def test_an_error_of_the_objective_itself_is_not_translated() -> None:
+    def wrong(w, lam, batch):
+        raise RuntimeError("the data are gone")
+
+    problem = ohg.Episodes(wrong, wrong, tasks_of, vectorize=True)
+    now = problem.at(0)
+    with pytest.raises(RuntimeError, match="the data are gone"):
+        now.inner_objective(problem.start({"w": randn(3, seed=0)}), {}, now.inner_batch(0))
 
 
 def test_warm_starts_over_episodes_are_refused_unless_the_tasks_stay() -> None:
