@@ -717,6 +717,16 @@ REFUSED = {
         ohg.ProblemError,
         "must give",
     ),
+    "predictions from other features": (
+        lambda: cf.ridge(X, Y, 1.0).predict(X[:, :2]),
+        ohg.ProblemError,
+        r"has shape \(6, 2\), so 2 columns, .*fitted to 3 features",
+    ),
+    "predictions of several targets from other features": (
+        lambda: cf.ridge(X, X[:, :2], 1.0).predict(randn(5, 2, seed=3)),
+        ohg.ProblemError,
+        r"has shape \(5, 2\), so 2 columns, .*fitted to 3 features",
+    ),
     "negative classes": (
         lambda: cf.ridge_head(X, torch.arange(6) - 1, 1.0),
         ohg.ProblemError,

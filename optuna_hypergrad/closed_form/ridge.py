@@ -26,7 +26,17 @@ class LinearModel:
     single: bool = True
 
     def predict(self, x: Tensor) -> Tensor:
-        """``(..., n, p)`` to ``(..., n)``, or ``(..., n, k)``."""
+        """``(..., n, p)`` to ``(..., n)``, or ``(..., n, k)``.
+
+        Raises:
+            ProblemError: if ``x`` has another number of columns than the model was fitted to.
+        """
+        size = self.coefficients.shape[-1 if self.single else -2]
+        if x.dim() == 0 or x.shape[-1] != size:
+            raise ProblemError(
+                f"LinearModel.predict: x has shape {tuple(x.shape)}, so {x.shape[-1] if x.dim() else 0} columns, and the "
+                f"model was fitted to {size} features; give the same features in the same order, (..., n, {size})."
+            )
         if self.single:
             product = (x @ self.coefficients.unsqueeze(-1)).squeeze(-1)
             return product + self.intercept.unsqueeze(-1)
