@@ -218,6 +218,43 @@ def test_scikit_learn_agrees() -> None:
     assert error(dual, torch.tensor(machine.dual_coef_)) < 1e-10
 
 
+WITHIN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ridge": lambda x, y, penalty: cf.ridge(x, y, penalty, intercept=True).predict(x),
+    "wide ridge": lambda x, y, penalty: cf.ridge(x[:2], y[:2], penalty).predict(x),
+    "held out": lambda x, y, penalty: cf.ridge_leave_one_out(x, y, penalty),
+    "kernel": lambda x, y, penalty: cf.kernel_ridge_leave_one_out(
+        cf.rbf_kernel(x), y, penalty.sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WITHIN)
+def test_forward_methods_go_through_a_closed_form(what: str) -> None:
+    """Columns of tangents take second derivatives, all at once or one by one; as unrolling in reverse."""
+    x, y = randn(8, 3, seed=1), randn(8, seed=2)
+
+    def inner(w: ohg.Params, lam: ohg.Params, batch: object) -> Tensor:
+        found = WITHIN[what](x * w["w"], y, lam["log_penalty"].exp())
+        return (found - y).square().mean() + 0.1 * (w["w"] - lam["center"]).square().sum()
+
+    def found(estimator: Any) -> ohg.Params:
+        return ohg.hypergradient(
+            ohg.BilevelProblem(inner, inner),
+            {"w": torch.ones(3, dtype=F64)},
+            {"log_penalty": randn(3, seed=3), "center": torch.tensor(0.3, dtype=F64)},
+            estimator=estimator,
+            inner_solver=ohg.GradientDescent(0.05, max_steps=3),
+        ).value
+
+    truth = found(ohg.Unroll())
+    for estimator in (
+        ohg.ForwardMode(),
+        ohg.ForwardMode(width=1),
+        ohg.ForwardGradient(num_directions=None),
+    ):
+        assert relative_error(found(estimator), truth) < 1e-12
+
+
 def test_the_solution_is_that_of_implicit_differentiation() -> None:
     x, xv = randn(40, 6, seed=1), randn(30, 6, seed=2)
     y, yv = randn(40, seed=3), randn(30, seed=4)
