@@ -255,6 +255,42 @@ def test_forward_methods_go_through_a_closed_form(what: str) -> None:
         assert relative_error(found(estimator), truth) < 1e-12
 
 
+@pytest.mark.parametrize("what", [*WITHIN, "folds", "duals"])
+def test_forward_mode_of_torch_is_refused_in_words(what: str) -> None:
+    x, y = randn(8, 3, seed=1), randn(8, seed=2)
+    others: dict[str, Callable[[Tensor], Tensor]] = {
+        "folds": lambda penalty: cf.ridge_k_fold(x, y, penalty, 2),
+        "duals": lambda penalty: cf.kernel_ridge(cf.rbf_kernel(x), y, penalty.sum()),
+    }
+    function = others.get(what, lambda penalty: WITHIN[what](x, y, penalty))
+    ones = torch.ones(3, dtype=F64)
+    with pytest.raises(ohg.RequirementError, match=r"in reverse mode only.* Use torch.autograd"):
+        torch.func.jvp(function, (ones,), (ones,))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ohg.RequirementError, match="in reverse mode only"),
+    ):
+        function(torch.autograd.forward_ad.make_dual(ones, ones))
+    (slope,) = torch.func.vjp(function, ones)[1](torch.ones_like(function(ones)))
+    assert slope.isfinite().all()
+
+
+def test_bros_over_a_closed_form_is_refused_in_words() -> None:
+    x, y = randn(8, 3, seed=1), randn(8, seed=2)
+
+    def inner(w: ohg.Params, lam: ohg.Params, batch: object) -> Tensor:
+        return (cf.ridge(x @ w["w"], y, lam["penalty"]).predict(x @ w["w"]) - y).square().mean()
+
+    with pytest.raises(ohg.RequirementError, match="in place of BROS use MASOBA"):
+        ohg.hypergradient(
+            ohg.BilevelProblem(inner, inner),
+            {"w": randn(3, 4, seed=3)},
+            {"penalty": torch.tensor(0.5, dtype=F64)},
+            estimator=ohg.BROS(step_size=0.05),
+            inner_solver=ohg.GradientDescent(0.05, max_steps=1),
+        )
+
+
 def test_the_solution_is_that_of_implicit_differentiation() -> None:
     x, xv = randn(40, 6, seed=1), randn(30, 6, seed=2)
     y, yv = randn(40, seed=3), randn(30, seed=4)

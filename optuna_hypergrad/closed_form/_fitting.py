@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._solving import common_shape, factorized, residuals
+from ._solving import common_shape, factorized, no_forward_mode, residuals
 
 
 def ridge_fit(x: Tensor, y: Tensor, weights: Tensor, penalty: Tensor, what: str) -> Tensor:
@@ -48,6 +48,8 @@ def normal_matrix(x: Tensor, weights: Tensor, penalty: Tensor) -> Tensor:
 
 class _Fit(torch.autograd.Function):
     """``w = A^-1 (X^T S t + b)`` with ``A = X^T S X + D``, and ``t - X w``, which is small where ``t`` is not."""
+
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import SolverError
+from .._errors import RequirementError, SolverError
 
 
 def positive_solve(matrix: Tensor, rhs: Tensor, what: str) -> Tensor:
@@ -88,7 +88,22 @@ def factorized(matrix: Tensor, what: str) -> Tensor:
     return factor  # type: ignore[no-any-return]
 
 
+def no_forward_mode(ctx: Any, *tangents: Any) -> Tensor:
+    """The ``jvp`` of these functions: torch's own words name nothing that a caller knows.
+
+    Raises:
+        RequirementError: always.
+    """
+    raise RequirementError(
+        "A closed form was asked for a derivative in forward mode (torch.func.jvp, torch.autograd.forward_ad, BROS), and "
+        "has derivatives in reverse mode only, of any order. Use torch.autograd.grad or torch.func.vjp; in place of BROS "
+        "use MASOBA, and for tangents along inner steps ForwardMode, which take no more than those."
+    )
+
+
 class _PositiveSolve(torch.autograd.Function):
+    jvp = staticmethod(no_forward_mode)
+
     @staticmethod
     def forward(matrix: Tensor, rhs: Tensor, factor: Tensor) -> Tensor:
         batch = common_shape(factor.shape[:-2], rhs.shape[:-2])
@@ -112,6 +127,8 @@ class _PositiveSolve(torch.autograd.Function):
 
 class _WeightedSolve(torch.autograd.Function):
     """With ``M = I + K S``: ``M^-1 T``, or ``M^-T T``. ``R = S^1/2``, ``C = (I + R K R)^-1``."""
+
+    jvp = staticmethod(no_forward_mode)
 
     @staticmethod
     def forward(
