@@ -342,6 +342,14 @@ def combine(
     return total
 
 
+def sees_objectives(method: str) -> str:
+    """The ``sees`` of a method that looks at objectives alone."""
+    return (
+        f"{method} sees what the inner or outer objective uses, not how the inner solver moves (learning rates, schedules, "
+        f"initializations): Unroll sees those."
+    )
+
+
 def _finite(value: Params, outer_value: Tensor) -> Result:
     if not math.isfinite(outer_value.item()):
         return Result(

@@ -33,6 +33,7 @@ from ._base import (
     combine,
     outer_value_at,
     refuse_solver_hyperparameters,
+    sees_objectives,
 )
 from ._pace import Schedule, check_schedule, scheduled
 
@@ -55,10 +56,7 @@ class AbstractPenalty(AbstractHypergradientEstimator):
 
     @property
     def sees(self) -> str:
-        return (
-            f"{type(self).__name__} sees what the inner or outer objective uses, not how the inner solver moves "
-            f"(learning rates, schedules, initializations): Unroll sees those."
-        )
+        return sees_objectives(type(self).__name__)
 
     def check(
         self,

@@ -31,6 +31,7 @@ from ._base import (
     combine,
     outer_gradients,
     refuse_solver_hyperparameters,
+    sees_objectives,
 )
 from ._pace import Schedule, check_schedule, paced, scheduled
 
@@ -105,10 +106,7 @@ class AbstractOneStep(AbstractHypergradientEstimator):
 
     @property
     def sees(self) -> str:
-        return (
-            f"{type(self).__name__} sees what the inner or outer objective uses, not how the inner solver moves "
-            f"(learning rates, schedules, initializations): Unroll sees those."
-        )
+        return sees_objectives(type(self).__name__)
 
     def check(
         self,

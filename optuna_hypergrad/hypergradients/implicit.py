@@ -43,6 +43,7 @@ from ._base import (
     Solved,
     refuse_solver_hyperparameters,
     run_inner,
+    sees_objectives,
 )
 from .compiled import compiled_solve
 
@@ -136,10 +137,7 @@ class Implicit(AbstractPullbackEstimator):
 
     name: ClassVar[str] = "implicit"
     requires: ClassVar[frozenset[str]] = frozenset({"stationary_point", "second_derivatives"})
-    sees: ClassVar[str] = (
-        "Implicit sees what the inner or outer objective uses, not how the inner solver moves "
-        "(learning rates, schedules, initializations): Unroll sees those."
-    )
+    sees: ClassVar[str] = sees_objectives("Implicit")
 
     solver: AbstractLinearSolver = field(default_factory=CG)
     damping: float = 0.0

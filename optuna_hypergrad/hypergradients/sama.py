@@ -19,7 +19,14 @@ from ..inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
 from ..inner._base import InnerState, take_step
 from ..operators import Flattener, scalar
 from ..problem import BilevelProblem
-from ._base import AbstractPullbackEstimator, Cotangents, EstimatorState, Pulled, Solved
+from ._base import (
+    AbstractPullbackEstimator,
+    Cotangents,
+    EstimatorState,
+    Pulled,
+    Solved,
+    sees_objectives,
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,7 @@ class SAMA(AbstractPullbackEstimator):
 
     name: ClassVar[str] = "sama"
     requires: ClassVar[frozenset[str]] = frozenset({"step_solver"})
-    sees: ClassVar[str] = (
-        "SAMA sees what the inner or outer objective uses, not how the inner solver moves (learning rates, schedules, "
-        "initializations): Unroll sees those."
-    )
+    sees: ClassVar[str] = sees_objectives("SAMA")
 
     displacement: float | None = None
 

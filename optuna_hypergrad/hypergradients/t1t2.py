@@ -17,6 +17,7 @@ from ._base import (
     EstimatorState,
     Solved,
     refuse_solver_hyperparameters,
+    sees_objectives,
 )
 from .implicit import Implicit
 
@@ -42,10 +43,7 @@ class T1T2(AbstractPullbackEstimator):
 
     name: ClassVar[str] = "t1t2"
     requires: ClassVar[frozenset[str]] = frozenset({"second_derivatives"})
-    sees: ClassVar[str] = (
-        "T1T2 sees what the inner or outer objective uses, not how the inner solver moves (learning rates, schedules, "
-        "initializations): Unroll sees those."
-    )
+    sees: ClassVar[str] = sees_objectives("T1T2")
 
     step_size: float | None = None
 
