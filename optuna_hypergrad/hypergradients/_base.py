@@ -181,14 +181,8 @@ class AbstractPullbackEstimator(AbstractHypergradientEstimator):
         solved_at = time.perf_counter()
         after = EstimatorState(state.inner_index + solution.num_steps, solution.state or None)
         if not _tree.all_finite(solution.inner_params):
-            return HypergradientEstimate(
-                _tree.tree_map(lambda v: torch.full_like(v, torch.nan), outer_params),
-                torch.tensor(torch.nan),
-                solution.inner_params,
-                solution.result,
-                {"num_inner_steps": float(solution.num_steps)},
-                after,
-            )
+            stats = {"num_inner_steps": float(solution.num_steps)}
+            return nothing_found(solution, outer_params, stats, after)
         outer_value, cotangent, direct = outer_gradients(
             problem, solution.inner_params, outer_params, step
         )
@@ -340,6 +334,16 @@ def combine(
         value = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         total[name] = value.detach().to(like.dtype)
     return total
+
+
+def nothing_found(
+    solution: InnerSolution, outer_params: Params, stats: dict[str, float], state: EstimatorState
+) -> HypergradientEstimate:
+    """The estimate where the inner solve has left nothing to estimate at: NaN, with its result."""
+    nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), outer_params)
+    return HypergradientEstimate(
+        nan, torch.tensor(torch.nan), solution.inner_params, solution.result, stats, state
+    )
 
 
 def sees_objectives(method: str) -> str:

@@ -30,6 +30,7 @@ from ._base import (
     _finite,
     _first_failure,
     combine,
+    nothing_found,
     outer_gradients,
     refuse_solver_hyperparameters,
     run_inner,
@@ -149,14 +150,8 @@ class AbstractProxy(AbstractHypergradientEstimator):
             state.inner_index + inner.num_steps,
             {"num_inner_steps": float(inner.num_steps)},
         )
-        nothing = HypergradientEstimate(
-            _tree.tree_map(lambda v: torch.full_like(v, torch.nan), outer_params),
-            torch.tensor(torch.nan),
-            inner.inner_params,
-            inner.result,
-            stats,
-            replace(state, inner_index=index, solver_state=inner.state or None),
-        )
+        after = replace(state, inner_index=index, solver_state=inner.state or None)
+        nothing = nothing_found(inner, outer_params, stats, after)
         if not _tree.all_finite(inner.inner_params):
             return nothing
         fit = self._fit(problem, w_hat, around, index, state)

@@ -15,8 +15,8 @@ from ..problem import BilevelProblem
 from ._base import (
     AbstractHypergradientEstimator,
     EstimatorState,
-    HypergradientEstimate,
     combine,
+    nothing_found,
     outer_gradients,
 )
 from ._columns import (
@@ -122,11 +122,9 @@ class ForwardGradient(AbstractDirectionalEstimator):
             return inner_solve(*where, start=index, state=memory, take=pushed.take), pushed
 
         solution, pushed = run(plan[0])
-        known = HypergradientEstimate(
-            _tree.tree_map(lambda v: torch.full_like(v, torch.nan), outer_params),
-            torch.tensor(torch.nan),
-            solution.inner_params,
-            solution.result,
+        known = nothing_found(
+            solution,
+            outer_params,
             {"num_inner_steps": float(solution.num_steps), "num_passes": float(len(plan))},
             EstimatorState(index + solution.num_steps, solution.state or None),
         )
