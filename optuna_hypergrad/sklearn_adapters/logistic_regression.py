@@ -17,8 +17,6 @@ from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split
 from ._losses import classification_loss
 from ._newton import LogisticOptimum, LogisticProblem
 
-_MOST_COEFFICIENTS = 2000
-
 _SAME = {
     ("penalty", "l2"),
     ("l1_ratio", 0),
@@ -77,25 +75,28 @@ class LogisticRegressionAdapter(AbstractAdapter):
         fold: Fold,
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        problem, classes = memory.get("problem"), np.unique(fold.y_train)
-        ones = [torch.ones(len(x), 1, dtype=x.dtype) for x in (fold.x_train, fold.x_test)]
-        if not estimator.fit_intercept:
-            ones = [o[:, :0] for o in ones]
-        if problem is None:
-            labels = torch.as_tensor(np.searchsorted(classes, fold.y_train))
-            targets = one_hot(labels, len(classes)).to(fold.x_train)
-            problem = memory["problem"] = LogisticProblem(
-                torch.cat([fold.x_train, ones[0]], 1),
-                targets[:, 1:] if len(classes) == 2 else targets,
-                torch.ones(len(labels), dtype=torch.float64)
-                if fold.weights is None
-                else fold.weights,
-                fold.x_train.shape[1],
-            )
+        if not memory:
+            memory |= _prepared(fold, estimator.fit_intercept)
+        problem: LogisticProblem = memory["problem"]
         theta: Tensor = LogisticOptimum.apply(  # type: ignore[no-untyped-call]
             problem, params["C"], memory.get("theta")
         )
         memory["theta"] = theta.detach()
-        places = torch.as_tensor(np.searchsorted(classes, fold.y_test))
-        x_test = torch.cat([fold.x_test, ones[1]], 1)
-        return problem.log_probabilities(theta, x_test), places
+        return problem.log_probabilities(theta, memory["x_test"]), memory["y_test"]
+
+
+def _prepared(fold: Fold, intercept: bool) -> dict[str, Any]:
+    """What stays the same in all fits of a fold."""
+    classes, labels = np.unique(fold.y_train, return_inverse=True)
+    targets = one_hot(torch.as_tensor(labels), len(classes)).to(fold.x_train)
+    x_train, x_test = (
+        torch.cat([x, x.new_ones(len(x), int(intercept))], 1) for x in (fold.x_train, fold.x_test)
+    )
+    problem = LogisticProblem(
+        x_train,
+        targets[:, 1:] if len(classes) == 2 else targets,
+        torch.ones(len(labels), dtype=torch.float64) if fold.weights is None else fold.weights,
+        fold.x_train.shape[1],
+    )
+    places = torch.as_tensor(np.searchsorted(classes, fold.y_test))
+    return {"problem": problem, "x_test": x_test, "y_test": places}
