@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import math
 import weakref
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tqdm.auto import tqdm
 
-from . import _optuna, _tree
+from . import _optuna
 from ._arguments import check_count
-from ._errors import HyperparameterError, ProblemError, RequirementError, SolverError
+from ._errors import HyperparameterError, SolverError
 from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
@@ -30,7 +29,8 @@ from .inner import (
     inner_solve,
 )
 from .outer_run import OptimizerFactory, OuterRun
-from .problem import AbstractProblem, BilevelProblem, check_params, check_problem, same_batch
+from .outer_start import check_start, domains_of, first_start, start_at
+from .problem import AbstractProblem, BilevelProblem, check_problem
 from .search_space import Domain
 from .stores import saying_what_has_no_room
 
@@ -162,11 +162,11 @@ def minimize_bilevel(
         ("retrain_steps", retrain_steps, True),
     ):
         check_count("minimize_bilevel", label, number, 0, none=none)
-    domains = _domains(outer_params, bounds or {})
-    first_params = _first_params(problem, inner_params, warm_start, num_steps)
+    domains = domains_of(outer_params, bounds or {})
+    first_params = first_start(problem, inner_params, warm_start, num_steps)
     check_problem(problem, first_params, outer_params)
     estimator.check(problem.at(0), inner_solver, first_params, outer_params)
-    _check_start(outer_params, domains)
+    check_start(outer_params, domains)
 
     run = OuterRun.start(first_params, outer_params, domains, optimizer, warm_start)
     if checkpoint_every is None:
@@ -202,7 +202,7 @@ def minimize_bilevel(
                 given = (
                     run.inner_params
                     if warm_start
-                    else _at_step(inner_params, run.step, first_params)
+                    else start_at(inner_params, run.step, first_params)
                 )
                 estimate = estimator.estimate(
                     problem.at(run.step),
@@ -249,7 +249,7 @@ def minimize_bilevel(
         if not result and throw:
             raise SolverError(result.message, result)
         now = problem.at(num_steps)
-        first_params = _at_step(inner_params, num_steps, first_params)
+        first_params = start_at(inner_params, num_steps, first_params)
         last = (
             _final_solve(now, inner_solver, first_params, run)
             if estimator.solves
@@ -279,61 +279,6 @@ def minimize_bilevel(
         history=run.history,
         result=result,
     )
-
-
-def _first_params(
-    problem: AbstractProblem,
-    inner_params: Params | Callable[[int], Params],
-    warm_start: bool,
-    num_steps: int,
-) -> Params:
-    """``w_0`` of outer step 0; refuses warm starts where each step has a start of its own."""
-    if warm_start and problem.changes_with_step:
-        raise RequirementError(
-            f"{type(problem).__name__} has another inner problem at each outer step, and the inner solution of the "
-            f"one before is no start for it; pass warm_start=False. (For tasks that stay the same, pass the problem "
-            f"of one step: problem.at(0).)"
-        )
-    if not callable(inner_params):
-        return inner_params
-    if warm_start:
-        raise RequirementError(
-            "inner_params is a function of the outer step, and warm starts go on from where the last one ended; "
-            "pass warm_start=False, or the tensors of one start."
-        )
-    first = inner_params(0)
-    for step in range(min(num_steps, 1) + 1):  # one without a step before it, and one with
-        found = inner_params(step) if step else first
-        check_params(found, f"inner_params({step})" if step else "inner_params", ProblemError)
-        if not same_batch(found, inner_params(step)):
-            raise ProblemError(
-                f"inner_params({step}) gave different tensors when called twice. A resumed run must be the same run: draw "
-                f"them from the step alone, for example with torch.Generator().manual_seed(step)."
-            )
-    return first
-
-
-def _at_step(
-    inner_params: Params | Callable[[int], Params], step: int, first_params: Params
-) -> Params:
-    """``w_0`` of an outer step; refuses what is not like that of step 0."""
-    if not callable(inner_params):
-        return _tree.detach(inner_params)
-    found = inner_params(step)
-    check_params(found, f"inner_params({step})", ProblemError)
-    if found.keys() != first_params.keys():
-        raise ProblemError(
-            f"inner_params({step}) names {sorted(found)}, and inner_params(0) names {sorted(first_params)}; each outer "
-            f"step must start the same inner parameters."
-        )
-    for name, like in first_params.items():
-        v = found[name]
-        if (v.shape, v.dtype, v.device) != (like.shape, like.dtype, like.device):
-            raise ProblemError(
-                f"inner_params({step})[{name!r}] has shape {tuple(v.shape)} and {v.dtype} on {v.device}, and that of "
-                f"step 0 has {tuple(like.shape)} and {like.dtype} on {like.device}; make them the same at each outer step."
-            )
-    return _tree.detach({name: found[name] for name in first_params})
 
 
 def _take_name(trial: optuna.Trial, name: str) -> None:
@@ -397,42 +342,3 @@ def _tell_values(
         trial.set_user_attr(f"{kind}_value", value)
         if retrained is not None:
             trial.set_user_attr("retrained_value", retrained)
-
-
-def _domains(
-    outer_params: Params, bounds: Mapping[str, Domain | tuple[float, float]]
-) -> dict[str, Domain]:
-    for name in bounds:
-        if name not in outer_params:
-            near = difflib.get_close_matches(name, outer_params, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise HyperparameterError(
-                f"bounds names {name!r}, which is not among outer_params ({sorted(outer_params)}).{hint}"
-            )
-    domains = {}
-    for name in outer_params:
-        given = bounds.get(name, Domain())
-        domain = given if isinstance(given, Domain) else _domain(name, given)
-        domain.check(name)
-        domains[name] = domain
-    return domains
-
-
-def _domain(name: str, given: tuple[float, float]) -> Domain:
-    try:
-        low, high = given
-        return Domain(float(low), float(high))
-    except (TypeError, ValueError):
-        raise HyperparameterError(
-            f"bounds[{name!r}] is {given!r:.80}; give (low, high), or a Domain."
-        ) from None
-
-
-def _check_start(outer_params: Params, domains: dict[str, Domain]) -> None:
-    for name, value in outer_params.items():
-        domains[name].check_dtype(name, value)
-        if not domains[name].contains(value.detach()):
-            raise HyperparameterError(
-                f"outer_params[{name!r}] starts outside its bounds [{domains[name].low}, {domains[name].high}] "
-                f"(min {float(value.min()):.3g}, max {float(value.max()):.3g}); clamp it, or widen the bounds."
-            )

@@ -524,7 +524,7 @@ MUTANTS = [
     ),
     Mutant(
         "the first start at every step",
-        "outer.py",
+        "outer_start.py",
         "    found = inner_params(step)\n    check_params",
         "    found = inner_params(0)\n    check_params",
         f"{OUTER}::test_each_outer_step_may_have_a_start_of_its_own",
