@@ -59,6 +59,7 @@ def of_ours(task: Task, name: str, seed: int, seconds: float) -> Run:
             inner_solver=method.solver,
             estimator=estimator,
             optimizer=method.optimizer,
+            lr_lambda=method.lr_lambda,
             num_steps=num_steps,
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,12 +17,13 @@ from optuna_hypergrad.inner import AbstractInnerSolver
 class Method:
     """Args:
     estimator, solver: As for ``minimize_bilevel``.
-    lr: Of plain SGD on the weights.
+    lr, lr_lambda: Of plain SGD on the weights.
     """
 
     estimator: AbstractHypergradientEstimator
     solver: AbstractInnerSolver
     lr: float
+    lr_lambda: Callable[[int], float] | None = None
 
     @property
     def optimizer(self) -> functools.partial[torch.optim.Optimizer]:
@@ -30,11 +32,17 @@ class Method:
 
 def methods(kind: str) -> dict[str, Method]:
     """By name."""
-    return _SOFTMAX if kind == "softmax" else _MLP
+    if kind == "softmax":
+        return _SOFTMAX
+    return {name: replace(method, lr_lambda=_falling_outer) for name, method in _MLP.items()}
 
 
 def _falling(lam: object, step: int) -> float:
     return 0.1 * (1.0 + step / 100.0) ** -0.5
+
+
+def _falling_outer(step: int) -> float:
+    return float((1.0 + step / 200.0) ** -0.5)
 
 
 def _at_most(lam: object, step: int) -> float:
