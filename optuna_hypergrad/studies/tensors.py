@@ -48,7 +48,7 @@ def load_tensors(
     trial: FrozenTrial
     if isinstance(study_or_trial, Study):
         study = study_or_trial
-        return _of_best(study, name, _store(study) if tensor_store is None else tensor_store)
+        return _of_best(study, name, store_of(study) if tensor_store is None else tensor_store)
     if isinstance(study_or_trial, optuna.Trial):
         study = study_or_trial.study
         trial = _optuna.all_trials(study)[study_or_trial.number]
@@ -58,7 +58,7 @@ def load_tensors(
         raise TypeError(
             "load_tensors takes a study, a trial, or a FrozenTrial together with study=."
         )
-    return _of_trial(study, trial, name, _store(study) if tensor_store is None else tensor_store)
+    return _of_trial(study, trial, name, store_of(study) if tensor_store is None else tensor_store)
 
 
 def _of_best(study: Study, name: str | None, store: TensorStore) -> dict[str, Any]:
@@ -163,6 +163,6 @@ def _of_trial(
     return found
 
 
-def _store(study: Study) -> TensorStore:
+def store_of(study: Study) -> TensorStore:
     sampler = _optuna.find_sampler(study.sampler, HypergradientSampler)
     return TensorStore.of_study(study) if sampler is None else sampler.store_of(study)

@@ -1,0 +1,142 @@
+"""What a trial says about itself in user attributes: numbers that Optuna's plots take as axes, and summaries of tensors.
+
+Names are plain, because they are read in a browser. What an objective has set under one of them is left as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._typing import Params
+from .search_space import Domain
+
+HYPERGRADIENT_NORM = "hypergradient_norm"
+"""In internal coordinates (natural steps), without entries that a bound holds back."""
+NUM_HYPERPARAMETERS = "num_hyperparameters"
+"""How many numbers move by hypergradients."""
+NUM_PRODUCTS = "num_products"
+"""Hessian-vector products that the trial's hypergradients took."""
+OUTER_STEPS = "outer_steps"
+"""Of a bilevel run inside the trial."""
+TRAJECTORY = "trajectory"
+"""Number of the trial that opened the trajectory of which this trial is a step."""
+TRAJECTORY_STEP = "trajectory_step"
+"""Outer steps before this one on its trajectory: 0 at the start."""
+VALUE_KIND = "value_kind"
+"""``cold``, ``warm`` or ``retrained``."""
+ESTIMATOR = "estimator"
+SUMMARY_PREFIX = "tensor:"
+"""Followed by a tensor's flat name: its summary, as :func:`summary_of` gives it."""
+
+QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
+MAX_SUMMARIES = 4
+"""Of one trial: the dashboard sends the attributes of every trial, again and again."""
+
+_MAX_SORTED = 1 << 17
+"""Quantiles of more entries than this are those of as many at equal distances."""
+_MAX_NAME = 100
+
+
+def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
+    """Of one tensor: small enough for an attribute that is sent at each poll.
+
+    Args:
+        value: external, of any shape with at least one entry.
+
+    Returns:
+        ``shape``; ``min``, ``q05`` to ``q95`` and ``max``; ``norm`` (Euclidean) and ``rms``; ``at_low`` and
+        ``at_high``, the shares of entries at a bound, where there is one. Six significant digits. Quantiles of
+        more than 131,072 entries are those of a sample at equal distances. A number that is not finite is ``None``.
+    """
+    flat = value.detach().reshape(-1)
+    low, high = domain.bounds_as(flat)
+    numbers: dict[str, float] = {}
+    sample = flat[:: math.ceil(flat.numel() / _MAX_SORTED)]
+    least, most = (float(v) for v in torch.aminmax(flat))
+    array = sample.to("cpu", torch.float32 if sample.dtype.itemsize < 4 else sample.dtype).numpy()
+    found = np.quantile(array, list(QUANTILES.values()))
+    numbers["min"] = least
+    numbers |= {k: min(max(float(q), least), most) for k, q in zip(QUANTILES, found, strict=True)}
+    numbers["max"] = most
+    norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+    numbers |= {"norm": norm, "rms": norm / math.sqrt(flat.numel())}
+    if math.isfinite(domain.low):
+        numbers["at_low"] = int(torch.count_nonzero(flat <= low)) / flat.numel()
+    if math.isfinite(domain.high):
+        numbers["at_high"] = int(torch.count_nonzero(flat >= high)) / flat.numel()
+    return {"shape": list(value.shape), **{k: _short(v) for k, v in numbers.items()}}
+
+
+def summaries_of(values: Params, domains: Mapping[str, Domain]) -> dict[str, dict[str, Any]]:
+    """Attributes that summarize the largest of a trial's tensors, at most :data:`MAX_SUMMARIES`.
+
+    Args:
+        values: external, by flat name.
+    """
+    sized = sorted((n for n in values if values[n].numel()), key=lambda n: (-values[n].numel(), n))
+    shown = [n for n in sized if len(n) <= _MAX_NAME][:MAX_SUMMARIES]
+    return {SUMMARY_PREFIX + n: summary_of(values[n], domains[n]) for n in shown}
+
+
+def projected_norm(gradient: Params, values: Params, domains: Mapping[str, Domain]) -> float:
+    """Norm of a gradient (external, of what is minimized) in internal coordinates, where nothing holds it back.
+
+    Args:
+        gradient: by name.
+        values: at which it was taken: external, with the same names and shapes.
+    """
+    total = 0.0
+    for name, g in gradient.items():
+        v, domain = values[name].detach(), domains[name]
+        slope = domain.internal_gradient(g.detach(), v)
+        low, high = domain.bounds_as(v)
+        blocked = ((v <= low) & (slope > 0)) | ((v >= high) & (slope < 0))
+        norm = torch.linalg.vector_norm(slope.masked_fill(blocked, 0.0), dtype=torch.float64)
+        total += float(norm) ** 2
+    return math.sqrt(total)
+
+
+def described(settings: object) -> str:
+    """A solver or estimator in short: its class and those of its settings that differ from their defaults.
+
+    ``Implicit(Neumann(num_steps=5), damping=0.1)``; at most 200 characters.
+    """
+    text = _described(settings, 3)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _described(settings: object, depth: int) -> str:
+    fields = getattr(settings, "__dataclass_fields__", None)
+    if fields is None or depth == 0:
+        return type(settings).__name__
+    shown = []
+    for name, field in fields.items():
+        value = getattr(settings, name, None)
+        made = field.default_factory is not dataclasses.MISSING
+        if not field.init or _same(value, field.default_factory() if made else field.default):
+            continue
+        if isinstance(value, (bool, int, float, str)):
+            shown.append(f"{name}={value!r:.40}")
+        elif hasattr(value, "__dataclass_fields__"):
+            shown.append(f"{name}={_described(value, depth - 1)}")
+    return f"{type(settings).__name__}({', '.join(shown)})"
+
+
+def _same(value: object, default: object) -> bool:
+    if type(value) is not type(default):
+        return False
+    try:
+        return value is default or bool(value == default)
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors
+        return False
+
+
+def _short(number: float) -> float | None:
+    return float(f"{number:.6g}") if math.isfinite(number) else None
