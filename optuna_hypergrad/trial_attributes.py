@@ -5,7 +5,6 @@ Names are plain, because they are read in a browser. What an objective has set u
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +41,7 @@ MAX_SUMMARIES = 4
 _MAX_SORTED = 1 << 17
 """Quantiles of more entries than this are those of as many at equal distances."""
 _MAX_NAME = 100
+_MAX_DESCRIPTION = 120
 
 
 def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
         value: external, of any shape with at least one entry.
 
     Returns:
-        ``shape``; ``min``, ``q05`` to ``q95`` and ``max``; ``norm`` (Euclidean) and ``rms``; ``at_low`` and
-        ``at_high``, the shares of entries at a bound, where there is one. Six significant digits. Quantiles of
+        ``shape``; ``min``, ``q05`` to ``q95`` and ``max``; ``norm`` (Euclidean); ``at_low`` and
+        ``at_high``, the shares of entries at a bound, where there is one. Four significant digits. Quantiles of
         more than 131,072 entries are those of a sample at equal distances. A number that is not finite is ``None``.
     """
     flat = value.detach().reshape(-1)
@@ -65,8 +65,7 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
     numbers["min"] = least
     numbers |= {k: min(max(float(q), least), most) for k, q in zip(QUANTILES, found, strict=True)}
     numbers["max"] = most
-    norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
-    numbers |= {"norm": norm, "rms": norm / math.sqrt(flat.numel())}
+    numbers["norm"] = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
     if math.isfinite(domain.low):
         numbers["at_low"] = int(torch.count_nonzero(flat <= low)) / flat.numel()
     if math.isfinite(domain.high):
@@ -106,26 +105,29 @@ def projected_norm(gradient: Params, values: Params, domains: Mapping[str, Domai
 def described(settings: object) -> str:
     """A solver or estimator in short: its class and those of its settings that differ from their defaults.
 
-    ``Implicit(Neumann(num_steps=5), damping=0.1)``; at most 200 characters.
+    ``Implicit(Neumann(num_steps=5), damping=0.1)``; at most 120 characters.
     """
     text = _described(settings, 3)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= _MAX_DESCRIPTION else f"{text[: _MAX_DESCRIPTION - 3]}..."
 
 
 def _described(settings: object, depth: int) -> str:
     fields = getattr(settings, "__dataclass_fields__", None)
     if fields is None or depth == 0:
         return type(settings).__name__
+    try:
+        usual: object = type(settings)()
+    except TypeError:
+        usual = None
     shown = []
     for name, field in fields.items():
         value = getattr(settings, name, None)
-        made = field.default_factory is not dataclasses.MISSING
-        if not field.init or _same(value, field.default_factory() if made else field.default):
+        if not field.init or _same(value, getattr(usual, name, field.default)):
             continue
         if isinstance(value, (bool, int, float, str)):
             shown.append(f"{name}={value!r:.40}")
         elif hasattr(value, "__dataclass_fields__"):
-            shown.append(f"{name}={_described(value, depth - 1)}")
+            shown.append(_described(value, depth - 1))
     return f"{type(settings).__name__}({', '.join(shown)})"
 
 
@@ -138,5 +140,8 @@ def _same(value: object, default: object) -> bool:
         return False
 
 
-def _short(number: float) -> float | None:
-    return float(f"{number:.6g}") if math.isfinite(number) else None
+def _short(number: float) -> float | int | None:
+    if not math.isfinite(number):
+        return None
+    rounded = float(f"{number:.4g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e6 else rounded

@@ -86,7 +86,7 @@ def _facts(findings: Findings) -> Iterator[str]:
         within = "" if steps is None else f" in {steps:,} outer steps"
         yield f"**Tuned by hypergradients**: {count:,} numbers{within}"
     if findings.estimators:
-        yield f"**Estimator**: {', '.join(map(code, findings.estimators))}"
+        yield f"**Estimator**: {', '.join(code(e, longest=120) for e in findings.estimators)}"
     trajectory = findings.best_trajectory
     if trajectory is not None:
         yield (
@@ -110,14 +110,14 @@ def _tensors(findings: Findings) -> Iterator[str]:
         bounds = [
             f"{100 * share:.3g} % at its {side}"
             for side, share in (("low", summary.get("at_low")), ("high", summary.get("at_high")))
-            if isinstance(share, float) and share > 0
+            if isinstance(share, (int, float)) and share > 0
         ]
         quantiles = [_number(summary.get(k)) for k in ("min", "q50", "max")]
         shape = " x ".join(str(n) for n in summary["shape"])
         rows.append([code(name, table=True), shape, *quantiles, ", ".join(bounds) or "none"])
     of = "" if findings.best is None else f" in trial {findings.best.number}"
     yield f"**The largest tensors{of}**"
-    yield _table(["tensor", "shape", "least", "median", "largest", "at a bound"], rows)
+    yield _table(["tensor", "shape", "least", "median", "largest", "at a bound"], "lrrrrl", rows)
 
 
 def _trajectories(findings: Findings) -> Iterator[str]:
@@ -143,7 +143,8 @@ def _trajectories(findings: Findings) -> Iterator[str]:
     ]
     more = f", the best {_MOST_ROWS} of {len(found)}" if len(found) > _MOST_ROWS else ""
     yield f"**Trajectories**{more}"
-    yield _table(["trajectory", "steps", "best value", "in trial", "discrete setting", ""], rows)
+    titles = ["trajectory", "steps", "best value", "in trial", "discrete setting", "state"]
+    yield _table(titles, "rrrrll", rows)
 
 
 def _warnings(warnings: Sequence[str]) -> Iterator[str]:
@@ -196,8 +197,9 @@ def _times(count: int, what: str) -> str:
     return f"{count} {what}" + ("" if count == 1 else "s")
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
+def _table(titles: Sequence[str], sides: str, rows: Sequence[Sequence[str]]) -> str:
+    """Args: sides: ``l`` or ``r`` for each column."""
+    lines = [titles, [":---" if side == "l" else "---:" for side in sides], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -205,9 +207,9 @@ def _number(value: Any) -> str:
     return f"{value + 0.0:.6g}" if isinstance(value, (int, float)) else ""
 
 
-def code(text: str, *, table: bool = False) -> str:
+def code(text: str, *, table: bool = False, longest: int = _LONGEST) -> str:
     """Any text as inline code, which is nothing else than text."""
-    shown = _cut(plain(text))
+    shown = _cut(plain(text), longest)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     padding = " " if shown.startswith("`") or shown.endswith("`") else ""
     if table:
