@@ -408,7 +408,7 @@ def test_what_does_not_exist_is_said() -> None:
         vis.plot_tensor_evolution(study, "decai")
     with pytest.raises(ohg.MissingTensorError, match=r"no entry '0\.weigth'.*'tree/0\.weight'\?"):
         vis.plot_tensor_evolution(study, "tree/0.weigth")
-    with pytest.raises(ohg.MissingTensorError, match="no trajectory 3; .* began with trials 0"):
+    with pytest.raises(ohg.MissingTensorError, match=r"no trajectory 3; .* began with trials 0"):
         vis.plot_tensor_evolution(study, "decay", trajectory=3)
     for settings in (
         {"mode": "bars"},

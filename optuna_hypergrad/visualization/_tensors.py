@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,11 +36,20 @@ class Values:
         name: In titles; empty where values were given without one.
         entries: Its tensors by key; ``""`` for a single one.
         log: Whether it is drawn on a logarithmic axis.
+        origin: The trial, in words; empty where values were given.
     """
 
     name: str
     entries: dict[str, Array]
     log: bool
+    origin: str = ""
+
+    @property
+    def described(self) -> str:
+        """In a title: its name, where it comes from, and how many numbers it is."""
+        count = "1 entry" if self.size == 1 else f"{self.size:,} entries"
+        told = f"{self.origin}, {count}" if self.origin else count
+        return f"{self.name or 'values'} ({told})"
 
     @property
     def size(self) -> int:
@@ -67,12 +76,13 @@ def read_values(
     log: bool | None,
     study: Study | None = None,
     tensor_store: TensorStore | None = None,
+    guess: bool = True,
 ) -> Values | None:
     """A hyperparameter out of a study, a trial, or values as they are.
 
     Args:
         name: ``None`` for the largest; ``name/entry`` for one entry of a dict.
-        log: ``None`` for as it was suggested; where nobody knows, by its numbers.
+        log: ``None`` for as it was suggested; where nobody knows, and ``guess`` is set, by its numbers.
 
     Returns:
         ``None``, after a warning, for a study in which no trial has tensors.
@@ -85,13 +95,14 @@ def read_values(
     elif isinstance(source, optuna.Trial):
         study = source.study
     elif not isinstance(source, FrozenTrial):
-        return _given(source, name, log)
+        return _given(source, name, log, guess)
     if study is not None and not has_tensors(study, tensor_store):
         return None
     found = _loaded(source, name, study, tensor_store)
     assert study is not None  # load_tensors has raised
     definitions = ledger_of(study, _optuna.all_trials(study)).definitions
-    return chosen(found, name, log, definitions)
+    origin = "best trial" if isinstance(source, Study) else f"trial {source.number}"
+    return positive(replace(chosen(found, name, log, definitions, guess), origin=origin))
 
 
 def has_tensors(study: Study, tensor_store: TensorStore | None = None) -> bool:
@@ -132,6 +143,7 @@ def chosen(
     name: str | None,
     log: bool | None,
     definitions: Mapping[str, Definition],
+    guess: bool = True,
 ) -> Values:
     """The hyperparameter that is meant, among those that a trial has."""
     head: str
@@ -158,7 +170,7 @@ def chosen(
         definition = definitions.get(head)
         domains = {} if definition is None else definition.domains
         logs = [domains[k].log for k in entries if k in domains]
-        log = all(logs) if logs else spans_decades(entries.values())
+        log = all(logs) if logs else guess and spans_decades(entries.values())
     title = head if key is None else f"{head}/{key}"
     return Values(title, entries, log)
 
@@ -169,7 +181,7 @@ def as_entries(value: Any) -> dict[str, Array]:
     return {"": as_array(value)}
 
 
-def _given(value: Any, name: str | None, log: bool | None) -> Values:
+def _given(value: Any, name: str | None, log: bool | None, guess: bool) -> Values:
     """Values as they are; ``name`` picks an entry of a dict, if it is one, and is a title otherwise."""
     entries = as_entries(value)
     if name is not None and isinstance(value, Mapping):
@@ -180,8 +192,18 @@ def _given(value: Any, name: str | None, log: bool | None) -> Values:
             )
         entries = {name: entries[name]}
     if log is None:
-        log = spans_decades(entries.values())
-    return Values(name or "", entries, log)
+        log = guess and spans_decades(entries.values())
+    return positive(Values(name or "", entries, log))
+
+
+def positive(values: Values) -> Values:
+    """Refuse what has no place on the logarithmic axis that was asked for."""
+    if values.log and any(a.size and not float(a.min()) > 0 for a in values.entries.values()):
+        raise HyperparameterError(
+            f"{values.name or 'What was given'!r} has entries that are not above 0, which a logarithmic axis cannot "
+            "show: log=False."
+        )
+    return values
 
 
 def as_array(value: Any) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..._optuna import try_import
 from .._style import COLORS, GRID, INK, LIGHT
@@ -17,6 +17,10 @@ with try_import() as imports:
     plt = importlib.import_module("matplotlib.pyplot")
     from matplotlib.ticker import MaxNLocator
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["imports", "is_available", "legend", "new_axes", "plt", "room", "whole_axis"]
 
 
@@ -25,10 +29,12 @@ def is_available() -> bool:
     return bool(imports.is_successful())
 
 
-def new_axes(ax: Any, title: str, x: str, y: str, size: tuple[float, float] = (7.2, 4.0)) -> Any:
+def new_axes(
+    ax: Axes | None, title: str, x: str, y: str, size: tuple[float, float] = (7.2, 4.0)
+) -> Axes:
     """``ax``, or axes of a new figure, with titles; Matplotlib's settings stay as they are."""
     if ax is None:
-        _, ax = plt.subplots(figsize=size, layout="constrained")
+        ax = _axes_of_a_new_figure(size)
     ax.set_prop_cycle(cycler(color=COLORS))
     ax.set_title(title, fontsize="large", color=INK)
     ax.set_xlabel(x, color=INK)
@@ -41,6 +47,11 @@ def new_axes(ax: Any, title: str, x: str, y: str, size: tuple[float, float] = (7
         ax.spines[side].set_color(LIGHT)
     ax.tick_params(color=LIGHT, labelcolor=INK)
     return ax
+
+
+def _axes_of_a_new_figure(size: tuple[float, float]) -> Axes:
+    figure: Figure = plt.figure(figsize=size, layout="constrained")
+    return figure.add_subplot()
 
 
 def whole_axis(axis: Any) -> None:
