@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import optuna
+from optuna._imports import try_import as try_import
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
