@@ -32,7 +32,9 @@ VALUE_KIND = "value_kind"
 """``cold``, ``warm`` or ``retrained``."""
 ESTIMATOR = "estimator"
 SUMMARY_PREFIX = "tensor:"
-"""Followed by a tensor's flat name: its summary, as :func:`summary_of` gives it."""
+"""Followed by a tensor's flat name: its shape and quantiles, as :func:`summary_of` gives them."""
+NUMBERS = ("norm", "at_low", "at_high")
+"""Each followed by ``:`` and a tensor's flat name: its Euclidean norm, and the shares of its entries at a bound."""
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 MAX_SUMMARIES = 4
@@ -51,9 +53,9 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
         value: external, of any shape with at least one entry.
 
     Returns:
-        ``shape``; ``min``, ``q05`` to ``q95`` and ``max``; ``norm`` (Euclidean); ``at_low`` and
-        ``at_high``, the shares of entries at a bound, where there is one. Four significant digits. Quantiles of
-        more than 131,072 entries are those of a sample at equal distances. A number that is not finite is ``None``.
+        ``shape``; ``min``, ``q05`` to ``q95`` and ``max``; and :data:`NUMBERS`, where there is a bound. Four significant
+        digits. Quantiles of more than 131,072 entries are those of a sample at equal distances. A number that is not
+        finite is ``None``.
     """
     flat = value.detach().reshape(-1)
     low, high = domain.bounds_as(flat)
@@ -73,7 +75,7 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
     return {"shape": list(value.shape), **{k: _short(v) for k, v in numbers.items()}}
 
 
-def summaries_of(values: Params, domains: Mapping[str, Domain]) -> dict[str, dict[str, Any]]:
+def summaries_of(values: Params, domains: Mapping[str, Domain]) -> dict[str, Any]:
     """Attributes that summarize the largest of a trial's tensors, at most :data:`MAX_SUMMARIES`.
 
     Args:
@@ -81,7 +83,24 @@ def summaries_of(values: Params, domains: Mapping[str, Domain]) -> dict[str, dic
     """
     sized = sorted((n for n in values if values[n].numel()), key=lambda n: (-values[n].numel(), n))
     shown = [n for n in sized if len(n) <= _MAX_NAME][:MAX_SUMMARIES]
-    return {SUMMARY_PREFIX + n: summary_of(values[n], domains[n]) for n in shown}
+    found: dict[str, Any] = {}
+    for name in shown:
+        summary = summary_of(values[name], domains[name])
+        numbers = {f"{k}:{name}": summary.pop(k) for k in NUMBERS if k in summary}
+        found |= {SUMMARY_PREFIX + name: summary, **numbers}
+    return found
+
+
+def summaries_in(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What :func:`summaries_of` has put there, by flat name, the largest first. Anything else is left out."""
+    found = {}
+    for key, value in attributes.items():
+        if isinstance(key, str) and key.startswith(SUMMARY_PREFIX) and isinstance(value, dict):
+            name, shape = key.removeprefix(SUMMARY_PREFIX), value.get("shape")
+            if isinstance(shape, list) and all(type(n) is int for n in shape):
+                numbers = {k: attributes.get(f"{k}:{name}") for k in NUMBERS}
+                found[name] = value | {k: v for k, v in numbers.items() if v is not None}
+    return dict(sorted(found.items(), key=lambda item: (-math.prod(item[1]["shape"]), item[0])))
 
 
 def projected_norm(gradient: Params, values: Params, domains: Mapping[str, Domain]) -> float:

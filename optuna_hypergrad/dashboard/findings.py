@@ -24,8 +24,8 @@ from ..trial_attributes import (
     HYPERGRADIENT_NORM,
     NUM_HYPERPARAMETERS,
     OUTER_STEPS,
-    SUMMARY_PREFIX,
     VALUE_KIND,
+    summaries_in,
 )
 
 _AT_A_BOUND = 0.2
@@ -88,7 +88,7 @@ def find(study: Study, trials: Sequence[FrozenTrial]) -> Findings:
     estimators = Counter(t.user_attrs[ESTIMATOR] for t in trials if _is_text(t, ESTIMATOR))
     pairs = [pair for t in trials if (pair := gap_of(t)) is not None]
     gap = None if best is None else gap_of(best)
-    summaries = _summaries(attributes)
+    summaries = summaries_in(attributes)
     states = Counter(t.state.name.lower() for t in trials)
     return Findings(
         name=study.study_name,
@@ -142,15 +142,6 @@ def count_of(findings: Findings) -> int | None:
         return None
     count = findings.best.user_attrs.get(NUM_HYPERPARAMETERS)
     return count if type(count) is int else None
-
-
-def _summaries(attributes: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {
-        k.removeprefix(SUMMARY_PREFIX): v
-        for k, v in attributes.items()
-        if isinstance(k, str) and k.startswith(SUMMARY_PREFIX)
-    }
-    return {k: v for k, v in found.items() if isinstance(v, dict) and "shape" in v}
 
 
 def _warnings(

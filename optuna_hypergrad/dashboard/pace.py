@@ -19,10 +19,9 @@ class Pace:
         self, share: float, first: float = 0.1, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._share = share
-        self._last = first
         self._clock = clock
         self._began: float | None = None
-        self._spent = 0.0
+        self._spent, self._is_new = first, True
 
     def begin(self) -> None:
         """From now on, time counts; once."""
@@ -33,7 +32,7 @@ class Pace:
         """Whether there is room for one more."""
         if self._began is None:
             return False
-        return self._spent + self._last <= self._share * (self._clock() - self._began)
+        return self._spent <= self._share * (self._clock() - self._began)
 
     @contextmanager
     def spending(self) -> Iterator[None]:
@@ -42,5 +41,6 @@ class Pace:
         try:
             yield
         finally:
-            self._last = self._clock() - start
-            self._spent += self._last
+            now = self._clock() - start
+            self._spent = now if self._is_new else self._spent + now
+            self._is_new = False

@@ -7,14 +7,18 @@ dashboard sends whole each time it asks. It cuts the JSON into many attributes; 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from .. import _optuna
-from ..stores import MAX_ATTRIBUTE_BYTES
+from .._errors import HypergradError
+from ..stores import MAX_ATTRIBUTE_BYTES, TensorStore
 from .findings import Findings
 
 if TYPE_CHECKING:
@@ -27,30 +31,63 @@ MAX_BYTES = 30_000
 _PIECE_LENGTH = MAX_ATTRIBUTE_BYTES // 2  # quotes are escaped where it is stored
 
 
-def drawn(study: Study, trials: Sequence[FrozenTrial], findings: Findings) -> dict[str, str]:
+def drawn(
+    study: Study, trials: Sequence[FrozenTrial], findings: Findings, store: TensorStore
+) -> dict[str, str]:
     """Those figures of a study that there is something in, as JSON by identifier; none without plotly.
 
     Args:
         trials: All of the study's, as they are to be shown.
+        store: Of its tensors.
     """
     if importlib.util.find_spec("plotly") is None:
         return {}
-    view = _optuna.ViewStudy.of(study, trials)
-    found = {name: figure.to_json() for name, figure in _figures(view, findings)}
-    return {name: text for name, text in found.items() if len(text) <= MAX_BYTES}
+    view, found = _optuna.ViewStudy.of(study, trials), {}
+    with _in_silence():
+        for name, draw in _figures(view, findings, store).items():
+            try:
+                figure = draw()
+            except HypergradError as error:
+                _optuna.logger.debug(f"{name}: not drawn ({error})")
+                continue
+            text = figure.to_json()
+            if figure.data and len(text) <= MAX_BYTES:
+                found[name] = text
+    return found
 
 
-def _figures(study: Study, findings: Findings) -> Iterator[tuple[str, Figure]]:
+def _figures(
+    study: Study, findings: Findings, store: TensorStore
+) -> dict[str, Callable[[], Figure]]:
     from ..visualization import (
         plot_hypergradient_norms,
         plot_tensor_evolution,
         plot_trajectories,
     )
 
-    yield TRAJECTORIES, plot_trajectories(study)
-    yield NORMS, plot_hypergradient_norms(study)
+    figures: dict[str, Callable[[], Figure]] = {
+        TRAJECTORIES: lambda: plot_trajectories(study),
+        NORMS: lambda: plot_hypergradient_norms(study),
+    }
     if findings.summaries:
-        yield TENSOR, plot_tensor_evolution(study, next(iter(findings.summaries)))
+        largest = next(iter(findings.summaries))
+        figures[TENSOR] = lambda: plot_tensor_evolution(study, largest, tensor_store=store)
+    return figures
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """Nobody has asked for these figures: what they would say of what they lack is not said in this thread."""
+    here = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != here or record.levelno <= logging.DEBUG
+
+    _optuna.logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        _optuna.logger.removeFilter(passes)
 
 
 def changed(known: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str, Any]:

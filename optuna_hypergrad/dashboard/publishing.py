@@ -34,9 +34,9 @@ from ..stores._pointer import pointers_in
 from ..stores._published import ARTIFACT_ATTRIBUTES
 from ..studies.tensors import store_of
 from ..studies.trajectory import Ledger
-from . import note, shelf
+from . import note, plots, shelf
 from .artifacts import files_of
-from .findings import Findings, find
+from .findings import find
 from .pace import Pace
 
 StoreOf = Callable[[Study], TensorStore]
@@ -190,14 +190,18 @@ def _publish(study: Study, trials: Sequence[FrozenTrial], store: StoreOf) -> Non
     change_study_attributes(
         storage, study_id, note.PREFIX, lambda known: note.changed(known, findings)
     )
+    tensors = store(study)
+    figures = plots.drawn(study, trials, findings, tensors)
+    change_study_attributes(
+        storage, study_id, plots.PREFIX, lambda known: plots.changed(known, figures)
+    )
     if findings.best is not None and findings.stored:
-        _show_best(study, trials, findings, findings.best, store(study))
+        _show_best(study, trials, findings.best, tensors)
 
 
 def _show_best(
     study: Study,
     trials: Sequence[FrozenTrial],
-    findings: Findings,
     best: FrozenTrial,
     store: TensorStore,
 ) -> None:
