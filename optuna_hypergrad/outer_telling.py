@@ -74,6 +74,12 @@ def publish_run(
     store: TensorStore,
 ) -> None:
     """User attributes about the run; and of its study as a whole what is due, where no sampler of ours will do it."""
+    if run.history:
+        last = run.history[-1]
+        _optuna.logger.info(
+            f"Trial {trial.number}: {name!r} has taken {run.step} outer steps. Value {last['outer_value']:.6g}, norm of "
+            f"the hypergradient {last['hypergradient_norm']:.3g}."
+        )
     from .dashboard.publishing import PUBLISHER  # a face: it looks at runs, and not they at it
 
     PUBLISHER.tell_trial(

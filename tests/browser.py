@@ -118,7 +118,7 @@ class Browser:
         self.call("Page.navigate", url=url)
         ready = (
             f"{json.dumps(words)}.every(w => document.body.innerText.includes(w)) && "
-            f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {plots}"
+            f"document.querySelectorAll('.js-plotly-plot:has(.main-svg)').length >= {plots}"
         )
         while True:
             if self.evaluate(f"Boolean(document.body && {ready})") and not self._is_fetching():

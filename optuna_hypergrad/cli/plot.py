@@ -11,7 +11,9 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
+from .. import _optuna
 from .._errors import HypergradError, StorageError
+from ..dashboard.findings import find
 from ..stores import TensorStore
 from ._opened import study_of
 from ._parsing import Parser, UsageError, examples
@@ -93,6 +95,12 @@ def run(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -
     if path.exists() and not options.force:
         raise StorageError(
             f"There is a file {str(path)!r} already. Choose another name (-o), or overwrite it (--force)."
+        )
+    findings = find(study, _optuna.all_trials(study))
+    if not findings.is_ours:
+        raise StorageError(
+            f"No trial of study {study.study_name!r} has had a hypergradient, so there is nothing to draw. Optuna's own "
+            "figures are in optuna.visualization."
         )
     by_matplotlib = path.suffix in (".svg", ".png", ".pdf")
     draw = _function(options.kind, by_matplotlib)

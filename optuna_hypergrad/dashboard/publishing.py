@@ -124,7 +124,8 @@ class Publisher:
         """Publish the study as a whole, if it is time to; otherwise later, at the latest when the process ends.
 
         Args:
-            ending: A trial that is still running, and will not be when it is read about.
+            ending: A trial that is still running, and will not be when it is read about; ``None`` where one that is
+                running has not ended yet.
         """
         storage = _optuna.storage_of(study)
         if isinstance(storage, InMemoryStorage) or not _is_installed():
@@ -138,7 +139,8 @@ class Publisher:
             if known.is_busy:
                 return
             is_due = known.pace.allows() or _optuna.is_last_of_many()
-            self._wait(known, None if is_due else (study, store))
+            # A trial that goes on after this is not in what is published now.
+            self._wait(known, None if is_due and ending is not None else (study, store))
             known.is_busy = is_due
         if is_due:
             try:
