@@ -404,7 +404,7 @@ def test_summaries_stand_for_tensors_that_are_gone() -> None:
 
 def test_what_does_not_exist_is_said() -> None:
     study = figures.tensors()
-    with pytest.raises(ohg.MissingTensorError, match=r"Did you mean 'decay'\?"):
+    with pytest.raises(ohg.MissingTensorError, match=r"did you mean 'decay'\?"):
         vis.plot_tensor_evolution(study, "decai")
     with pytest.raises(ohg.MissingTensorError, match=r"no entry '0\.weigth'.*'tree/0\.weight'\?"):
         vis.plot_tensor_evolution(study, "tree/0.weigth")

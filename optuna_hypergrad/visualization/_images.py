@@ -14,9 +14,9 @@ from optuna.study import Study
 from .. import _optuna
 from .._arguments import check_count
 from .._errors import HyperparameterError
+from .._png import Pixels, to_png
 from ..stores import TensorStore
 from ._imports import go, imports
-from ._png import Pixels, to_png
 from ._style import escaped, layout
 from ._tensors import Array, Source, read_values
 

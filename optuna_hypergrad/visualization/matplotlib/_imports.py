@@ -64,10 +64,11 @@ def legend(ax: Any) -> None:
     ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def room(ax: Any, values: Iterable[float], log: bool) -> None:
-    """Limits of the vertical axis where all ``values`` are one, for which Matplotlib has none."""
+def room(ax: Axes, values: Iterable[float], log: bool, axis: str = "y") -> None:
+    """Limits of an axis where all ``values`` are one, for which Matplotlib has none."""
     shown = {v for v in values if math.isfinite(v) and (v > 0 or not log)}
     if len(shown) == 1:
         (value,) = shown
         width = 0.1 * abs(value) or 0.1
-        ax.set_ylim((value / 2, value * 2) if log else (value - width, value + width))
+        ends = (value / 2, value * 2) if log else (value - width, value + width)
+        ax.set(**{f"{axis}lim": ends})
