@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import figures
+import drawn_studies as figures
 import optuna
 import pytest
 import torch

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import figures
+import drawn_studies as figures
 import matplotlib
 import numpy as np
 import optuna
