@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TITLE, STEP, NORM = "Hypergradient Norms", "Outer step", "Norm of the hypergradient"
 ATTRIBUTE = "hypergradient_norm"
 """User attribute of a trial: in internal coordinates, without entries that a bound holds back."""
+STEPS_OF_A_RUN = "outer_steps"
+"""User attribute of a trial that is a bilevel run: after so many steps it ended, with the norm of the last one."""
 
 _POINTS, _OTHER_POINTS = 600, 160
 _LARGEST_CHECKPOINT = 1 << 25
@@ -149,7 +151,15 @@ def _of_step(trial: FrozenTrial, trajectory: Trajectory, sign: float) -> float |
 
 
 def _of_run(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, float]]:
-    """The history in the newest checkpoint that is left."""
+    """The history in the newest checkpoint that is left; the last norm alone, where none is."""
+    found = _of_checkpoint(trial, store)
+    recorded, steps = trial.user_attrs.get(ATTRIBUTE), trial.user_attrs.get(STEPS_OF_A_RUN)
+    if not found and isinstance(recorded, float) and finite(recorded) and type(steps) is int:
+        return [(steps - 1, recorded)]
+    return found
+
+
+def _of_checkpoint(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, float]]:
     if not checkpoint_attributes(trial):
         return []
     pointers = store.pointers(trial, role="checkpoint")
@@ -178,7 +188,7 @@ def plot_hypergradient_norms(
     Norms are those of the coordinates in which steps are taken (the logarithm where ``log=True``, tenths of a
     bounded range elsewhere), without entries that a bound holds back: 0 at a constrained minimum. Zeros are drawn
     as triangles at the bottom of the logarithmic axis. The norms of a bilevel run inside one trial are in its
-    checkpoint, which the newest ones still have.
+    checkpoint, which the newest ones still have; of the others the last norm is known, where it was recorded.
 
     Example::
 

@@ -19,7 +19,7 @@ from .._errors import HyperparameterError, MissingTensorError
 from ..stores import TensorStore
 from ..studies.points import Definition
 from ..studies.tensors import listed, load_tensors, nearest, store_of
-from ._curves import ledger_of
+from ._curves import ledger_of, shortened
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Source: TypeAlias = "Study | optuna.Trial | FrozenTrial | Tensor | Array | Mapping[str, Any]"
@@ -49,7 +49,12 @@ class Values:
         """In a title: its name, where it comes from, and how many numbers it is."""
         count = "1 entry" if self.size == 1 else f"{self.size:,} entries"
         told = f"{self.origin}, {count}" if self.origin else count
-        return f"{self.name or 'values'} ({told})"
+        return f"{shortened(self.name) or 'values'} ({told})"
+
+    @property
+    def axis(self) -> str:
+        """On an axis."""
+        return shortened(self.name) or "Value"
 
     @property
     def size(self) -> int:

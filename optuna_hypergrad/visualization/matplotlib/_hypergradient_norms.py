@@ -9,7 +9,7 @@ from optuna.study import Study
 
 from .._hypergradient_norms import NORM, STEP, TITLE, read_norms
 from .._style import INK, LIGHT, color
-from ._imports import imports, legend, new_axes, room, whole_axis
+from ._imports import imports, legend, new_axes, plain, room, whole_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +54,12 @@ def plot_hypergradient_norms(
         norms = [n or math.nan for n in line.norms]
         marker = "." if len(norms) <= 60 else None
         ax.plot(
-            line.steps, norms, color=color(i), linewidth=1.4, marker=marker, label=line.curve.label
+            line.steps,
+            norms,
+            color=color(i),
+            linewidth=1.4,
+            marker=marker,
+            label=plain(line.curve.label),
         )
     if info.zeros:
         steps = [step for step, _ in info.zeros]

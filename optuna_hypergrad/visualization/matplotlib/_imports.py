@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["imports", "is_available", "legend", "new_axes", "plt", "room", "whole_axis"]
+__all__ = ["imports", "is_available", "legend", "new_axes", "plain", "plt", "room", "whole_axis"]
 
 
 def is_available() -> bool:
@@ -36,9 +36,9 @@ def new_axes(
     if ax is None:
         ax = _axes_of_a_new_figure(size)
     ax.set_prop_cycle(cycler(color=COLORS))
-    ax.set_title(title, fontsize="large", color=INK)
-    ax.set_xlabel(x, color=INK)
-    ax.set_ylabel(y, color=INK)
+    ax.set_title(plain(title), fontsize="large", color=INK)
+    ax.set_xlabel(plain(x), color=INK)
+    ax.set_ylabel(plain(y), color=INK)
     ax.grid(True, color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
@@ -52,6 +52,11 @@ def new_axes(
 def _axes_of_a_new_figure(size: tuple[float, float]) -> Axes:
     figure: Figure = plt.figure(figsize=size, layout="constrained")
     return figure.add_subplot()
+
+
+def plain(text: str) -> str:
+    """Text as it is, for Matplotlib, which would read formulas between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def whole_axis(axis: Any) -> None:

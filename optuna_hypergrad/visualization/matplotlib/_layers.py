@@ -10,7 +10,7 @@ from ...stores import TensorStore
 from .._layers import TITLE, read_layers
 from .._style import BLUE, INK
 from .._tensors import Source
-from ._imports import imports, new_axes, room
+from ._imports import imports, new_axes, plain, room
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,9 @@ def plot_layers(
         ax.plot([*low, *high], [*rows, *rows], "|", color=BLUE, markersize=7)
         ax.barh(rows, widths, 0.5, first, color="#bfdbeb", edgecolor=BLUE, zorder=2)
         ax.plot(middle, rows, "|", color=BLUE, markersize=13, markeredgewidth=2.2, zorder=3)
-    ax.set_yticks(range(count), [layer.words for layer in info.layers], fontsize="small", color=INK)
+    ax.set_yticks(
+        range(count), [plain(layer.words) for layer in info.layers], fontsize="small", color=INK
+    )
     ax.set_ylim(count - 0.4, -0.6)
     return ax
 
