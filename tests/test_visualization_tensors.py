@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import optuna
 import pandas as pd
+import problems
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -478,3 +479,39 @@ def test_a_module_is_a_dict_of_its_weights() -> None:
     assert row_names(vis.plot_layers(named, "bias")) == ["bias [2]"]
     with pytest.raises(ohg.HyperparameterError, match=r"no 'bais' in what was given.*'bias'\?"):
         vis.plot_layers(named, "bais")
+
+
+# Estimators side by side
+
+
+def test_a_sweep_measures_errors_against_the_truth() -> None:
+    case = problems.ridge()
+    w = case.solution(case.outer_params)
+    truth = case.truth(case.outer_params)
+    estimators: dict[str, Any] = {
+        "CG": [ohg.Implicit(ohg.CG(max_steps=k, rtol=0.0)) for k in (1, 3, 6)],
+        "exact": ohg.Implicit(ohg.Direct()),
+    }
+    for given in (truth, None):
+        found = vis.sweep_estimators(case.problem, w, case.outer_params, estimators, truth=given)
+        assert [r["label"] for r in found] == ["CG"] * 3 + ["exact"]
+        costs = [r["cost"] for r in found[:3]]
+        assert costs == sorted(costs)
+        for record, estimator in zip(found, [*estimators["CG"], estimators["exact"]], strict=True):
+            estimate = ohg.hypergradient(
+                case.problem, w, case.outer_params, estimator=estimator, throw=False
+            )
+            error = problems.relative_error(estimate.value, truth)
+            assert record["error"] == pytest.approx(error, rel=1e-4, abs=1e-9)
+            assert record["cost"] == estimate.stats["num_hvps"]
+        assert found[2]["error"] < 0.1 * found[0]["error"]
+    with figures.told():
+        assert lines_of(vis.plot_cost_against_error(found))["CG"][0] == costs
+    with figures.told() as warnings:
+        some = {"unrolled": ohg.Unroll(), **estimators}
+        kept = vis.sweep_estimators(case.problem, w, case.outer_params, some, truth=truth)
+    assert len(kept) == 4
+    assert warnings[0].startswith("unrolled: ")
+    zero = {k: torch.zeros_like(v) for k, v in truth.items()}
+    with pytest.raises(ohg.RequirementError, match="norm 0"):
+        vis.sweep_estimators(case.problem, w, case.outer_params, estimators, truth=zero)
