@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -515,3 +517,48 @@ def test_a_sweep_measures_errors_against_the_truth() -> None:
     zero = {k: torch.zeros_like(v) for k, v in truth.items()}
     with pytest.raises(ohg.RequirementError, match="norm 0"):
         vis.sweep_estimators(case.problem, w, case.outer_params, estimators, truth=zero)
+
+
+# Examples in docstrings
+
+
+def _names(of: str) -> dict[str, Any]:
+    case = problems.ridge()
+    studies = {"warm": figures.runs, "weights": figures.runs, "images": figures.tensors}
+    study = next((make() for word, make in studies.items() if word in of), figures.tensors())
+    right = torch.arange(12) % 3 > 0
+    return {
+        "study": study,
+        "feature_names": [f"pixel {i}" for i in range(40)],
+        "labels": right,
+        "true_labels": torch.ones(12, dtype=torch.bool),
+        "weights": figures.TARGET,
+        "problem": case.problem,
+        "inner_params": case.inner_params,
+        "outer_params": case.outer_params,
+        "w": case.inner_params,
+        "lam": case.outer_params,
+    }
+
+
+FUNCTIONS = [
+    (module, name)
+    for module in (vis, vis.matplotlib)
+    for name in module.__all__
+    if name.startswith(("plot_", "sweep_"))
+]
+
+
+@pytest.mark.parametrize(("module", "name"), FUNCTIONS)
+def test_the_example_runs(module: Any, name: str, tmp_path: Any, monkeypatch: Any) -> None:
+    text = inspect.getdoc(getattr(module, name)) or ""
+    _, _, rest = text.partition("Example::\n\n")
+    code = textwrap.dedent(rest.split("\n\nArgs:")[0])
+    assert code
+    code = code.replace(".show()", ".to_json()").replace('"weights"', '"bilevel/x"')
+    code = code.replace('"images", shape=(8, 8), labels=range(10)', '"decay", shape=(4, 5)')
+    code = code.replace('"images", shape=(8, 8)', '"decay", shape=(4, 5)')
+    monkeypatch.chdir(tmp_path)
+    with figures.told():
+        exec(compile(code, name, "exec"), _names(name))
+    assert module is vis or len(list(tmp_path.glob("*.pdf"))) == 1
