@@ -47,7 +47,7 @@ class Curve:
     def label(self) -> str:
         """In a legend."""
         kind = "Run" if self.is_run else "Trajectory"
-        return f"{kind} {self.id}" + (f": {shortened(self.words)}" if self.setting else "")
+        return f"{kind} {self.id}" + (f": {shortened(self.words, 30)}" if self.setting else "")
 
     @property
     def words(self) -> str:
@@ -226,6 +226,21 @@ def finite(value: object) -> bool:
 def number(value: object) -> str:
     """A value of a setting, in short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+POINTS, LEAST_POINTS = 420, 12
+"""Of all lines with a color together, where they are thinned out; and of each at least."""
+OTHERS, OTHER_TRIALS = 20, 80
+"""So many lines without a color, and trials without a hypergradient, are drawn."""
+
+
+def points_of_each(lines: int) -> int:
+    return max(POINTS // max(lines, 1), LEAST_POINTS)
+
+
+def name_of_others(shown: int, total: int) -> str:
+    """In a legend, of lines without a color."""
+    return "Others" if shown == total else f"{shown} of {total} others"
 
 
 def shortened(text: str, limit: int = 44) -> str:

@@ -19,7 +19,18 @@ from ..stores._pointer import checkpoint_attributes
 from ..studies.events import gradient_of
 from ..studies.tensors import store_of
 from ..studies.trajectory import Trajectory
-from ._curves import Curve, Curves, finite, read_curves, shortened, thinned
+from ._curves import (
+    LEAST_POINTS,
+    OTHERS,
+    Curve,
+    Curves,
+    finite,
+    name_of_others,
+    points_of_each,
+    read_curves,
+    shortened,
+    thinned,
+)
 from ._imports import go, imports
 from ._style import LIGHT, color, escaped, layout, value_axis, whole_axis
 
@@ -32,7 +43,6 @@ ATTRIBUTE = "hypergradient_norm"
 STEPS_OF_A_RUN = "outer_steps"
 """User attribute of a trial that is a bilevel run: after so many steps it ended, with the norm of the last one."""
 
-_POINTS, _OTHER_POINTS = 600, 160
 _LARGEST_CHECKPOINT = 1 << 25
 
 
@@ -62,6 +72,7 @@ class NormsInfo:
 
     lines: list[NormsOfCurve]
     rest: list[NormsOfCurve]
+    name_of_rest: str = ""
 
     @property
     def zeros(self) -> list[tuple[int, int]]:
@@ -103,15 +114,21 @@ def read_norms(study: Study, n_trajectories: int | None) -> NormsInfo:
     shown = sorted(known[:most], key=lambda line: line.curve.id)
     rest = sorted(known[most:], key=lambda line: line.curve.id)
     whole = n_trajectories is None
-    return NormsInfo(_thinned(shown, None if whole else _POINTS), _thinned(rest, _OTHER_POINTS))
+    drawn = [rest[i] for i in thinned(len(rest), OTHERS)]
+    return NormsInfo(
+        _thinned(shown, None if whole else points_of_each(len(shown))),
+        _thinned(drawn, LEAST_POINTS),
+        name_of_others(len(drawn), len(rest)),
+    )
 
 
 def _thinned(lines: list[NormsOfCurve], points: int | None) -> list[NormsOfCurve]:
+    """Args:
+    points: Of each line; ``None`` for all.
+    """
     if points is None:
-        return [line.at(range(len(line.steps))) for line in lines]
-    chosen = [lines[i] for i in thinned(len(lines), points // 2)]
-    each = max(points // max(len(chosen), 1), 2)
-    return [line.at(thinned(len(line.steps), each)) for line in chosen]
+        return lines
+    return [line.at(thinned(len(line.steps), points)) for line in lines]
 
 
 def _norms_of(curve: Curve, found: Curves, store: TensorStore | None) -> NormsOfCurve:
@@ -252,7 +269,7 @@ def _rest(info: NormsInfo) -> list[Any]:
             customdata=trials,
             mode="lines",
             line={"color": LIGHT, "width": 1},
-            name="Others",
+            name=info.name_of_rest,
             hovertemplate="trial %{customdata}, step %{x}: %{y:.4g}<extra></extra>",
         )
     ]

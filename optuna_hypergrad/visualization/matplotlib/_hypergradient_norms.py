@@ -45,7 +45,7 @@ def plot_hypergradient_norms(
     ax = new_axes(ax, TITLE, STEP, NORM)
     if not info.lines:
         return ax
-    label: str | None = "Others"
+    label: str | None = info.name_of_rest
     for line in info.rest:
         norms = [n or math.nan for n in line.norms]
         ax.plot(line.steps, norms, color=LIGHT, linewidth=0.8, label=label, zorder=1)
@@ -68,7 +68,7 @@ def plot_hypergradient_norms(
             steps, floor, s=30, c="white", marker="v", edgecolors=INK, label="Exactly 0", zorder=4
         )
     ax.set_yscale("log")
-    whole_axis(ax.xaxis)
+    whole_axis(ax, (s for line in [*info.lines, *info.rest] for s in line.steps))
     room(ax, (n for line in [*info.lines, *info.rest] for n in line.norms), True)
     legend(ax)
     return ax

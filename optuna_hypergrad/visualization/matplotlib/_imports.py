@@ -59,9 +59,13 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def whole_axis(axis: Any) -> None:
-    """No ticks between whole numbers."""
-    axis.set_major_locator(MaxNLocator(integer=True))
+def whole_axis(ax: Axes, numbers: Iterable[int]) -> None:
+    """No ticks between whole numbers on the horizontal axis."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shown = set(numbers)
+    if len(shown) == 1:
+        (number,) = shown
+        ax.set_xlim(number - 1, number + 1)
 
 
 def legend(ax: Any) -> None:

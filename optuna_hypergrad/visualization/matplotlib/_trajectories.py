@@ -56,10 +56,10 @@ def plot_trajectories(
     ax = new_axes(ax, TITLE, STEP, target_name)
     if info.is_empty:
         return ax
-    whole_axis(ax.xaxis)
+    whole_axis(ax, info.steps or [0])
     if info.log:
         ax.set_yscale("log")
-    label: str | None = "Others"
+    label: str | None = info.name_of_rest
     for line in info.rest:
         ax.plot(line.steps, line.values, color=LIGHT, linewidth=0.8, label=label, zorder=1)
         label = None
