@@ -127,6 +127,41 @@ def test_the_best_trajectories_have_a_color(drawn: Any) -> None:
     named = [name for name in found if name.startswith("Trajectory")]
     assert [name.split(":")[0] for name in named] == [f"Trajectory {owner}"]
     assert "Others" in found
+    shown = drawn.plot_trajectories(
+        study, n_trajectories=1, target=lambda t: -t.value, target_name="-"
+    )
+    assert [n for n in lines_of(shown) if n.startswith("Traj")] == named
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_best_is_that_of_the_direction(direction: str) -> None:
+    sign = 1.0 if direction == "minimize" else -1.0
+
+    @ohg.differentiable
+    def objective(trial: Any) -> Tensor:
+        return sign * figures.with_numbers.__wrapped__(trial)
+
+    study = optuna.create_study(direction=direction, sampler=ohg.HypergradientSampler(seed=0))
+    study.optimize(objective, n_trials=12)
+    figure = vis.plot_trajectories(study, n_trajectories=1)
+    found = lines_of(figure)
+    owner = study.best_trial.system_attrs["hypergrad:claim"]["trajectory"]
+    assert f"Trajectory {owner}: width={study.best_params['width']}" in found
+    assert found[f"Best: {study.best_value:.4g}"][1] == [study.best_value]
+
+
+def test_damaged_trials_are_left_out_with_a_warning() -> None:
+    study = figures.new_study()
+    study.optimize(figures.with_numbers, n_trials=3)
+    other = optuna.create_study()
+    for trial in study.trials:
+        if trial.number == 1:
+            trial.system_attrs["hypergrad:outcome"] = {"kind": "nonsense"}
+        other.add_trial(trial)
+    with figures.told() as warnings:
+        found = lines_of(vis.plot_trajectories(other))
+    assert any("'hypergrad:outcome' of trial 1 is damaged" in w for w in warnings)
+    assert study.trials[0].value in next(y for n, (_, y) in found.items() if n.startswith("Traj"))
 
 
 @BOTH

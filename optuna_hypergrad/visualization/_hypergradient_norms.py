@@ -123,9 +123,7 @@ def read_norms(study: Study, n_trajectories: int | None) -> NormsInfo:
 
 
 def _thinned(lines: list[NormsOfCurve], points: int | None) -> list[NormsOfCurve]:
-    """Args:
-    points: Of each line; ``None`` for all.
-    """
+    """With so many points of each; all for ``None``."""
     if points is None:
         return lines
     return [line.at(thinned(len(line.steps), points)) for line in lines]

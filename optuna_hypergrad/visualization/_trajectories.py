@@ -125,9 +125,7 @@ def read_trajectories(
 
 
 def _lines(found: Curves, curves: list[Curve], points: int | None) -> list[Line]:
-    """Args:
-    points: Of each line; ``None`` for all.
-    """
+    """With so many points of each; all for ``None``."""
     place = found.place_of_best()
     lines = []
     for i, curve in enumerate(curves):
