@@ -278,6 +278,12 @@ def test_images_in_color_and_in_log(drawn: Any) -> None:
     pixels = pixels_of(drawn.plot_images(color))
     assert pixels.shape[-1] == 3
     assert (pixels == [255, 0, 0]).all(-1).mean() > 0.7
+    color = torch.rand(2, 3, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels = pixels_of(drawn.plot_images(color, columns=2)).astype(float)
+    low, high = float(color.min()), float(color.max())
+    for channel in range(3):
+        sheet, picture = pixels[..., channel], color[1, channel]
+        assert any(_contains(sheet, picture, s, low, high) for s in range(40, 0, -1))
     decay = best_decay().reshape(1, 8, 5)
     figure = drawn.plot_images(figures.tensors(), "decay")
     assert titles_of(figure)[0].startswith("decay: black is ")
