@@ -52,6 +52,7 @@ SKETCHES = "tests/test_sketchy_sgd.py"
 CURVATURE = "tests/test_curvature.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
 BROS = "tests/test_bros.py"
+FIGURES = "tests/test_visualization.py"
 PENALTIES = "tests/test_penalties.py"
 SINGLE = "tests/test_single_loop.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
@@ -696,6 +697,27 @@ MUTANTS = [
         "        leaf.grad = None\n",
         "",
         f"{BROS}::test_no_gradient_of_more_than_one_block_lives_at_a_time",
+    ),
+    Mutant(
+        "count hypergradients that a bound holds back",
+        "visualization/_hypergradient_norms.py",
+        "total += 0.0 if held else slope**2",
+        "total += slope**2",
+        f"{FIGURES}::test_norms_are_those_of_the_gradient_in_natural_steps[plotly-minimize]",
+    ),
+    Mutant(
+        "count ties of sample weights in full",
+        "visualization/_sample_weights.py",
+        "(ends - (counts - 1) / 2)",
+        "(ends)",
+        "tests/test_visualization_tensors.py::test_auroc_is_that_of_scikit_learn",
+    ),
+    Mutant(
+        "load tensors of the step before",
+        "studies/tensors.py",
+        "return _of_trial(study, steps[step], name, store)",
+        "return _of_trial(study, steps[max(step - 1, 0)], name, store)",
+        "tests/test_loading.py::test_a_step_is_one_of_the_same_trajectory[memory]",
     ),
 ]
 

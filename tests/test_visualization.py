@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import figures
+import drawn_studies as figures
 import matplotlib
 import numpy as np
 import optuna
@@ -127,6 +127,41 @@ def test_the_best_trajectories_have_a_color(drawn: Any) -> None:
     named = [name for name in found if name.startswith("Trajectory")]
     assert [name.split(":")[0] for name in named] == [f"Trajectory {owner}"]
     assert "Others" in found
+    shown = drawn.plot_trajectories(
+        study, n_trajectories=1, target=lambda t: -t.value, target_name="-"
+    )
+    assert [n for n in lines_of(shown) if n.startswith("Traj")] == named
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_best_is_that_of_the_direction(direction: str) -> None:
+    sign = 1.0 if direction == "minimize" else -1.0
+
+    @ohg.differentiable
+    def objective(trial: Any) -> Tensor:
+        return sign * figures.with_numbers.__wrapped__(trial)
+
+    study = optuna.create_study(direction=direction, sampler=ohg.HypergradientSampler(seed=0))
+    study.optimize(objective, n_trials=12)
+    figure = vis.plot_trajectories(study, n_trajectories=1)
+    found = lines_of(figure)
+    owner = study.best_trial.system_attrs["hypergrad:claim"]["trajectory"]
+    assert f"Trajectory {owner}: width={study.best_params['width']}" in found
+    assert found[f"Best: {study.best_value:.4g}"][1] == [study.best_value]
+
+
+def test_damaged_trials_are_left_out_with_a_warning() -> None:
+    study = figures.new_study()
+    study.optimize(figures.with_numbers, n_trials=3)
+    other = optuna.create_study()
+    for trial in study.trials:
+        if trial.number == 1:
+            trial.system_attrs["hypergrad:outcome"] = {"kind": "nonsense"}
+        other.add_trial(trial)
+    with figures.told() as warnings:
+        found = lines_of(vis.plot_trajectories(other))
+    assert any("'hypergrad:outcome' of trial 1 is damaged" in w for w in warnings)
+    assert study.trials[0].value in next(y for n, (_, y) in found.items() if n.startswith("Traj"))
 
 
 @BOTH
@@ -304,7 +339,7 @@ def test_evolution_shows_quantiles_of_the_stored_tensors() -> None:
         assert found[name][0] == list(range(7))
         for step, number in zip(*found[name], strict=True):
             stored = ohg.load_tensors(study.trials[step], "decay", study=study)["decay"]
-            assert number == pytest.approx(float(stored.flatten().quantile(level)), rel=1e-5)
+            assert number == pytest.approx(float(stored.flatten().quantile(level)), rel=1e-3)
 
 
 def test_evolution_with_matplotlib_has_the_same_numbers() -> None:
@@ -404,7 +439,7 @@ def test_summaries_stand_for_tensors_that_are_gone() -> None:
 
 def test_what_does_not_exist_is_said() -> None:
     study = figures.tensors()
-    with pytest.raises(ohg.MissingTensorError, match=r"Did you mean 'decay'\?"):
+    with pytest.raises(ohg.MissingTensorError, match=r"did you mean 'decay'\?"):
         vis.plot_tensor_evolution(study, "decai")
     with pytest.raises(ohg.MissingTensorError, match=r"no entry '0\.weigth'.*'tree/0\.weight'\?"):
         vis.plot_tensor_evolution(study, "tree/0.weigth")
@@ -565,4 +600,51 @@ def test_both_kinds_take_the_same_arguments(name: str) -> None:
         doc = getattr(drawn, name).__doc__
         assert "Example::" in doc
         assert "Returns:" in doc
-    assert set(vis.matplotlib.__all__) == set(vis.__all__) - {"matplotlib"}
+    assert set(vis.matplotlib.__all__) == set(vis.__all__) - {"matplotlib", "sweep_estimators"}
+
+
+HOSTILE = "<b>$^$ %{y} & _x"
+
+
+@BOTH
+def test_odd_names_are_shown_as_they_are(drawn: Any) -> None:
+    @ohg.differentiable
+    def objective(trial: Any) -> Tensor:
+        trial.suggest_categorical(HOSTILE, [HOSTILE])
+        x = trial.suggest_tensor(HOSTILE + "tensor", (3,), 0.0, 1.0)
+        return (x - 0.2).square().sum()
+
+    study = figures.new_study()
+    study.optimize(objective, n_trials=2)
+    pictures = [
+        drawn.plot_trajectories(study, target_name=HOSTILE),
+        drawn.plot_tensor_evolution(study),
+        drawn.plot_extreme_hyperparameters(study, labels=[HOSTILE] * 3),
+        drawn.plot_layers({HOSTILE: [1.0, 2.0], "other": [3.0]}),
+        drawn.plot_sample_weights(study, truth=[True, False, True], names=(HOSTILE, "others")),
+        drawn.plot_cost_against_error({HOSTILE: [(1.0, 2.0)]}, cost_name=HOSTILE),
+    ]
+    for picture in pictures:
+        if drawn is vis:
+            text = picture.to_json()
+            assert "<b>" not in text
+            assert "\\u003cb\\u003e" not in text
+            assert "%{y} &" not in text
+        else:
+            picture.figure.canvas.draw()  # formulas would be read here
+
+
+@BOTH
+def test_the_last_norm_of_a_run_without_a_checkpoint(drawn: Any) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        value = figures.bilevel(trial)
+        trial.set_user_attr("hypergradient_norm", 0.25)
+        trial.set_user_attr("outer_steps", 9)
+        return value
+
+    study = optuna.create_study(sampler=ohg.HypergradientSampler(seed=0))
+    study.optimize(objective, n_trials=4)
+    found = lines_of(drawn.plot_hypergradient_norms(study))
+    rate = study.trials[0].params["rate"]
+    assert found[f"Run 0: rate={rate:.4g}"] == ([8], [0.25])
+    assert len(found[f"Run 3: rate={study.trials[3].params['rate']:.4g}"][0]) == 9

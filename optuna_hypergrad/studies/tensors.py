@@ -258,7 +258,7 @@ def _of_trial(
         if known:
             raise MissingTensorError(
                 f"Trial {trial.number} of study {study.study_name!r} has no {what}; it has "
-                f"{listed(known)}.{nearest(name, known)}"
+                f"{listed(known)}{nearest(name, known)}."
             )
         if name is not None and name in trial.params:
             raise MissingTensorError(
@@ -287,9 +287,9 @@ def shortened(name: str) -> str:
 
 
 def nearest(name: str | None, known: Collection[str]) -> str:
-    """A question about what may have been meant, or nothing."""
+    """In parentheses, what may have been meant, or nothing."""
     close = difflib.get_close_matches(name or "", known, n=1)
-    return f" Did you mean {shortened(close[0])!r}?" if close else ""
+    return f" (did you mean {shortened(close[0])!r}?)" if close else ""
 
 
 def store_of(study: Study) -> TensorStore:

@@ -21,6 +21,7 @@ from ._imports import is_available
 from ._layers import plot_layers
 from ._sample_weights import plot_sample_weights
 from ._spectrum import plot_spectrum
+from ._sweep import sweep_estimators
 from ._tensor_evolution import plot_tensor_evolution
 from ._trajectories import plot_trajectories
 from ._warm_against_retrained import plot_warm_against_retrained
@@ -38,4 +39,5 @@ __all__ = [
     "plot_tensor_evolution",
     "plot_trajectories",
     "plot_warm_against_retrained",
+    "sweep_estimators",
 ]

@@ -31,6 +31,7 @@ class Curve:
         steps: Outer steps from 0 on; those that failed are left out.
         trials: The trial of each.
         values: Finite.
+        score: Its best value, to be minimized.
         is_run: Whether all of it is inside one trial, which reported it.
         returned: What the trial of a run returned, and after how many steps.
     """
@@ -40,6 +41,7 @@ class Curve:
     steps: list[int]
     trials: list[int]
     values: list[float]
+    score: float
     is_run: bool = False
     returned: tuple[int, float] | None = None
 
@@ -47,15 +49,12 @@ class Curve:
     def label(self) -> str:
         """In a legend."""
         kind = "Run" if self.is_run else "Trajectory"
-        return f"{kind} {self.id}" + (f": {shortened(self.words)}" if self.setting else "")
+        return f"{kind} {self.id}" + (f": {shortened(self.words, 30)}" if self.setting else "")
 
     @property
     def words(self) -> str:
         """Its setting."""
         return ", ".join(f"{name}={number(value)}" for name, value in self.setting.items())
-
-    def last_value(self) -> float:
-        return self.values[-1] if self.returned is None else self.returned[1]
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,8 @@ class Curves:
         return None
 
     def ranked(self) -> list[Curve]:
-        """The best ones first."""
-
-        def rank(curve: Curve) -> float:
-            ends = [] if curve.returned is None else [curve.returned[1]]
-            return min(self.sign * v for v in ends or curve.values)
-
-        return sorted(self.curves, key=rank)
+        """The best ones first, whatever is shown of them."""
+        return sorted(self.curves, key=lambda curve: curve.score)
 
 
 def read_curves(study: Study, target: Callable[[FrozenTrial], float] | None = None) -> Curves:
@@ -122,7 +116,7 @@ def read_curves(study: Study, target: Callable[[FrozenTrial], float] | None = No
             curves.append(curve)
     others = []
     for trial in (t for t in trials if t.number not in inside):
-        run = _of_run(trial, target) if is_run(trial) else None
+        run = _of_run(trial, target, sign) if is_run(trial) else None
         if run is not None:
             curves.append(run)
         elif trial.state is TrialState.COMPLETE and finite(_shown(trial, target)):
@@ -181,10 +175,13 @@ def _of_trajectory(
         [i for i, _, _ in shown],
         [n for _, n, _ in shown],
         [v for _, _, v in shown],
+        min((step.value for step in trajectory.steps), default=math.inf),
     )
 
 
-def _of_run(trial: FrozenTrial, target: Callable[[FrozenTrial], float] | None) -> Curve | None:
+def _of_run(
+    trial: FrozenTrial, target: Callable[[FrozenTrial], float] | None, sign: float
+) -> Curve | None:
     reported = {} if target is not None else trial.intermediate_values
     steps = sorted(s for s, v in reported.items() if finite(v))
     returned = None
@@ -193,6 +190,8 @@ def _of_run(trial: FrozenTrial, target: Callable[[FrozenTrial], float] | None) -
     if not steps and returned is None:
         return None
     values = [reported[s] for s in steps]
+    ends = list(trial.intermediate_values.values()) if not trial.values else trial.values
+    score = min((sign * v for v in ends if finite(v)), default=math.inf)
     if not steps and returned is not None:
         steps, values = [returned[0]], [returned[1]]
     return Curve(
@@ -201,6 +200,7 @@ def _of_run(trial: FrozenTrial, target: Callable[[FrozenTrial], float] | None) -
         steps,
         [trial.number] * len(steps),
         values,
+        score,
         is_run=True,
         returned=returned,
     )
@@ -226,6 +226,21 @@ def finite(value: object) -> bool:
 def number(value: object) -> str:
     """A value of a setting, in short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+POINTS, LEAST_POINTS = 420, 12
+"""Of all lines with a color together, where they are thinned out; and of each at least."""
+OTHERS, OTHER_TRIALS = 20, 80
+"""So many lines without a color, and trials without a hypergradient, are drawn."""
+
+
+def points_of_each(lines: int) -> int:
+    return max(POINTS // max(lines, 1), LEAST_POINTS)
+
+
+def name_of_others(shown: int, total: int) -> str:
+    """In a legend, of lines without a color."""
+    return "Others" if shown == total else f"{shown} of {total} others"
 
 
 def shortened(text: str, limit: int = 44) -> str:

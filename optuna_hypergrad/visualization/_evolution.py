@@ -138,8 +138,8 @@ def read_evolution(
     what = "runs" if runs or owner is None else f"trajectory {owner.id}"
     count = "1 entry" if last.size == 1 else f"{last.size:,} entries"
     return EvolutionInfo(
-        last.name,
-        f"Evolution of {last.name} ({what}, {count})",
+        last.axis,
+        f"Evolution of {last.axis} ({what}, {count})",
         "Trial" if runs else "Outer step",
         last.log and least > 0,
         tuple(x),

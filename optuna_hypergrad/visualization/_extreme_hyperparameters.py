@@ -69,7 +69,7 @@ def read_extremes(
     split = len(rows) if len(there) <= 2 * n else n
     return ExtremesInfo(
         f"Extremes of {values.described}",
-        values.name or "Value",
+        values.axis,
         values.log,
         rows[:split],
         rows[split:],

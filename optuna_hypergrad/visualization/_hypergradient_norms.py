@@ -19,7 +19,18 @@ from ..stores._pointer import checkpoint_attributes
 from ..studies.events import gradient_of
 from ..studies.tensors import store_of
 from ..studies.trajectory import Trajectory
-from ._curves import Curve, Curves, finite, read_curves, shortened, thinned
+from ._curves import (
+    LEAST_POINTS,
+    OTHERS,
+    Curve,
+    Curves,
+    finite,
+    name_of_others,
+    points_of_each,
+    read_curves,
+    shortened,
+    thinned,
+)
 from ._imports import go, imports
 from ._style import LIGHT, color, escaped, layout, value_axis, whole_axis
 
@@ -29,8 +40,9 @@ if TYPE_CHECKING:
 TITLE, STEP, NORM = "Hypergradient Norms", "Outer step", "Norm of the hypergradient"
 ATTRIBUTE = "hypergradient_norm"
 """User attribute of a trial: in internal coordinates, without entries that a bound holds back."""
+STEPS_OF_A_RUN = "outer_steps"
+"""User attribute of a trial that is a bilevel run: after so many steps it ended, with the norm of the last one."""
 
-_POINTS, _OTHER_POINTS = 600, 160
 _LARGEST_CHECKPOINT = 1 << 25
 
 
@@ -60,6 +72,7 @@ class NormsInfo:
 
     lines: list[NormsOfCurve]
     rest: list[NormsOfCurve]
+    name_of_rest: str = ""
 
     @property
     def zeros(self) -> list[tuple[int, int]]:
@@ -101,15 +114,19 @@ def read_norms(study: Study, n_trajectories: int | None) -> NormsInfo:
     shown = sorted(known[:most], key=lambda line: line.curve.id)
     rest = sorted(known[most:], key=lambda line: line.curve.id)
     whole = n_trajectories is None
-    return NormsInfo(_thinned(shown, None if whole else _POINTS), _thinned(rest, _OTHER_POINTS))
+    drawn = [rest[i] for i in thinned(len(rest), OTHERS)]
+    return NormsInfo(
+        _thinned(shown, None if whole else points_of_each(len(shown))),
+        _thinned(drawn, LEAST_POINTS),
+        name_of_others(len(drawn), len(rest)),
+    )
 
 
 def _thinned(lines: list[NormsOfCurve], points: int | None) -> list[NormsOfCurve]:
+    """With so many points of each; all for ``None``."""
     if points is None:
-        return [line.at(range(len(line.steps))) for line in lines]
-    chosen = [lines[i] for i in thinned(len(lines), points // 2)]
-    each = max(points // max(len(chosen), 1), 2)
-    return [line.at(thinned(len(line.steps), each)) for line in chosen]
+        return lines
+    return [line.at(thinned(len(line.steps), points)) for line in lines]
 
 
 def _norms_of(curve: Curve, found: Curves, store: TensorStore | None) -> NormsOfCurve:
@@ -149,7 +166,15 @@ def _of_step(trial: FrozenTrial, trajectory: Trajectory, sign: float) -> float |
 
 
 def _of_run(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, float]]:
-    """The history in the newest checkpoint that is left."""
+    """The history in the newest checkpoint that is left; the last norm alone, where none is."""
+    found = _of_checkpoint(trial, store)
+    recorded, steps = trial.user_attrs.get(ATTRIBUTE), trial.user_attrs.get(STEPS_OF_A_RUN)
+    if not found and isinstance(recorded, float) and finite(recorded) and type(steps) is int:
+        return [(steps - 1, recorded)]
+    return found
+
+
+def _of_checkpoint(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, float]]:
     if not checkpoint_attributes(trial):
         return []
     pointers = store.pointers(trial, role="checkpoint")
@@ -178,7 +203,7 @@ def plot_hypergradient_norms(
     Norms are those of the coordinates in which steps are taken (the logarithm where ``log=True``, tenths of a
     bounded range elsewhere), without entries that a bound holds back: 0 at a constrained minimum. Zeros are drawn
     as triangles at the bottom of the logarithmic axis. The norms of a bilevel run inside one trial are in its
-    checkpoint, which the newest ones still have.
+    checkpoint, which the newest ones still have; of the others the last norm is known, where it was recorded.
 
     Example::
 
@@ -242,7 +267,7 @@ def _rest(info: NormsInfo) -> list[Any]:
             customdata=trials,
             mode="lines",
             line={"color": LIGHT, "width": 1},
-            name="Others",
+            name=info.name_of_rest,
             hovertemplate="trial %{customdata}, step %{x}: %{y:.4g}<extra></extra>",
         )
     ]

@@ -60,7 +60,7 @@ def read_layers(
         for key, array in values.entries.items()
     ]
     shown = [layer for layer in layers if not math.isnan(layer.box[0])]
-    return LayersInfo(f"Layers of {values.described}", values.name or "Value", values.log, shown)
+    return LayersInfo(f"Layers of {values.described}", values.axis, values.log, shown)
 
 
 def plot_layers(

@@ -107,7 +107,7 @@ def read_weights(
             _group(names[1], RED, weights[there & ~flags], edges),
         ]
         area = auroc(weights[there], flags[there])
-    axis = f"{WEIGHT} ({values.name})" if values.name else WEIGHT
+    axis = f"{WEIGHT} ({values.axis})" if values.name else WEIGHT
     return WeightsInfo(axis, values.log, edges.tolist(), [g for g in groups if g.size], area)
 
 

@@ -35,9 +35,9 @@ def read_spectra(report: Reports) -> list[Spectrum]:
     """What :func:`plot_spectrum` shows."""
     reports = {"": report} if isinstance(report, CurvatureReport) else report
     if not isinstance(reports, Mapping) or not reports:
+        given = "an empty one" if isinstance(reports, Mapping) else type(report).__name__
         raise TypeError(
-            "plot_spectrum takes what probe_curvature returned, or a dict of such by name, not "
-            f"{type(report).__name__ if reports else 'an empty one'}."
+            f"plot_spectrum takes what probe_curvature returned, or a dict of such by name, not {given}."
         )
     found = []
     for name, one in reports.items():

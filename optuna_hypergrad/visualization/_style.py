@@ -83,5 +83,6 @@ def whole_axis(numbers: Iterable[int]) -> dict[str, Any]:
 
 
 def escaped(text: str) -> str:
-    """For plotly, which reads a few HTML tags in any text."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """For plotly, which reads a few HTML tags in any text, and ``%{...}`` in templates."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("%{", "%&#123;")

@@ -19,7 +19,7 @@ from .._errors import HyperparameterError, MissingTensorError
 from ..stores import TensorStore
 from ..studies.points import Definition
 from ..studies.tensors import listed, load_tensors, nearest, store_of
-from ._curves import ledger_of
+from ._curves import ledger_of, shortened
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Source: TypeAlias = "Study | optuna.Trial | FrozenTrial | Tensor | Array | Mapping[str, Any]"
@@ -49,7 +49,12 @@ class Values:
         """In a title: its name, where it comes from, and how many numbers it is."""
         count = "1 entry" if self.size == 1 else f"{self.size:,} entries"
         told = f"{self.origin}, {count}" if self.origin else count
-        return f"{self.name or 'values'} ({told})"
+        return f"{shortened(self.name) or 'values'} ({told})"
+
+    @property
+    def axis(self) -> str:
+        """On an axis."""
+        return shortened(self.name) or "Value"
 
     @property
     def size(self) -> int:
@@ -100,9 +105,25 @@ def read_values(
         return None
     found = _loaded(source, name, study, tensor_store)
     assert study is not None  # load_tensors has raised
-    definitions = ledger_of(study, _optuna.all_trials(study)).definitions
+    trials = _optuna.all_trials(study)
+    ledger = ledger_of(study, trials)
     origin = "best trial" if isinstance(source, Study) else f"trial {source.number}"
-    return positive(replace(chosen(found, name, log, definitions, guess), origin=origin))
+    values = replace(chosen(found, name, log, ledger.definitions, guess), origin=origin)
+    store = store_of(study) if tensor_store is None else tensor_store
+    firsts = [trials[number] for number in ledger.trajectories]
+    return positive(_as_suggested(values, firsts, store))
+
+
+def _as_suggested(values: Values, firsts: Iterable[FrozenTrial], store: TensorStore) -> Values:
+    """In the order in which a dict was suggested: that of the trials that began trajectories; later ones sort."""
+    if len(values.entries) < 2:
+        return values
+    for trial in firsts:
+        for pointer in store.pointers(trial, values.name, "value"):
+            keys = [spec.name for spec in pointer.tensors or ()]
+            if set(keys) == values.entries.keys():
+                return replace(values, entries={k: values.entries[k] for k in keys})
+    return values
 
 
 def has_tensors(study: Study, tensor_store: TensorStore | None = None) -> bool:
@@ -160,7 +181,7 @@ def chosen(
                 raise MissingTensorError(
                     f"Hyperparameter {head!r} has no entry {key!r}; "
                     + (
-                        f"it has {listed(known)}.{nearest(name, known)}"
+                        f"it has {listed(known)}{nearest(name, known)}."
                         if known
                         else "it is one tensor."
                     )
@@ -187,8 +208,8 @@ def _given(value: Any, name: str | None, log: bool | None, guess: bool) -> Value
     if name is not None and isinstance(value, Mapping):
         if name not in entries:
             raise HyperparameterError(
-                f"There is no {name!r} in what was given; there is {listed(list(entries))}."
-                f"{nearest(name, entries)}"
+                f"There is no {name!r} in what was given; there is "
+                f"{listed(list(entries))}{nearest(name, entries)}."
             )
         entries = {name: entries[name]}
     if log is None:

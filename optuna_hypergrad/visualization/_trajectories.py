@@ -11,7 +11,19 @@ from optuna.trial import FrozenTrial
 
 from .. import _optuna
 from .._arguments import check_count
-from ._curves import Curve, Curves, number, read_curves, shortened, thinned
+from ._curves import (
+    LEAST_POINTS,
+    OTHER_TRIALS,
+    OTHERS,
+    Curve,
+    Curves,
+    name_of_others,
+    number,
+    points_of_each,
+    read_curves,
+    shortened,
+    thinned,
+)
 from ._imports import go, imports
 from ._style import GRAY, INK, LIGHT, color, escaped, layout, value_axis, whole_axis
 from ._tensors import spans_decades
@@ -20,7 +32,6 @@ if TYPE_CHECKING:
     import plotly
 
 TITLE, STEP = "Trajectories", "Outer step"
-_POINTS, _OTHER_POINTS = 420, 160
 _WORDS = 160
 
 
@@ -60,6 +71,7 @@ class TrajectoriesInfo:
     log: bool
     lines: list[Line]
     rest: list[Line]
+    name_of_rest: str
     others: list[tuple[int, float]]
     best: tuple[int, float, int] | None
 
@@ -98,30 +110,30 @@ def read_trajectories(
     most = len(ranked) if n_trajectories is None else n_trajectories
     shown = sorted(ranked[:most], key=lambda c: c.id)
     rest = sorted(ranked[most:], key=lambda c: c.id)
+    drawn = thinned(len(rest), OTHERS)
     whole = n_trajectories is None
     info = TrajectoriesInfo(
         target_name,
         False,
-        _lines(found, shown, None if whole else _POINTS),
-        _lines(found, rest, _OTHER_POINTS),
-        _others(found, target, None if whole else _OTHER_POINTS // 2),
+        _lines(found, shown, None if whole else points_of_each(len(shown))),
+        _lines(found, [rest[i] for i in drawn], LEAST_POINTS),
+        name_of_others(len(drawn), len(rest)),
+        _others(found, target, None if whole else OTHER_TRIALS),
         _best(found),
     )
     return replace(info, log=spans_decades([info.values]) if log is None else log)
 
 
 def _lines(found: Curves, curves: list[Curve], points: int | None) -> list[Line]:
+    """With so many points of each; all for ``None``."""
     place = found.place_of_best()
-    if points is not None:  # of very many, not even their ends
-        curves = [curves[i] for i in thinned(len(curves), points // 2)]
     lines = []
     for i, curve in enumerate(curves):
         keep = []
         if place is not None and place[0] is curve and place[1] in curve.steps:
             keep = [curve.steps.index(place[1])]
         n = len(curve.steps)
-        most = n if points is None else max(points // len(curves), 2)
-        lines.append(Line(curve, thinned(n, most, keep), color(i)))
+        lines.append(Line(curve, thinned(n, n if points is None else points, keep), color(i)))
     return lines
 
 
@@ -220,7 +232,7 @@ def _rest(info: TrajectoriesInfo) -> list[Any]:
             customdata=trials,
             mode="lines" if any(len(line.points) > 1 for line in info.rest) else "markers",
             line={"color": LIGHT, "width": 1},
-            name="Others",
+            name=info.name_of_rest,
             hovertemplate="trial %{customdata}, step %{x}: %{y:.6g}<extra></extra>",
         )
     ]

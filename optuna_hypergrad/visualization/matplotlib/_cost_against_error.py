@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .._cost_against_error import COST, ERROR, TITLE, Records, read_costs
 from .._style import color
-from ._imports import imports, legend, new_axes
+from ._imports import imports, legend, new_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def plot_cost_against_error(
         return ax
     for i, (name, (costs, errors)) in enumerate(info.lines.items()):
         marker = "." if len(costs) <= 40 else None
-        ax.plot(costs, errors, color=color(i), marker=marker, linewidth=1.5, label=name)
+        ax.plot(costs, errors, color=color(i), marker=marker, linewidth=1.5, label=plain(name))
     ax.set_xscale("log")
     ax.set_yscale("log")
     legend(ax)

@@ -10,7 +10,7 @@ from ...stores import TensorStore
 from .._extreme_hyperparameters import TITLE, Labels, read_extremes
 from .._style import BLUE, GRAY, RED
 from .._tensors import Source
-from ._imports import imports, legend, new_axes
+from ._imports import imports, legend, new_axes, plain, room
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,8 +71,9 @@ def plot_extreme_hyperparameters(
         )
     label = f"Median: {info.median:.3g}"
     ax.axvline(info.median, color=GRAY, linestyle=":", linewidth=1, label=label)
-    ax.set_yticks(range(count), [label for label, _ in info.rows], fontsize="small")
+    ax.set_yticks(range(count), [plain(label) for label, _ in info.rows], fontsize="small")
     ax.set_ylim(count - 0.4, -0.6)
+    room(ax, values, info.log, "x")
     if info.log:
         ax.set_xscale("log")
     legend(ax)

@@ -9,7 +9,7 @@ from optuna.study import Study
 
 from .._hypergradient_norms import NORM, STEP, TITLE, read_norms
 from .._style import INK, LIGHT, color
-from ._imports import imports, legend, new_axes, room, whole_axis
+from ._imports import imports, legend, new_axes, plain, room, whole_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def plot_hypergradient_norms(
     ax = new_axes(ax, TITLE, STEP, NORM)
     if not info.lines:
         return ax
-    label: str | None = "Others"
+    label: str | None = info.name_of_rest
     for line in info.rest:
         norms = [n or math.nan for n in line.norms]
         ax.plot(line.steps, norms, color=LIGHT, linewidth=0.8, label=label, zorder=1)
@@ -54,7 +54,12 @@ def plot_hypergradient_norms(
         norms = [n or math.nan for n in line.norms]
         marker = "." if len(norms) <= 60 else None
         ax.plot(
-            line.steps, norms, color=color(i), linewidth=1.4, marker=marker, label=line.curve.label
+            line.steps,
+            norms,
+            color=color(i),
+            linewidth=1.4,
+            marker=marker,
+            label=plain(line.curve.label),
         )
     if info.zeros:
         steps = [step for step, _ in info.zeros]
@@ -63,7 +68,7 @@ def plot_hypergradient_norms(
             steps, floor, s=30, c="white", marker="v", edgecolors=INK, label="Exactly 0", zorder=4
         )
     ax.set_yscale("log")
-    whole_axis(ax.xaxis)
+    whole_axis(ax, (s for line in [*info.lines, *info.rest] for s in line.steps))
     room(ax, (n for line in [*info.lines, *info.rest] for n in line.norms), True)
     legend(ax)
     return ax

@@ -11,7 +11,7 @@ from ...stores import TensorStore
 from .._images import TITLE, read_images
 from .._style import INK
 from .._tensors import Source
-from ._imports import imports, new_axes
+from ._imports import imports, new_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +72,6 @@ def plot_images(
         return ax
     ax.imshow(info.pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for text, x, y in info.labels:
-        ax.text(x, y - 3, text, ha="center", va="bottom", fontsize="small", color=INK)
+        ax.text(x, y - 3, plain(text), ha="center", va="bottom", fontsize="small", color=INK)
     ax.set_axis_off()
     return ax

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["imports", "is_available", "legend", "new_axes", "plt", "room", "whole_axis"]
+__all__ = ["imports", "is_available", "legend", "new_axes", "plain", "plt", "room", "whole_axis"]
 
 
 def is_available() -> bool:
@@ -36,9 +36,9 @@ def new_axes(
     if ax is None:
         ax = _axes_of_a_new_figure(size)
     ax.set_prop_cycle(cycler(color=COLORS))
-    ax.set_title(title, fontsize="large", color=INK)
-    ax.set_xlabel(x, color=INK)
-    ax.set_ylabel(y, color=INK)
+    ax.set_title(plain(title), fontsize="large", color=INK)
+    ax.set_xlabel(plain(x), color=INK)
+    ax.set_ylabel(plain(y), color=INK)
     ax.grid(True, color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
@@ -54,9 +54,18 @@ def _axes_of_a_new_figure(size: tuple[float, float]) -> Axes:
     return figure.add_subplot()
 
 
-def whole_axis(axis: Any) -> None:
-    """No ticks between whole numbers."""
-    axis.set_major_locator(MaxNLocator(integer=True))
+def plain(text: str) -> str:
+    """Text as it is, for Matplotlib, which would read formulas between dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def whole_axis(ax: Axes, numbers: Iterable[int]) -> None:
+    """No ticks between whole numbers on the horizontal axis."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    shown = set(numbers)
+    if len(shown) == 1:
+        (number,) = shown
+        ax.set_xlim(number - 1, number + 1)
 
 
 def legend(ax: Any) -> None:
@@ -64,10 +73,11 @@ def legend(ax: Any) -> None:
     ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def room(ax: Any, values: Iterable[float], log: bool) -> None:
-    """Limits of the vertical axis where all ``values`` are one, for which Matplotlib has none."""
+def room(ax: Axes, values: Iterable[float], log: bool, axis: str = "y") -> None:
+    """Limits of an axis where all ``values`` are one, for which Matplotlib has none."""
     shown = {v for v in values if math.isfinite(v) and (v > 0 or not log)}
     if len(shown) == 1:
         (value,) = shown
         width = 0.1 * abs(value) or 0.1
-        ax.set_ylim((value / 2, value * 2) if log else (value - width, value + width))
+        ends = (value / 2, value * 2) if log else (value - width, value + width)
+        ax.set(**{f"{axis}lim": ends})

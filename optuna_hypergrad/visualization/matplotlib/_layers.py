@@ -10,7 +10,7 @@ from ...stores import TensorStore
 from .._layers import TITLE, read_layers
 from .._style import BLUE, INK
 from .._tensors import Source
-from ._imports import imports, new_axes
+from ._imports import imports, new_axes, plain, room
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,16 +60,26 @@ def plot_layers(
         ax.set_xscale("log")
     if info.layers:
         low, first, middle, third, high = zip(*(layer.box for layer in info.layers), strict=True)
+        ends = min(low), max(high)
+        room(ax, ends, info.log, "x")
+        if ends[0] < ends[1]:
+            ax.set_xlim(_widened(*ends, info.log))
         rows, widths = range(count), [b - a for a, b in zip(first, third, strict=True)]
         ax.hlines(rows, low, high, color=BLUE, linewidth=1.2)
         ax.plot([*low, *high], [*rows, *rows], "|", color=BLUE, markersize=7)
         ax.barh(rows, widths, 0.5, first, color="#bfdbeb", edgecolor=BLUE, zorder=2)
         ax.plot(middle, rows, "|", color=BLUE, markersize=13, markeredgewidth=2.2, zorder=3)
-        least, most = min(low), max(high)
-        margin = (most / least) ** 0.04 if info.log else 0.04 * (most - least) or 0.04
-        ax.set_xlim(
-            (least / margin, most * margin) if info.log else (least - margin, most + margin)
-        )
-    ax.set_yticks(range(count), [layer.words for layer in info.layers], fontsize="small", color=INK)
+    ax.set_yticks(
+        range(count), [plain(layer.words) for layer in info.layers], fontsize="small", color=INK
+    )
     ax.set_ylim(count - 0.4, -0.6)
     return ax
+
+
+def _widened(low: float, high: float, log: bool) -> tuple[float, float]:
+    """A little room at both ends."""
+    if log:
+        factor = (high / low) ** 0.04
+        return low / factor, high * factor
+    width = 0.04 * (high - low)
+    return low - width, high + width

@@ -9,7 +9,7 @@ from optuna.study import Study
 from ...stores import TensorStore
 from .._sample_weights import SHARE, TITLE, WEIGHT, read_weights
 from .._tensors import Source
-from ._imports import imports, new_axes
+from ._imports import imports, new_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +63,9 @@ def plot_sample_weights(
     ax = new_axes(ax, info.title, info.axis, SHARE)
     for group in info.groups:
         ax.stairs(group.shares, info.edges, color=group.color, alpha=0.3, fill=True)
-        ax.stairs(group.shares, info.edges, color=group.color, linewidth=1.5, label=group.label)
+        ax.stairs(
+            group.shares, info.edges, color=group.color, linewidth=1.5, label=plain(group.label)
+        )
     if info.log:
         ax.set_xscale("log")
     ax.set_ylim(bottom=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ...curvature_report import CurvatureReport
 from .._spectrum import DENSITY, EIGENVALUE, TITLE, Reports, read_spectra
 from .._style import color
-from ._imports import imports, legend, new_axes
+from ._imports import imports, legend, new_axes, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def plot_spectrum(report: Reports, *, ax: Axes | None = None) -> Axes:
     else:
         for i, one in enumerate(spectra):
             ax.fill_between(one.x, one.floor, one.y, color=color(i), alpha=0.25, linewidth=0)
-            ax.plot(one.x, one.y, color=color(i), linewidth=1, label=one.name)
+            ax.plot(one.x, one.y, color=color(i), linewidth=1, label=plain(one.name))
         ax.set_yscale("log")
         legend(ax)
     ax.set_xlabel(EIGENVALUE)

@@ -64,7 +64,7 @@ def plot_tensor_evolution(
     ax = new_axes(ax, info.title, info.axis, info.name or "Value")
     if not info.x:
         return ax
-    whole_axis(ax.xaxis)
+    whole_axis(ax, info.x)
     if info.log:
         ax.set_yscale("log")
     if info.edges:

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 from .._curves import number
 from .._style import GRAY, INK, LIGHT
 from .._trajectories import STEP, TITLE, read_trajectories
-from ._imports import imports, legend, new_axes, whole_axis
+from ._imports import imports, legend, new_axes, plain, whole_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,10 +56,10 @@ def plot_trajectories(
     ax = new_axes(ax, TITLE, STEP, target_name)
     if info.is_empty:
         return ax
-    whole_axis(ax.xaxis)
+    whole_axis(ax, info.steps or [0])
     if info.log:
         ax.set_yscale("log")
-    label: str | None = "Others"
+    label: str | None = info.name_of_rest
     for line in info.rest:
         ax.plot(line.steps, line.values, color=LIGHT, linewidth=0.8, label=label, zorder=1)
         label = None
@@ -75,7 +75,7 @@ def plot_trajectories(
             color=line.color,
             linewidth=1.4,
             marker="." if len(line.points) <= 60 else None,
-            label=line.curve.label,
+            label=plain(line.curve.label),
             zorder=3,
         )
     ends = [line for line in info.lines if line.curve.returned is not None]

@@ -53,7 +53,10 @@ def with_tensors(trial: Any) -> Tensor:
     tree = trial.suggest_tensor_like("tree", like, -1.0, 2.0)
     goal = torch.linspace(-9.0, 2.0, 40, dtype=torch.float64).reshape(8, 5)
     loss = 0.1 * (decay.log() - goal).square().mean()
-    return loss + sum((v - i / 8).square().mean() for i, v in enumerate(tree.values()))
+    for i, v in enumerate(tree.values()):
+        goals = torch.linspace(0.0, 1.0, v.numel(), dtype=v.dtype).reshape(v.shape) ** 2
+        loss = loss + (v - goals - i / 8).square().mean()
+    return loss
 
 
 @functools.cache
