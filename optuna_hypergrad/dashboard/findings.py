@@ -21,7 +21,6 @@ from ..stores._retention import is_feasible
 from ..studies.inspection import TrajectorySummary, trajectories_of
 from ..trial_attributes import (
     ESTIMATOR,
-    HYPERGRADIENT_NORM,
     NUM_HYPERPARAMETERS,
     OUTER_STEPS,
     VALUE_KIND,
@@ -173,9 +172,6 @@ def _warnings(
             "The best value is that of a warm-started run, which flatters: minimize_bilevel(final_eval='retrain') "
             "gives the honest one."
         )
-    norms = [t.user_attrs.get(HYPERGRADIENT_NORM) for t in trials]
-    if any(isinstance(n, float) and not math.isfinite(n) for n in norms):
-        found.append("Some hypergradients are not finite.")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -42,7 +43,9 @@ def attributes_of(plan: Plan, trial: FrozenTrial, sign: float) -> dict[str, Any]
         gradient |= space.pack(sign * numbers[1])
     if gradient.keys() == space.domains.keys():
         values = {**space.pack(space.array(trial.params)), **tensors}
-        found[HYPERGRADIENT_NORM] = projected_norm(gradient, values, space.domains)
+        norm = projected_norm(gradient, values, space.domains)
+        if math.isfinite(norm):
+            found[HYPERGRADIENT_NORM] = norm
         found[VALUE_KIND] = "cold"
     if plan.count is not None:
         if plan.count.num_products is not None:
