@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +102,3 @@ def _file_name(name: str) -> str:
     kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in plain(name))[:60]
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     return kept if kept == name else f"{kept}_{digest}"
-
-
-def names_of(files: Sequence[File]) -> list[str]:
-    return [f.name for f in files]

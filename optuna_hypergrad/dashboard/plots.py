@@ -32,13 +32,13 @@ _PIECE_LENGTH = MAX_ATTRIBUTE_BYTES // 2  # quotes are escaped where it is store
 
 
 def drawn(
-    study: Study, trials: Sequence[FrozenTrial], findings: Findings, store: TensorStore
+    study: Study, trials: Sequence[FrozenTrial], findings: Findings, store: TensorStore | None
 ) -> dict[str, str]:
     """Those figures of a study that there is something in, as JSON by identifier; none without plotly.
 
     Args:
         trials: All of the study's, as they are to be shown.
-        store: Of its tensors.
+        store: Of its tensors; ``None`` where there are none.
     """
     if importlib.util.find_spec("plotly") is None:
         return {}
@@ -57,7 +57,7 @@ def drawn(
 
 
 def _figures(
-    study: Study, findings: Findings, store: TensorStore
+    study: Study, findings: Findings, store: TensorStore | None
 ) -> dict[str, Callable[[], Figure]]:
     from ..visualization import (
         plot_hypergradient_norms,
@@ -69,7 +69,7 @@ def _figures(
         TRAJECTORIES: lambda: plot_trajectories(study),
         NORMS: lambda: plot_hypergradient_norms(study),
     }
-    if findings.summaries:
+    if findings.summaries and store is not None:
         largest = next(iter(findings.summaries))
         figures[TENSOR] = lambda: plot_tensor_evolution(study, largest, tensor_store=store)
     return figures

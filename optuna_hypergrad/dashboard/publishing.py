@@ -76,7 +76,7 @@ def publish(study: Study, *, tensor_store: TensorStore | None = None) -> None:
     _publish(study, trials, store)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Study:
     """What this process knows of the publishing of one study.
 
@@ -192,12 +192,12 @@ def _publish(study: Study, trials: Sequence[FrozenTrial], store: StoreOf) -> Non
     change_study_attributes(
         storage, study_id, note.PREFIX, lambda known: note.changed(known, findings)
     )
-    tensors = store(study)
+    tensors = store(study) if findings.stored else None  # not every storage has a place for them
     figures = plots.drawn(study, trials, findings, tensors)
     change_study_attributes(
         storage, study_id, plots.PREFIX, lambda known: plots.changed(known, figures)
     )
-    if findings.best is not None and findings.stored:
+    if findings.best is not None and tensors is not None:
         _show_best(study, trials, findings.best, tensors)
 
 

@@ -163,6 +163,8 @@ class HypergradientSampler(BaseSampler):
             raise ValueError(
                 f"lease={lease!r} must be a positive number of seconds, math.inf or None."
             )
+        if not isinstance(publish, bool):
+            raise ValueError(f"publish={publish!r} must be True or False.")
         if seed is not None and (type(seed) is not int or seed < 0):
             raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
         if base_sampler is None:
