@@ -12,7 +12,8 @@ from optuna.storages import BaseStorage
 from torch import Tensor, nn
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad.studies.tensors import ranges
+from optuna_hypergrad import visualization as vis
+from optuna_hypergrad._words import ranges
 
 
 @ohg.differentiable
@@ -182,3 +183,22 @@ def test_a_layout_that_fits_nothing_or_twice() -> None:
 def test_numbers_in_words() -> None:
     assert ranges([]) == ""
     assert ranges([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7, 8"
+
+
+def test_a_damaged_step_does_not_hide_the_others() -> None:
+    study = figures.new_study(every=1)
+    study.optimize(figures.with_tensors, n_trials=4)
+    other = optuna.create_study(sampler=study.sampler)
+    store = study.sampler.store_of(study)
+    for trial in study.trials:
+        if trial.number == 1:
+            (pointer,) = store.pointers(trial, "decay", "value")
+            trial.system_attrs[pointer.key] = {**trial.system_attrs[pointer.key], "step": "first"}
+        other.add_trial(trial)
+    with figures.told() as warnings:
+        found = ohg.load_tensors(other.trials[3], "decay", step=2, study=other, tensor_store=store)
+    assert torch.equal(found["decay"], ohg.load_tensors(study, "decay", 2)["decay"])
+    assert ["is not a pointer to tensors" in w and "left out" in w for w in warnings] == [True]
+    with figures.told():
+        figure = vis.plot_tensor_evolution(other, "decay", tensor_store=store, quantiles=[0.5])
+    assert list(figure.data[0].x) == [0, 2, 3]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import optuna
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import _optuna
 from .._arguments import check_count
-from .._errors import MissingTensorError
+from .._errors import CorruptTensorError, MissingTensorError
 from .._typing import Params
+from .._words import listed, nearest, ranges
 from ..stores import AbstractArtifactStore, TensorStore
 from ..stores._retention import is_feasible
 from .layouts import laid_out
@@ -151,7 +151,7 @@ def _of_step(
                 raise
     elif not steps:
         return _of_trial(study, trial, name, store)  # which says why there are none
-    kept = [s for s in sorted(steps) if stored is None or _is_stored(store, steps[s], name, stored)]
+    kept = [s for s in sorted(steps) if is_stored(store, steps[s], name, stored)]
     what = "tensors" if name is None else f"tensor {name!r}"
     told = (
         f"those of steps {ranges(kept)} are"
@@ -176,41 +176,42 @@ def tensor_steps(
 ) -> dict[int, FrozenTrial]:
     """The trial of each outer step of the trajectory of ``trial`` that has stored such tensors.
 
-    What retention has removed since is among them. A bilevel run inside one trial stores its last step.
+    What retention has removed since is among them. A bilevel run inside one trial stores its last step. A trial with
+    a damaged pointer is left out, with a warning.
     """
     trials = _optuna.all_trials(study)
     ledger = Ledger(_optuna.sign_of(study))
     ledger.sync(trials)
     trajectory = ledger.of_trial(trial.number)
     members = [trial] if trajectory is None else [trials[s.number] for s in trajectory.steps]
-    return {p.step: t for t in members for p in store.pointers(t, name, "value")}
+    found: dict[int, FrozenTrial] = {}
+    for member in members:
+        try:
+            found |= {p.step: member for p in store.pointers(member, name, "value")}
+        except CorruptTensorError as error:
+            _optuna.logger.warning(f"{error} It is left out.")
+    return found
 
 
-def _is_stored(
-    store: TensorStore, trial: FrozenTrial, name: str | None, stored: Collection[str]
+def is_stored(
+    store: TensorStore, trial: FrozenTrial, name: str | None, stored: Collection[str] | None
 ) -> bool:
-    return all(p.blob in stored for p in store.pointers(trial, name, "value"))
+    """Whether values to which a trial points are in the store, as far as that can be told without reading them.
+
+    Args:
+        stored: As :func:`stored_in` gives it.
+    """
+    try:
+        pointers = store.pointers(trial, name, "value")
+    except CorruptTensorError:
+        return False
+    return stored is None or all(p.blob in stored for p in pointers)
 
 
 def _why_no_step(steps: Collection[int], step: int) -> str:
     if step > max(steps):
         return f"the last one is step {max(steps)}"
     return "it failed, or was cut off"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers in words: ``0, 4 to 7, 9``."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    told = [
-        str(p[0]) if len(p) == 1 else f"{p[0]}, {p[1]}" if len(p) == 2 else f"{p[0]} to {p[-1]}"
-        for p in parts
-    ]
-    return ", ".join(told)
 
 
 def best_with_tensors(
@@ -274,22 +275,6 @@ def _of_trial(
         tensors = store.load(pointer)
         found[pointer.name] = tensors[""] if tensors.keys() == {""} else tensors
     return found
-
-
-def listed(names: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
-    shown = ", ".join(repr(shortened(n)) for n in names[:8])
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def shortened(name: str) -> str:
-    return name if len(name) <= 80 else f"{name[:77]}..."
-
-
-def nearest(name: str | None, known: Collection[str]) -> str:
-    """In parentheses, what may have been meant, or nothing."""
-    close = difflib.get_close_matches(name or "", known, n=1)
-    return f" (did you mean {shortened(close[0])!r}?)" if close else ""
 
 
 def store_of(study: Study) -> TensorStore:

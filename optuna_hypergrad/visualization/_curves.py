@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
 from .._errors import RequirementError
+from .._words import shortened
 from ..stores._pointer import checkpoint_attributes, pointers_in
 from ..stores._retention import is_feasible
 from ..studies.trajectory import Ledger, Trajectory
@@ -241,10 +242,6 @@ def points_of_each(lines: int) -> int:
 def name_of_others(shown: int, total: int) -> str:
     """In a legend, of lines without a color."""
     return "Others" if shown == total else f"{shown} of {total} others"
-
-
-def shortened(text: str, limit: int = 44) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def thinned(count: int, most: int, keep: Iterable[int] = ()) -> list[int]:

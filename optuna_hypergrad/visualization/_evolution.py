@@ -15,7 +15,15 @@ from .. import _optuna
 from .._arguments import check_count, is_number
 from .._errors import MissingTensorError
 from ..stores import TensorStore
-from ..studies.tensors import best_with_tensors, load_tensors, store_of, stored_in, tensor_steps
+from ..stores._pointer import attribute_key
+from ..studies.tensors import (
+    best_with_tensors,
+    is_stored,
+    load_tensors,
+    store_of,
+    stored_in,
+    tensor_steps,
+)
 from ..studies.trajectory import Ledger
 from ._curves import finite, is_run, ledger_of, refuse_several_objectives, thinned
 from ._tensors import Array, Values, chosen, has_tensors, heads, quantiles
@@ -111,9 +119,9 @@ def read_evolution(
     """What :func:`plot_tensor_evolution` shows."""
     _check(mode, levels, n_steps, trajectory)
     refuse_several_objectives(study)
-    store = store_of(study) if tensor_store is None else tensor_store
-    if not has_tensors(study, store):
+    if not has_tensors(study):
         return EvolutionInfo()
+    store = store_of(study) if tensor_store is None else tensor_store
     trials = _optuna.all_trials(study)
     ledger = ledger_of(study, trials)
     start = _start(study, trials, ledger, trajectory, store)
@@ -195,17 +203,14 @@ def _places(
         load_tensors(start, name, study=study, tensor_store=store)  # says why there are none
     head = _head(store, start, name)
     if is_run(start):
-        found = {t.number: t for t in trials if is_run(t) and store.pointers(t, head, "value")}
+        key = attribute_key(head, "value")
+        found = {t.number: t for t in trials if is_run(t) and key in t.system_attrs}
     else:
         found = tensor_steps(study, start, head, store)
     if not found:
         load_tensors(start, head, study=study, tensor_store=store)  # says what there is
     stored = stored_in(store)
-    there = [
-        x
-        for x in sorted(found)
-        if stored is None or all(p.blob in stored for p in store.pointers(found[x], head, "value"))
-    ]
+    there = [x for x in sorted(found) if is_stored(store, found[x], head, stored)]
     if not there:
         raise MissingTensorError(
             f"Nothing of {head!r} is left of the trajectory of trial {start.number} of study {study.study_name!r}: the "

@@ -11,8 +11,8 @@ from optuna.study import Study
 
 from .._arguments import check_count
 from .._errors import HyperparameterError
+from .._words import shortened
 from ..stores import TensorStore
-from ._curves import shortened
 from ._imports import go, imports
 from ._style import BLUE, GRAY, RED, escaped, layout, value_axis
 from ._tensors import Array, Source, Values, read_values

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from .. import _optuna
 from .._arguments import check_count
 from .._errors import StorageError
+from .._words import shortened
 from ..checkpoint import read_checkpoint
 from ..stores import TensorStore
 from ..stores._pointer import checkpoint_attributes
@@ -28,7 +29,6 @@ from ._curves import (
     name_of_others,
     points_of_each,
     read_curves,
-    shortened,
     thinned,
 )
 from ._imports import go, imports
@@ -91,7 +91,9 @@ class NormsInfo:
         return min(norms, default=1.0)
 
 
-def read_norms(study: Study, n_trajectories: int | None) -> NormsInfo:
+def read_norms(
+    study: Study, n_trajectories: int | None, tensor_store: TensorStore | None
+) -> NormsInfo:
     """What :func:`plot_hypergradient_norms` shows; says so where that is nothing or not all."""
     check_count("plot_hypergradient_norms", "n_trajectories", n_trajectories, 1, none=True)
     found = read_curves(study)
@@ -100,7 +102,9 @@ def read_norms(study: Study, n_trajectories: int | None) -> NormsInfo:
             f"Study {study.study_name!r} does not have any trajectories: no trial had a hypergradient."
         )
         return NormsInfo([], [])
-    store = store_of(study) if any(c.is_run for c in found.curves) else None
+    store = tensor_store
+    if store is None and any(c.is_run for c in found.curves):
+        store = store_of(study)
     ranked = [_norms_of(curve, found, store) for curve in found.ranked()]
     known = [line for line in ranked if line.steps]
     missing = sum(len(line.curve.steps) > 0 and not line.steps for line in ranked)
@@ -196,7 +200,7 @@ def _of_checkpoint(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, fl
 
 
 def plot_hypergradient_norms(
-    study: Study, *, n_trajectories: int | None = 10
+    study: Study, *, n_trajectories: int | None = 10, tensor_store: TensorStore | None = None
 ) -> plotly.graph_objects.Figure:
     """Plot the norm of the hypergradient over outer steps, one line for each trajectory.
 
@@ -215,6 +219,7 @@ def plot_hypergradient_norms(
         study: A study with one objective.
         n_trajectories: So many, the best ones, get a color, and the others are gray; long ones are thinned out.
             ``None`` for all of everything.
+        tensor_store: Where checkpoints are, if it is not where the study's sampler puts them.
 
     Returns:
         A figure; an empty one, with a warning, where there is nothing to show.
@@ -224,7 +229,7 @@ def plot_hypergradient_norms(
         ImportError: if plotly is not installed.
     """
     imports.check()
-    info = read_norms(study, n_trajectories)
+    info = read_norms(study, n_trajectories, tensor_store)
     figure = go.Figure(layout=layout(TITLE, STEP, NORM))
     if not info.lines:
         return figure.update_yaxes(value_axis(True, []))

@@ -15,8 +15,8 @@ from .. import _optuna
 from .._arguments import check_count
 from .._errors import HyperparameterError
 from .._png import Pixels, to_png
+from .._words import shortened
 from ..stores import TensorStore
-from ._curves import shortened
 from ._imports import go, imports
 from ._style import escaped, layout
 from ._tensors import Array, Source, read_values
@@ -81,7 +81,7 @@ def read_images(
     gray, black, white = to_bytes(shown, values.log)
     pixels, places = _grid(gray, columns, labels is not None)
     texts = [] if labels is None else [str(text) for text in labels[:n]]
-    title = f"{shortened(values.name) or TITLE}: black is {black:.3g}, white {white:.3g}"
+    title = f"{shortened(values.name, 44) or TITLE}: black is {black:.3g}, white {white:.3g}"
     return ImagesInfo(
         title + (", logarithmic" if values.log else ""),
         pixels,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from optuna.study import Study
 
+from .._words import shortened
 from ..stores import TensorStore
-from ._curves import shortened
 from ._imports import go, imports
 from ._style import BLUE, escaped, faded, layout, value_axis
 from ._tensors import Source, quantiles, read_values

@@ -12,7 +12,7 @@ from .._arguments import check_count
 from .._errors import HyperparameterError
 from ..stores import TensorStore
 from ._imports import go, imports
-from ._style import BLUE, RED, escaped, layout, value_axis
+from ._style import BLUE, RED, escaped, faded, layout, value_axis
 from ._tensors import Array, Source, as_array, read_values
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def plot_sample_weights(
             mode="lines",
             line={"color": group.color, "shape": "hv", "width": 1.5},
             fill="tozeroy",
-            fillcolor=f"{group.color}4d",
+            fillcolor=faded(group.color, 0.3),
             name=escaped(group.label),
             hovertemplate="from %{x:.3g}: %{y:.3g} %, %{customdata} samples<extra></extra>",
         )

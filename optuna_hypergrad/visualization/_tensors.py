@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .. import _optuna
 from .._errors import HyperparameterError, MissingTensorError
+from .._words import listed, nearest, shortened
 from ..stores import TensorStore
+from ..stores._pointer import pointers_in
 from ..studies.points import Definition
-from ..studies.tensors import listed, load_tensors, nearest, store_of
-from ._curves import ledger_of, shortened
+from ..studies.tensors import load_tensors, store_of
+from ._curves import ledger_of
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Source: TypeAlias = "Study | optuna.Trial | FrozenTrial | Tensor | Array | Mapping[str, Any]"
@@ -49,12 +51,12 @@ class Values:
         """In a title: its name, where it comes from, and how many numbers it is."""
         count = "1 entry" if self.size == 1 else f"{self.size:,} entries"
         told = f"{self.origin}, {count}" if self.origin else count
-        return f"{shortened(self.name) or 'values'} ({told})"
+        return f"{shortened(self.name, 44) or 'values'} ({told})"
 
     @property
     def axis(self) -> str:
         """On an axis."""
-        return shortened(self.name) or "Value"
+        return shortened(self.name, 44) or "Value"
 
     @property
     def size(self) -> int:
@@ -101,7 +103,7 @@ def read_values(
         study = source.study
     elif not isinstance(source, FrozenTrial):
         return _given(source, name, log, guess)
-    if study is not None and not has_tensors(study, tensor_store):
+    if study is not None and not has_tensors(study):
         return None
     found = _loaded(source, name, study, tensor_store)
     assert study is not None  # load_tensors has raised
@@ -126,10 +128,9 @@ def _as_suggested(values: Values, firsts: Iterable[FrozenTrial], store: TensorSt
     return values
 
 
-def has_tensors(study: Study, tensor_store: TensorStore | None = None) -> bool:
+def has_tensors(study: Study) -> bool:
     """Whether any trial points to values of tensors; a warning says that none does."""
-    store = store_of(study) if tensor_store is None else tensor_store
-    if any(store.pointers(t, None, "value") for t in _optuna.all_trials(study)):
+    if any(pointers_in(t.system_attrs, "value") for t in _optuna.all_trials(study)):
         return True
     _optuna.logger.warning(
         f"Study {study.study_name!r} does not have any tensors: no trial that suggested one was completed."

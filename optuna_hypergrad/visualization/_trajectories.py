@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 
 from .. import _optuna
 from .._arguments import check_count
+from .._words import shortened
 from ._curves import (
     LEAST_POINTS,
     OTHER_TRIALS,
@@ -21,7 +22,6 @@ from ._curves import (
     number,
     points_of_each,
     read_curves,
-    shortened,
     thinned,
 )
 from ._imports import go, imports

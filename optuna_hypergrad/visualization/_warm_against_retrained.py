@@ -9,7 +9,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from .. import _optuna
-from ._curves import VALUES_OF_A_RUN, finite, is_run, number, shortened, thinned
+from .._words import shortened
+from ._curves import VALUES_OF_A_RUN, finite, is_run, number, thinned
 from ._imports import go, imports
 from ._style import BLUE, GRAY, escaped, layout
 

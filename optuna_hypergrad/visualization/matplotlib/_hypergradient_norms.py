@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from optuna.study import Study
 
+from ...stores import TensorStore
 from .._hypergradient_norms import NORM, STEP, TITLE, read_norms
 from .._style import INK, LIGHT, color
 from ._imports import imports, legend, new_axes, plain, room, whole_axis
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def plot_hypergradient_norms(
-    study: Study, *, n_trajectories: int | None = 10, ax: Axes | None = None
+    study: Study,
+    *,
+    n_trajectories: int | None = 10,
+    tensor_store: TensorStore | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """Plot the norm of the hypergradient over outer steps, one line for each trajectory, with Matplotlib.
 
@@ -31,6 +36,7 @@ def plot_hypergradient_norms(
     Args:
         study: A study with one objective.
         n_trajectories: So many, the best ones, get a color, and the others are gray. ``None`` for all.
+        tensor_store: Where checkpoints are, if it is not where the study's sampler puts them.
         ax: Axes to draw on; ``None`` for a new figure.
 
     Returns:
@@ -41,7 +47,7 @@ def plot_hypergradient_norms(
         ImportError: if Matplotlib is not installed.
     """
     imports.check()
-    info = read_norms(study, n_trajectories)
+    info = read_norms(study, n_trajectories, tensor_store)
     ax = new_axes(ax, TITLE, STEP, NORM)
     if not info.lines:
         return ax
