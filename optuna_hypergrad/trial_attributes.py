@@ -53,7 +53,7 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
         value: external, of any shape with at least one entry.
 
     Returns:
-        ``shape``; ``min``, ``q05`` to ``q95`` and ``max``; and :data:`NUMBERS`, where there is a bound. Four significant
+        ``shape``; ``log`` where it is tuned on that scale; ``min``, ``q05`` to ``q95`` and ``max``; and :data:`NUMBERS`, where there is a bound. Four significant
         digits. Quantiles of more than 131,072 entries are those of a sample at equal distances. A number that is not
         finite is ``None``.
     """
@@ -72,7 +72,8 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
         numbers["at_low"] = int(torch.count_nonzero(flat <= low)) / flat.numel()
     if math.isfinite(domain.high):
         numbers["at_high"] = int(torch.count_nonzero(flat >= high)) / flat.numel()
-    return {"shape": list(value.shape), **{k: _short(v) for k, v in numbers.items()}}
+    scale = {"log": True} if domain.log else {}
+    return {"shape": list(value.shape), **scale, **{k: _short(v) for k, v in numbers.items()}}
 
 
 def summaries_of(values: Params, domains: Mapping[str, Domain]) -> dict[str, Any]:

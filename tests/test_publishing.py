@@ -605,6 +605,8 @@ def test_a_process_publishes_at_its_end(tmp_path: Path) -> None:
             child.start()
             child.join()
             work(2)
+            import optuna_hypergrad.visualization, sys
+            assert "matplotlib" not in sys.modules
         """
     )
     functions = "".join(map(inspect.getsource, (inner_of, outer_of, whole_run)))

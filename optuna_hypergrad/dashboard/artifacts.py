@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .._terminal import plain
 from .._typing import Params
-from ..search_space import Domain
 from .pictures import histograms_svg, is_image_shaped, png_of
 
 _MOST_TENSORS = 4
@@ -35,12 +34,12 @@ class File:
     content: bytes
 
 
-def files_of(tensors: Params, domains: Mapping[str, Domain]) -> list[File]:
+def files_of(tensors: Params, logarithmic: Mapping[str, bool]) -> list[File]:
     """What shows the tensors of one trial.
 
     Args:
         tensors: external, by flat name.
-        domains: of those that have known ones.
+        logarithmic: Whether they are tuned on that scale, as far as that is known.
     """
     sized = sorted((n for n, v in tensors.items() if v.numel()), key=lambda n: -tensors[n].numel())
     if not sized:
@@ -48,11 +47,11 @@ def files_of(tensors: Params, domains: Mapping[str, Domain]) -> list[File]:
     drawn = [n for n in sized if bool(torch.isfinite(tensors[n]).all())][:_MOST_TENSORS]
     files = [File(EXTREMES, "text/csv", _extremes({n: tensors[n] for n in sized[:_MOST_LISTED]}))]
     if drawn:
-        scales = [(n, tensors[n], _is_log(n, tensors[n], domains)) for n in drawn]
+        scales = [(n, tensors[n], _is_log(n, tensors[n], logarithmic)) for n in drawn]
         files.append(File(HISTOGRAMS, "image/svg+xml", histograms_svg(scales)))
     for name in drawn:
         if is_image_shaped(tensors[name].shape):
-            log = _is_log(name, tensors[name], domains)
+            log = _is_log(name, tensors[name], logarithmic)
             files.append(
                 File(f"{_file_name(name)}.png", "image/png", png_of(tensors[name], log=log))
             )
@@ -84,9 +83,9 @@ def _ranked(flat: Tensor) -> list[tuple[int, int]]:
     return ranked + [(count - _EXTREME + 1 + i, int(p)) for i, p in enumerate(bottom)]
 
 
-def _is_log(name: str, value: Tensor, domains: Mapping[str, Domain]) -> bool:
-    if name in domains:
-        return domains[name].log
+def _is_log(name: str, value: Tensor, logarithmic: Mapping[str, bool]) -> bool:
+    if name in logarithmic:
+        return logarithmic[name]
     low, high = (float(v) for v in torch.aminmax(value))
     return low > 0.0 and high > 1000.0 * low
 

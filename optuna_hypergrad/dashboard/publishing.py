@@ -21,7 +21,6 @@ from optuna.trial import FrozenTrial, TrialState
 from .. import _optuna
 from .._errors import HypergradError
 from .._typing import Params
-from ..search_space import Domain
 from ..stores import (
     Pointer,
     TensorStore,
@@ -33,7 +32,7 @@ from ..stores._identity import study_uuid
 from ..stores._pointer import pointers_in
 from ..stores._published import ARTIFACT_ATTRIBUTES
 from ..studies.tensors import store_of
-from ..studies.trajectory import Ledger
+from ..trial_attributes import summaries_in
 from . import note, plots, shelf
 from .artifacts import files_of
 from .findings import find
@@ -198,15 +197,10 @@ def _publish(study: Study, trials: Sequence[FrozenTrial], store: StoreOf) -> Non
         storage, study_id, plots.PREFIX, lambda known: plots.changed(known, figures)
     )
     if findings.best is not None and tensors is not None:
-        _show_best(study, trials, findings.best, tensors)
+        _show_best(study, findings.best, tensors)
 
 
-def _show_best(
-    study: Study,
-    trials: Sequence[FrozenTrial],
-    best: FrozenTrial,
-    store: TensorStore,
-) -> None:
+def _show_best(study: Study, best: FrozenTrial, store: TensorStore) -> None:
     """Put the artifacts of the best trial there, unless they are there."""
     storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
     uuid, trial_id = study_uuid(storage, study_id), _optuna.trial_id_of(best)
@@ -219,18 +213,9 @@ def _show_best(
         pointer = Pointer.from_json(value, key, best.number)
         for entry, tensor in store.load(pointer).items():
             tensors[f"{pointer.name}/{entry}" if entry else pointer.name] = tensor
-    files = files_of(tensors, _domains(study, trials))
+    scales = {n: s.get("log") is True for n, s in summaries_in(best.user_attrs).items()}
+    files = files_of(tensors, scales)
     shelf.put(storage, study_id, trial_id, uuid, store, files)
-
-
-def _domains(study: Study, trials: Sequence[FrozenTrial]) -> dict[str, Domain]:
-    ledger = Ledger(_optuna.sign_of(study), lambda text: None)
-    ledger.sync(trials)
-    return {
-        definition.flat(key): domain
-        for definition in ledger.definitions.values()
-        for key, domain in definition.domains.items()
-    }
 
 
 def _is_installed() -> bool:

@@ -12,7 +12,9 @@ Example::
     visualization.matplotlib.plot_trajectories(study).figure.savefig("trajectories.pdf")
 """
 
-from . import matplotlib
+import importlib
+from typing import TYPE_CHECKING
+
 from ._cost_against_error import plot_cost_against_error
 from ._extreme_hyperparameters import plot_extreme_hyperparameters
 from ._hypergradient_norms import plot_hypergradient_norms
@@ -25,6 +27,17 @@ from ._sweep import sweep_estimators
 from ._tensor_evolution import plot_tensor_evolution
 from ._trajectories import plot_trajectories
 from ._warm_against_retrained import plot_warm_against_retrained
+
+if TYPE_CHECKING:
+    from . import matplotlib as matplotlib
+
+
+def __getattr__(name: str) -> object:
+    """The Matplotlib side, imported where it is used: studies publish plotly figures from processes that train."""
+    if name == "matplotlib":
+        return importlib.import_module(f"{__name__}.matplotlib")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "is_available",
