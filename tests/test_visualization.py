@@ -648,3 +648,28 @@ def test_the_last_norm_of_a_run_without_a_checkpoint(drawn: Any) -> None:
     rate = study.trials[0].params["rate"]
     assert found[f"Run 0: rate={rate:.4g}"] == ([8], [0.25])
     assert len(found[f"Run 3: rate={study.trials[3].params['rate']:.4g}"][0]) == 9
+
+
+@BOTH
+def test_runs_that_were_pruned_or_go_on(drawn: Any) -> None:
+    pruner = optuna.pruners.ThresholdPruner(lower=4.0, n_warmup_steps=2)
+    study = optuna.create_study(sampler=ohg.HypergradientSampler(seed=0), pruner=pruner)
+    study.optimize(figures.bilevel, n_trials=2)
+    assert {t.state.name for t in study.trials} == {"PRUNED"}
+    found = lines_of(drawn.plot_trajectories(study))
+    assert len(found) == 2
+    for trial in study.trials:
+        x, y = found[f"Run {trial.number}: rate={trial.params['rate']:.4g}"]
+        assert x == sorted(trial.intermediate_values)
+        assert y == [trial.intermediate_values[s] for s in x]
+        assert 2 < len(x) < 9
+    study = optuna.create_study(sampler=ohg.HypergradientSampler(seed=0))
+    trial = study.ask()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial, "should_prune", lambda: len(study.trials[0].intermediate_values) == 5)
+        with pytest.raises(optuna.TrialPruned):
+            figures.bilevel(trial)
+    assert study.trials[0].state.name == "RUNNING"
+    ((name, (x, _)),) = lines_of(drawn.plot_trajectories(study)).items()
+    assert name.startswith("Run 0")
+    assert x == [0, 1, 2, 3, 4]

@@ -45,11 +45,11 @@ def plot_warm_against_retrained(study: Study, *, ax: Axes | None = None) -> Axes
     ax.plot(info.ends, info.ends, ":", color=GRAY, linewidth=1, label=DIAGONAL)
     x, y = [p.during for p in info.pairs], [p.retrained for p in info.pairs]
     ax.plot(x, y, "o", color=BLUE, markersize=6, markeredgecolor="white", label="Trials")
-    if len(info.pairs) <= _NUMBERED:
-        for p in info.pairs:
-            place, offset = (p.during, p.retrained), (5, 4)
-            ax.annotate(
-                str(p.trial), place, offset, textcoords="offset points", fontsize="small", color=INK
-            )
+    places: dict[tuple[float, float], list[str]] = {}
+    for p in info.pairs:
+        places.setdefault((p.during, p.retrained), []).append(str(p.trial))
+    for place, trials in places.items() if len(info.pairs) <= _NUMBERED else ():
+        told = ", ".join(trials)
+        ax.annotate(told, place, (5, 4), textcoords="offset points", fontsize="small", color=INK)
     legend(ax)
     return ax
