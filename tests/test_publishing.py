@@ -284,6 +284,11 @@ def test_a_study_that_is_not_to_publish(tmp_path: Path) -> None:
     assert system_attrs(study) == {}
 
 
+def test_publish_is_a_yes_or_a_no() -> None:
+    with pytest.raises(ValueError, match="True or False"):
+        ohg.HypergradientSampler(publish="yes")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_a_study_of_another_sampler_publishes_nothing(kind: str, tmp_path: Path) -> None:
     study = study_in(open_storage(kind, tmp_path))
@@ -573,6 +578,35 @@ def test_publishing_changes_nothing_that_is_computed(tmp_path: Path) -> None:
     assert values[0] == values[1]
 
 
+def test_a_study_without_tensors_needs_no_place_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(study: optuna.Study) -> None:
+        raise ohg.StorageError("There is no place of its own for tensors.")
+
+    study = study_in(open_storage("sqlite", tmp_path))
+    monkeypatch.setattr(study.sampler, "store_of", nowhere)
+    study.optimize(ohg.differentiable(objective_value), n_trials=6)
+    assert "**Trials**: 6 (6 complete)" in get_note(study)
+    assert set(get_plotly_graph_objects(system_attrs(study))) == {plots.TRAJECTORIES, plots.NORMS}
+
+
+def test_under_hyperband(tmp_path: Path) -> None:
+    study = optuna.create_study(
+        storage=open_storage("sqlite", tmp_path),
+        sampler=ohg.HypergradientSampler(seed=0),
+        pruner=optuna.pruners.HyperbandPruner(),
+    )
+
+    def reporting(trial: Any) -> Tensor:
+        loss = objective_value(trial)
+        trial.report(float(loss.detach()), 1)
+        return loss
+
+    study.optimize(ohg.differentiable(reporting), n_trials=5)
+    assert "**Trials**: 5 (5 complete)" in get_note(study)
+
+
 def test_threads_publish_one_note(tmp_path: Path) -> None:
     study = study_in(open_storage("sqlite", tmp_path))
     study.optimize(objective, n_trials=8, n_jobs=2)
@@ -617,6 +651,19 @@ def test_a_process_publishes_at_its_end(tmp_path: Path) -> None:
     assert "**Trials**: 2 (2 complete)" in body
     assert f"**Best value**: {study.best_value:.6g}" in body
     assert artifacts.EXTREMES in files_of(study, study.best_trial)
+
+
+def test_a_study_that_took_the_place_of_a_deleted_one_is_left_alone(tmp_path: Path) -> None:
+    publisher, storage = publishing.Publisher(), open_storage("sqlite", tmp_path)
+    study = study_in(storage, publish=False)
+    study.optimize(objective, n_trials=2)
+    publisher.tell_study(study, None, lambda s: TensorStore.of_study(s))
+    optuna.delete_study(study_name="decays", storage=storage)
+    other = study_in(storage, "other", publish=False)
+    other.optimize(objective, n_trials=2)
+    assert other._study_id == study._study_id
+    publisher.flush()
+    assert system_attrs(other) == {}
 
 
 # Artifacts

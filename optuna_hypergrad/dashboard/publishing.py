@@ -52,7 +52,7 @@ def publish(study: Study, *, tensor_store: TensorStore | None = None) -> None:
     """Have ``optuna-dashboard`` show a study as it is now: its note, plots, and artifacts of its best trial.
 
     Studies do so by themselves as they go on, at a pace that takes less than 2 % of their time, and when
-    ``study.optimize(n_trials=...)`` or the process ends. This is for studies in memory, and for those that were cut off.
+    ``study.optimize(n_trials=...)`` or the process ends (not where it is killed). This is for studies in memory, and for those that were cut off.
 
     Args:
         tensor_store: Where its tensors are, if it is not where the study's sampler puts them.
@@ -175,7 +175,10 @@ class Publisher:
             if seconds_since_loss() < 60.0:
                 return
             try:
-                _publish(study, _optuna.all_trials(study), store)
+                storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
+                # SQLite gives the id of a deleted study to the next one.
+                if storage.get_study_name_from_id(study_id) == study.study_name:
+                    _publish(study, _optuna.all_trials(study), store)
             except Exception as error:
                 _say(f"Study {study.study_name!r}", error)
 
