@@ -27,6 +27,7 @@ from ..stores import (
     change_study_attributes,
     seconds_since_loss,
     set_user_attributes,
+    unwrap_rdb,
 )
 from ..stores._identity import study_uuid
 from ..stores._pointer import pointers_in
@@ -176,6 +177,7 @@ class Publisher:
                 return
             try:
                 storage, study_id = _optuna.storage_of(study), _optuna.study_id_of(study)
+                storage = unwrap_rdb(storage) or storage  # a cache remembers names
                 # SQLite gives the id of a deleted study to the next one.
                 if storage.get_study_name_from_id(study_id) == study.study_name:
                     _publish(study, _optuna.all_trials(study), store)
