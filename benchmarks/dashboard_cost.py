@@ -82,7 +82,7 @@ def pages(repeats: int) -> list[str]:
         browser = stack.enter_context(Browser())
         for repeat in range(repeats + 1):  # the first one fills caches
             for page, (path, words, plots) in PAGES.items():
-                for name in made:
+                for name in sorted(made, reverse=bool(repeat % 2)):
                     drawn = plots + 3 * (name == "tensors" and page == "study")
                     url = f"{addresses[name]}/{path.format(best=made[name][1])}"
                     view = browser.look(url, words=words, plots=drawn, png=False)

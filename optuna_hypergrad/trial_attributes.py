@@ -1,4 +1,4 @@
-"""What a trial says about itself in user attributes: numbers that Optuna's plots take as axes, and summaries of tensors.
+"""What a trial says about itself in user attributes: numbers that serve as axes of plots, and summaries of tensors.
 
 Names are plain, because they are read in a browser. What an objective has set under one of them is left as it is.
 """
@@ -53,9 +53,9 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
         value: external, of any shape with at least one entry.
 
     Returns:
-        ``shape``; ``log`` where it is tuned on that scale; ``min``, ``q05`` to ``q95`` and ``max``; and :data:`NUMBERS`, where there is a bound. Four significant
-        digits. Quantiles of more than 131,072 entries are those of a sample at equal distances. A number that is not
-        finite is ``None``.
+        ``shape``; ``log`` where it is tuned on that scale; ``min``, ``q05`` to ``q95`` and ``max``; and :data:`NUMBERS`,
+        where there is a bound. Four significant digits. Quantiles of more than 131,072 entries are those of a sample at
+        equal distances. A number that is not finite is ``None``.
     """
     flat = value.detach().reshape(-1)
     low, high = domain.bounds_as(flat)

@@ -567,6 +567,9 @@ def test_a_trial_never_fails_by_publishing(
     study.optimize(objective, n_trials=4)
     assert calls
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 4
+    monkeypatch.undo()
+    publishing.PUBLISHER.flush()  # what failed is done later
+    assert "**Trials**: 4 (4 complete)" in get_note(study)
 
 
 def test_publishing_changes_nothing_that_is_computed(tmp_path: Path) -> None:

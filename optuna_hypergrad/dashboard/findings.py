@@ -157,10 +157,10 @@ def _warnings(
     for name, summary in summaries.items():
         for side, key in (("lower", "at_low"), ("upper", "at_high")):
             share = summary.get(key)
-            if _is_finite(share) and float(share) > _AT_A_BOUND:  # type: ignore[arg-type]
+            if _is_finite(share) and share > _AT_A_BOUND:  # type: ignore[operator]
+                percent = 100.0 * share  # type: ignore[operator]
                 found.append(
-                    f"{100 * float(share):.0f} % of {name} are at their {side} bound: widen it, unless that is "  # type: ignore[arg-type]
-                    "where they belong."
+                    f"{percent:.0f} % of {name} are at their {side} bound: widen it, unless that is where they belong."
                 )
     if gap is not None and sign * (gap[1] - gap[0]) > _WORSE * abs(gap[0]):
         found.append(

@@ -53,7 +53,8 @@ def publish(study: Study, *, tensor_store: TensorStore | None = None) -> None:
     """Have ``optuna-dashboard`` show a study as it is now: its note, plots, and artifacts of its best trial.
 
     Studies do so by themselves as they go on, at a pace that takes less than 2 % of their time, and when
-    ``study.optimize(n_trials=...)`` or the process ends (not where it is killed). This is for studies in memory, and for those that were cut off.
+    ``study.optimize(n_trials=...)`` or the process ends (not where it is killed). This is for studies in memory, and
+    for those that were cut off.
 
     Args:
         tensor_store: Where its tensors are, if it is not where the study's sampler puts them.
@@ -93,11 +94,11 @@ class Publisher:
     """Tells about the studies of this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._begin_anew()
         os.register_at_fork(after_in_child=self._begin_anew)
 
     def _begin_anew(self) -> None:
+        self._lock = threading.Lock()
         self._studies: weakref.WeakKeyDictionary[BaseStorage, dict[int, _Study]] = (
             weakref.WeakKeyDictionary()
         )
@@ -137,6 +138,7 @@ class Publisher:
             known = studies.setdefault(_optuna.study_id_of(study), _Study())
             known.pace.begin()
             if known.is_busy:
+                self._wait(known, (study, store))
                 return
             is_due = known.pace.allows() or _optuna.is_last_of_many()
             # A trial that goes on after this is not in what is published now.
@@ -151,6 +153,8 @@ class Publisher:
                     _publish(study, trials, store)
             except Exception as error:
                 _say(f"Study {study.study_name!r}", error)
+                with self._lock:
+                    self._wait(known, (study, store))
             finally:
                 known.is_busy = False
 
