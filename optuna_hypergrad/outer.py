@@ -57,7 +57,8 @@ class BilevelResult:
             ``lam`` (``final_eval="retrain"``), else ``None``.
         retrained_params: ``w`` of that training, else ``None``.
         history: One dict per outer step: ``outer_value``, ``hypergradient_norm`` (in internal
-            coordinates, entries that a bound holds back left out), and the estimator's stats.
+            coordinates, entries that a bound holds back left out), ``step_length`` (of the step that
+            followed, in the same coordinates), and the estimator's stats.
         result: Success, or how the run failed.
     """
 
