@@ -23,7 +23,7 @@ import torch
 
 import optuna_hypergrad as ohg
 
-SIZES = (0.05, 0.25)
+SIZES = (0.05, 0.15, 0.25)
 METHODS: dict[str, Callable[[], ohg.hypergradients.AbstractHypergradientEstimator] | None] = {
     "one gradient of the inner objective": None,
     "SOBA": lambda: ohg.SOBA(),

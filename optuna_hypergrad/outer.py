@@ -81,6 +81,7 @@ def minimize_bilevel(
     num_steps: int,
     estimator: AbstractHypergradientEstimator | None = None,
     optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
+    lr_lambda: Callable[[int], float] | None = None,
     bounds: Mapping[str, Domain | tuple[float, float]] | None = None,
     warm_start: bool = True,
     burn_in: int = 0,
@@ -111,6 +112,8 @@ def minimize_bilevel(
             the bounds say ``log=True``, ``lam / unit`` elsewhere, where ``unit`` is a tenth of a bounded
             range unless :class:`Domain` is given one. With Adam at ``lr=0.1`` a decay in ``log`` changes
             by a tenth of a factor of e at a time, and a weight in [0, 1] by 0.01.
+        lr_lambda: The outer optimizer's ``lr`` at outer step ``t`` is its own times ``lr_lambda(t)``, as in
+            ``torch.optim.lr_scheduler.LambdaLR``: ``lambda t: (1 + t) ** -0.5`` for steps that fall.
         bounds: By name, a :class:`Domain` or ``(low, high)``. They hold after every step, exactly.
             Unnamed hyperparameters are unbounded.
         warm_start: Continue the inner problem from where the last outer step left it; otherwise solve
@@ -144,7 +147,7 @@ def minimize_bilevel(
             of this trial, or a checkpoint that was begun otherwise: with other bounds, another
             ``outer_params`` (and, for cold starts, ``inner_params``, of step 0 if it is a function), class of inner solver or optimizer,
             or with more steps done than ``num_steps``.
-        ValueError: for a negative number of steps.
+        ValueError: for a negative number of steps, or an ``lr_lambda`` that gives no finite number >= 0.
         ProblemError: if ``inner_params`` is a function that cannot be replayed (steps 0 and 1 are asked twice), or gives
             other names, shapes or dtypes at a later step.
         RequirementError: if it is a function, or the problem is :class:`Episodes`, and ``warm_start`` is set.
@@ -160,6 +163,11 @@ def minimize_bilevel(
             f"minimize_bilevel needs optimizer= to be a factory, such as functools.partial(torch.optim.Adam, lr=0.1), "
             f"got {optimizer!r:.80}."
         )
+    if lr_lambda is not None and not callable(lr_lambda):
+        raise ValueError(
+            f"minimize_bilevel needs lr_lambda= to be a function of the outer step, such as lambda t: (1 + t) ** -0.5, got "
+            f"{lr_lambda!r:.80}."
+        )
     for label, number, none in (
         ("num_steps", num_steps, False),
         ("burn_in", burn_in, False),
@@ -173,7 +181,7 @@ def minimize_bilevel(
     estimator.check(problem.at(0), inner_solver, first_params, outer_params)
     check_start(outer_params, domains)
 
-    run = OuterRun.start(first_params, outer_params, domains, optimizer, warm_start)
+    run = OuterRun.start(first_params, outer_params, domains, optimizer, warm_start, lr_lambda)
     if checkpoint_every is None:
         checkpoint_every = max(1, num_steps // 20) if trial is not None else 0
     stored = Checkpoints.of_trial(trial, name) if trial is not None else None

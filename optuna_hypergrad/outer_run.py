@@ -44,6 +44,7 @@ class OuterRun:
         domains: dict[str, Domain],
         optimizer: OptimizerFactory,
         warm_start: bool,
+        lr_lambda: Callable[[int], float] | None = None,
     ) -> OuterRun:
         run = cls()
         run._domains, run.warm_start = domains, warm_start
@@ -54,9 +55,18 @@ class OuterRun:
             for k, v in outer_params.items()
         }
         run._optimizer = optimizer(list(run._internal.values()))
+        run._lr_lambda = lr_lambda
+        if lr_lambda is not None:
+            if any("lr" not in group for group in run._optimizer.param_groups):
+                raise ValueError(
+                    f"lr_lambda= multiplies the lr of the outer optimizer, and {run.optimizer_class} has none."
+                )
+            run._lrs = [float(group["lr"]) for group in run._optimizer.param_groups]
         return run
 
     _optimizer: torch.optim.Optimizer
+    _lr_lambda: Callable[[int], float] | None
+    _lrs: list[float]
 
     @property
     def optimizer_class(self) -> str:
@@ -92,6 +102,7 @@ class OuterRun:
             u.grad = slope.to(u.dtype)
             blocked = ((u.detach() <= low) & (slope > 0)) | ((u.detach() >= high) & (slope < 0))
             held += float(slope.masked_fill(blocked, 0.0).double().pow(2).sum())
+        self._set_lr()
         self._optimizer.step()
         ahead: Params = {}
         with torch.no_grad():
@@ -117,6 +128,17 @@ class OuterRun:
         self.inner_params, self.state = inner_params, state
         self.step += 1
         return SUCCESS
+
+    def _set_lr(self) -> None:
+        if self._lr_lambda is None:
+            return
+        factor = float(self._lr_lambda(self.step))
+        if not 0.0 <= factor < math.inf:
+            raise ValueError(
+                f"lr_lambda gives {factor} at outer step {self.step}; it must be finite and >= 0."
+            )
+        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
+            group["lr"] = lr * factor
 
     def snapshot(self) -> tuple[Params, dict[str, Any]]:
         tensors: Params = {f"inner/{k}": v for k, v in self.inner_params.items()}

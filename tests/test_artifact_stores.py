@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+import sqlite3
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import optuna
 import pytest
@@ -22,8 +24,11 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
 from optuna_hypergrad import CorruptTensorError, StorageError, stores
-from optuna_hypergrad.stores import AbstractArtifactStore, RDBArtifactStore, _schema, rdb
+from optuna_hypergrad.stores import AbstractArtifactStore, RDBArtifactStore, _schema, _sqlite, rdb
 from optuna_hypergrad.stores import file_system as fs
+from optuna_hypergrad.stores._database import transaction
+from optuna_hypergrad.stores._encoding import cut
+from optuna_hypergrad.stores._schema import make_tables
 
 CHUNK = rdb.CHUNK_BYTES
 SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 12345]
@@ -328,6 +333,67 @@ def test_secure_delete_is_as_before(database: RDBStorage) -> None:
         store.remove("a")
         with database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA secure_delete").scalar() == setting
+
+
+@pytest.mark.parametrize(
+    ("found", "left"), [("DELETE", "persist"), ("WAL", "wal"), ("TRUNCATE", "truncate")]
+)
+def test_settings_of_sqlite(database: RDBStorage, found: str, left: str) -> None:
+    """The journal that would be deleted is kept; another one is somebody's choice. The cache is as before."""
+    url = database.engine.url
+    database.engine.dispose()
+    database.engine = sa.create_engine(
+        url, poolclass=sa.pool.QueuePool, pool_size=1, max_overflow=0
+    )
+    store = RDBArtifactStore(database)
+    with database.engine.connect() as connection:
+        connection.exec_driver_sql(f"PRAGMA journal_mode = {found}")
+        connection.exec_driver_sql("PRAGMA cache_size = -1234")
+    store.write("b", io.BytesIO(bytes(3_000_000)))
+    with database.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == left
+        assert connection.exec_driver_sql("PRAGMA cache_size").scalar() == -1234
+
+
+def test_a_driver_that_opens_no_blobs_writes_the_same_rows(
+    database: RDBStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = (b"header", memoryview(bytes(range(256)) * 5000), b"", b"x" * (1 << 20), b"end")
+    table = _schema.chunks.c
+    query = sa.select(table.chunk, table.data).order_by(table.chunk)
+    make_tables(database)
+    rows = {}
+    for name, in_place in (("in place", True), ("copied", False)):
+        monkeypatch.setattr(rdb, "can_write_in_place", lambda _, found=in_place: found)
+        chunks = partial(cut, pieces, rdb.CHUNK_BYTES)
+        with transaction(database.engine) as connection:
+            rdb._insert(connection, {name: chunks})
+        with database.engine.connect() as connection:
+            rows[name] = connection.execute(query.where(table.artifact_id == name)).all()
+    assert rows["in place"] == rows["copied"]
+    assert b"".join(data for _, data in rows["copied"]) == b"".join(pieces)
+    assert {type(data) for _, data in rows["in place"]} == {bytes}
+
+
+@pytest.mark.skipif(
+    not hasattr(sqlite3.Connection, "blobopen"), reason="Python 3.10 opens no blobs of SQLite"
+)
+def test_a_blob_that_cannot_be_written_is_an_error_of_the_database(
+    database: RDBStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReadOnly:
+        def __init__(self, driver: Any) -> None:
+            self._driver = driver
+
+        def blobopen(self, table: str, column: str, row: int) -> Any:
+            return self._driver.blobopen(table, column, row, readonly=True)
+
+    driver_of = _sqlite._driver
+    monkeypatch.setattr(_sqlite, "_driver", lambda connection: ReadOnly(driver_of(connection)))
+    with pytest.raises(sa.exc.OperationalError, match="readonly"):
+        RDBArtifactStore(database).write("a", io.BytesIO(b"abc"))
+    monkeypatch.undo()
+    assert not list(RDBArtifactStore(database).stored())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 
+import cases
 import pytest
 import torch
 from problems import F64, Params, randn, relative_error
@@ -213,3 +214,41 @@ def test_an_operation_without_forward_mode_is_named() -> None:
         ohg.RequirementError, match=r"forward-mode .*autograd.Function.* or use MASOBA"
     ):
         ohg.BROS().estimate(problem, ONE, W, LAM, state=EstimatorState())
+
+
+def test_a_state_whose_v_was_moved_is_gone_on_from_only_once() -> None:
+    case = cases.case("quadratic")
+    args = case.problem, ONE, case.inner_params, case.outer_params
+    first = ohg.BROS(rank=0.5).estimate(*args)
+    kept = EstimatorState(
+        first.state.inner_index,
+        None,
+        {k: x.clone() for k, x in first.state.tensors.items()},
+        dict(first.state.numbers),
+    )
+    second = ohg.BROS(rank=0.5).estimate(*args, step=1, state=first.state)
+    with pytest.raises(ohg.RequirementError, match="after step 1, whose v is that of step 2"):
+        ohg.BROS(rank=0.5).estimate(*args, step=1, state=first.state)
+    again = ohg.BROS(rank=0.5).estimate(*args, step=1, state=kept)
+    for k, x in second.state.tensors.items():
+        assert torch.equal(x, again.state.tensors[k])
+
+
+def test_inner_params_in_any_order_of_memory() -> None:
+    """A transposed matrix, as a module may hold it, moves as a copy of it does."""
+    case = cases.case("logistic")
+    found = []
+    for turned in (False, True):
+        w = {
+            k: x.mT.contiguous().mT if turned and x.ndim == 2 else x.contiguous()
+            for k, x in case.inner_params.items()
+        }
+        state = EstimatorState()
+        for step in range(3):
+            estimate = ohg.BROS(rank=0.5).estimate(
+                case.problem, ONE, w, case.outer_params, step, state
+            )
+            w, state = estimate.inner_params, estimate.state
+        found.append(w)
+    for k, x in found[0].items():
+        torch.testing.assert_close(x, found[1][k], rtol=1e-12, atol=0)

@@ -23,6 +23,7 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "choosing_a_solver": ({"num_products": (5, 40)}, 1e-3),  # the relative error
     "equilibrium_digits": ({"num_epochs": 3}, 0.25),  # the test error
     "data_cleaning": ({"num_steps": 600}, 0.15),  # one minus the AUROC
+    "data_mixture": ({"num_steps": 60}, 0.1),  # the share of corrupted text; a third at the start
     "kernel_ridge_loo": ({"num_trials": 15}, 2.5),  # 7.4 at the start; the noise alone is 1
     "kernel_distillation": ({"num_trials": 12}, 0.15),
     "figures": ({"num_trials": 4}, 0.32),

@@ -149,9 +149,33 @@ def test_cold_runs_solve_from_the_start_each_time() -> None:
         assert found.value_kind == ("warm" if warm else "cold")
 
 
+def test_steps_that_fall() -> None:
+    """``x`` moves by ``lr * lr_lambda(t)`` times its hypergradient, which is 3 here."""
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (w["w"] - lam["x"]) ** 2, lambda w, lam, _: 3.0 * w["w"]
+    )
+    found = ohg.minimize_bilevel(
+        problem,
+        {"w": torch.tensor(0.0, dtype=F64)},
+        {"x": torch.tensor(2.0, dtype=F64)},
+        inner_solver=ohg.GradientDescent(0.5, max_steps=1),
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        lr_lambda=lambda t: (1 + t) ** -0.5,
+        num_steps=7,
+    )
+    moved = 0.3 * sum((1 + t) ** -0.5 for t in range(7))
+    assert float(found.outer_params["x"]) == pytest.approx(2.0 - moved, rel=1e-12)
+
+
+def test_a_step_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lr_lambda gives -1\.0 at outer step 3"):
+        run(lr_lambda=lambda t: 1.0 if t < 3 else -1.0)
+
+
 @pytest.mark.parametrize("solver", [ohg.HeavyBall(0.1, max_steps=5), ohg.Adam(0.05, max_steps=5)])
 @pytest.mark.parametrize("stop_at", [5, 10])
-def test_an_interrupted_run_goes_on_bit_for_bit(solver, stop_at: int, tmp_path) -> None:
+@pytest.mark.parametrize("lr_lambda", [None, lambda t: 0.9**t], ids=["steady", "falling"])
+def test_an_interrupted_run_goes_on_bit_for_bit(solver, stop_at, lr_lambda, tmp_path) -> None:
     case = cases.case("logistic")
 
     def go(trial, num_steps):
@@ -162,6 +186,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(solver, stop_at: int, tmp_path) 
             inner_solver=solver,
             estimator=ohg.Unroll(),
             optimizer=ADAM,
+            lr_lambda=lr_lambda,
             num_steps=num_steps,
             checkpoint_every=5,
             trial=trial,
@@ -174,6 +199,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(solver, stop_at: int, tmp_path) 
         inner_solver=solver,
         estimator=ohg.Unroll(),
         optimizer=ADAM,
+        lr_lambda=lr_lambda,
         num_steps=20,
     )
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db")
@@ -406,6 +432,7 @@ def test_a_study_of_two_objectives_is_not_reported_to() -> None:
             ohg.HyperparameterError,
             r"give \(low, high\), or a Domain",
         ),
+        ({"lr_lambda": 0.5}, ValueError, "lr_lambda= to be a function of the outer step"),
         ({"optimizer": "adam"}, ValueError, "optimizer= to be a factory"),
         ({"estimator": ohg.Unroll()}, ohg.RequirementError, "LBFGS cannot be unrolled"),
     ],

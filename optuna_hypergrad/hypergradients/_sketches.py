@@ -54,6 +54,13 @@ class Sketch:
         flat = block.reshape(self.shape[0], -1)
         return torch.addmm(flat, self.basis, coordinates, alpha=by).reshape(self.shape)
 
+    def move(self, block: Tensor, coordinates: Tensor, by: float) -> None:
+        """``W <- W + by P C``, in the memory of ``W``, which must be contiguous."""
+        if self.basis is None:
+            block.add_(coordinates, alpha=by)
+        else:
+            block.view(self.shape[0], -1).addmm_(self.basis, coordinates, alpha=by)
+
     def square(self, coordinates: Tensor) -> float:
         """``|P C|^2``."""
         if self.basis is None:

@@ -81,7 +81,8 @@ class BROS(AbstractOneStep):
     correction's noise stays. The inner solver is ``GradientDescent``, or ``HeavyBall``, whose velocity is kept in the
     subspace (``r x n``) and begins anew with it.
 
-    Memory, beside activations: ``w``, ``v``, their new values and ``r (m + n)`` numbers a block. Hessian products are taken
+    Memory, beside activations: ``w`` before and after the step, ``v``, which is updated in place (so that a state can be
+    gone on from once, and is refused afterwards), and ``r (m + n)`` numbers a block. Hessian products are taken
     in reverse over forward mode, without a double-backward graph, and the gradient of one block at a time exists in
     full before it is projected. ``"bi_probe"`` and ``"two_sketch"`` form a tangent of the size of ``w``. ``inner_objective`` is
     evaluated once a step, or up to three times: random numbers in it come from the batch.
@@ -183,18 +184,18 @@ class BROS(AbstractOneStep):
         state = EstimatorState() if state is None else state
         count, index = steps_taken("BROS", state), state.inner_index
         w = _tree.detach(inner_params)
-        v = part(state.tensors, "v/") or _tree.zeros_like(w)
+        v = _carried(state, w, count)
         sketches = self._drawn(count, 0, w)
         outer_value, cotangent, direct = _outer(problem, w, outer_params, step, sketches)
         seen = self.action(problem, w, outer_params, v, count, index, sketches)
 
         eta = self._step_size(solver, outer_params, index, count)
         pace = paced("BROS", eta, self._measured(v, seen.product, sketches), state.numbers)
-        after_v = {}
         for k, x in v.items():
             by = -pace.step_size * self._share(sketches, k)
-            kept = x.mul(1.0 + by * self.damping) if self.damping else x
-            after_v[k] = sketches[k].moved(kept, seen.product[k] - cotangent[k], by)
+            if self.damping:
+                x.mul_(1.0 + by * self.damping)
+            sketches[k].move(x, seen.product[k] - cotangent[k], by)
         after_w, velocity = self._descended(
             solver, w, outer_params, seen.slope, sketches, count, state
         )
@@ -209,7 +210,8 @@ class BROS(AbstractOneStep):
         )
         scale = float(_tree.norm(cotangent))
         residual = float(_tree.norm(_tree.sub(seen.product, cotangent)))
-        tensors = {f"v/{k}": x for k, x in after_v.items()}
+        written = state.tensors.get("written", torch.zeros((), dtype=torch.float64))
+        tensors = {"written": written.fill_(count + 1.0), **{f"v/{k}": x for k, x in v.items()}}
         tensors |= {f"velocity/{k}": x for k, x in velocity.items()} | average
         return HypergradientEstimate(
             value,
@@ -320,6 +322,27 @@ class BROS(AbstractOneStep):
         eta = _number("step_size", solver.setting("step_size", outer_params, index))
         moved = {k: s.moved(w[k], direction[k], -eta * s.share) for k, s in sketches.items()}
         return moved, velocity
+
+
+def _carried(state: EstimatorState, inner_params: Params, count: int) -> Params:
+    """``v``, by block, to be changed in place.
+
+    Raises:
+        RequirementError: if that has been done already.
+    """
+    found = part(state.tensors, "v/")
+    if not found:
+        return {
+            k: torch.zeros_like(x, memory_format=torch.contiguous_format)
+            for k, x in inner_params.items()
+        }
+    written = int(state.tensors["written"])
+    if written != count:
+        raise RequirementError(
+            f"BROS was given the state after step {count}, whose v is that of step {written}: it is "
+            f"updated in place, so a state is gone on from only once. Clone its tensors to go on from it twice."
+        )
+    return found
 
 
 def _number(label: str, value: Value) -> float:

@@ -25,10 +25,11 @@ class SOBA(AbstractSingleLoop):
             return 0.1 * (1 + t) ** -0.5
 
         ohg.minimize_bilevel(..., estimator=ohg.SOBA(), inner_solver=ohg.GradientDescent(
-            lambda lam, t: falling(t), max_steps=1), optimizer=functools.partial(torch.optim.SGD, lr=0.01))
+            lambda lam, t: falling(t), max_steps=1), optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+            lr_lambda=falling)
 
-    with a ``gamma`` that is ``lr`` of plain ``torch.optim.SGD`` (no momentum; without bounds, so that its
-    coordinates are ``lam`` itself); a factory of an optimizer that lowers its own ``lr`` gives falling ones.
+    with a ``gamma`` that is ``lr * lr_lambda(t)`` of plain ``torch.optim.SGD`` (no momentum; without bounds, so that its
+    coordinates are ``lam`` itself).
 
     Reference: Dagreou, Ablin, Vaiter & Moreau (2022), "A framework for bilevel optimization that enables
     stochastic and global variance reduction algorithms", algorithm 1 and equations 5-7.

@@ -6,10 +6,9 @@ as long as the user has said.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import TypeVar
 
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.engine import Connection, Engine
@@ -17,6 +16,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from .. import _optuna
 from ._retrying import BUSY_TIMEOUT, patience_of, retry_while_busy
+from ._sqlite import set_for_writing
 
 T = TypeVar("T")
 
@@ -74,21 +74,5 @@ def write(
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Connection]:
     """Committed at the end, rolled back on an error. Nothing is tried again: for use in ``settle``."""
-    with engine.connect() as connection, _without_wiping(connection), connection.begin():
+    with engine.connect() as connection, set_for_writing(connection), connection.begin():
         yield connection
-
-
-@contextmanager
-def _without_wiping(connection: Connection) -> Iterator[None]:
-    """Do not fill deleted pages with zeros: Debian's SQLite does, for a third of the cost."""
-    if connection.dialect.name != "sqlite":
-        yield
-        return
-    driver: Any = connection.connection.cursor()  # this is no part of SQLAlchemy's transaction
-    ((before,),) = driver.execute("PRAGMA secure_delete").fetchall()
-    driver.execute("PRAGMA secure_delete = FAST").fetchall()
-    try:
-        yield
-    finally:
-        with suppress(sqlite3.Error):  # a connection that broke has no settings left
-            driver.execute(f"PRAGMA secure_delete = {('OFF', 'ON', 'FAST')[before]}").fetchall()

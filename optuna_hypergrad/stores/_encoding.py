@@ -121,23 +121,22 @@ def encode_in_place(tensors: Params) -> tuple[Pieces, tuple[TensorSpec, ...]]:
     return (len(header).to_bytes(8, "little") + header, *data), specs
 
 
-def cut(pieces: Pieces, num_bytes: int) -> Iterator[Any]:
-    """Buffers of ``num_bytes`` each, copied only where pieces meet; the last may be shorter."""
-    pending = bytearray()
+def cut(pieces: Pieces, num_bytes: int) -> Iterator[list[memoryview]]:
+    """``num_bytes`` at a time, as the parts they are made of, which are not copied; the last may be shorter."""
+    parts: list[memoryview] = []
+    room = num_bytes
     for piece in pieces:
-        view, start = memoryview(piece), 0
+        view, start = memoryview(piece).cast("B"), 0
         while start < len(view):
-            part = view[start : start + num_bytes - len(pending)]
+            part = view[start : start + room]
+            parts.append(part)
             start += len(part)
-            if len(part) == num_bytes:
-                yield part
-                continue
-            pending += part
-            if len(pending) == num_bytes:
-                yield bytes(pending)
-                pending.clear()
-    if pending:
-        yield bytes(pending)
+            room -= len(part)
+            if not room:
+                yield parts
+                parts, room = [], num_bytes
+    if parts:
+        yield parts
 
 
 def decode(data: bytes, device: str | torch.device = "cpu") -> Params:

@@ -8,7 +8,7 @@ transaction of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -42,12 +42,28 @@ else:
     _trial_id: Any = sa.bindparam("of_trial")
     _study_id: Any = sa.bindparam("of_study")
     _keys: Any = sa.bindparam("keys", expanding=True)
-    _STUDY_NAME = sa.select(_studies.c.study_name).where(_studies.c.study_id == _study_id)
-    _STUDY_ATTRIBUTES = sa.select(_study_attributes.c.key, _study_attributes.c.value_json).where(
-        _study_attributes.c.study_id == _study_id
+    _STUDY = (  # a row for each attribute, or one with NULL for them
+        sa.select(_studies.c.study_name, _study_attributes.c.key, _study_attributes.c.value_json)
+        .select_from(
+            _studies.outerjoin(
+                _study_attributes, _study_attributes.c.study_id == _studies.c.study_id
+            )
+        )
+        .where(_studies.c.study_id == _study_id)
     )
-    _TRIAL = sa.select(_trials.c.number, _trials.c.state).where(_trials.c.trial_id == _trial_id)
-    _LOCKED_TRIAL = _TRIAL.with_for_update()
+    _TRIAL = (  # the same
+        sa.select(_trials.c.number, _trials.c.state, _attributes.c.key, _attributes.c.value_json)
+        .select_from(
+            _trials.outerjoin(
+                _attributes,
+                (_attributes.c.trial_id == _trials.c.trial_id) & _attributes.c.key.in_(_keys),
+            )
+        )
+        .where(_trials.c.trial_id == _trial_id)
+    )
+    _LOCKED_TRIAL = (
+        sa.select(_trials.c.state).where(_trials.c.trial_id == _trial_id).with_for_update()
+    )
     _ATTRIBUTES, _INSERT_ATTRIBUTE, _UPDATE_ATTRIBUTE = {}, {}, {}
     for _kind, _table in {"system": _attributes, "user": _user_attributes}.items():
         _ATTRIBUTES[_kind] = sa.select(_table.c.key, _table.c.value_json).where(
@@ -82,33 +98,28 @@ def read_running_trial(
         StorageError: if its number is none.
     """
 
-    def find(connection: Connection) -> tuple[int, dict[str, Any]] | None:
-        row = connection.execute(_TRIAL, {"of_trial": trial_id}).first()
-        if row is None or row.state.is_finished():
-            return None
-        if type(row.number) is not int:  # SQLite lets any type into any column
-            raise StorageError(
-                f"The trial with id {trial_id} has the number {str(row.number)[:60]!r}, which is none. Something "
-                "has changed the row in the table trials; restore it from a backup."
-            )
-        found = _attributes_of(connection, trial_id, keys)
-        return row.number, {key: json.loads(text) for key, text in found.items()}
-
-    return read(rdb, find)
+    mine = {"of_trial": trial_id, "keys": list(keys)}
+    rows = read(rdb, lambda connection: connection.execute(_TRIAL, mine).all())
+    if not rows or rows[0].state.is_finished():
+        return None
+    number = rows[0].number
+    if type(number) is not int:  # SQLite lets any type into any column
+        raise StorageError(
+            f"The trial with id {trial_id} has the number {str(number)[:60]!r}, which is none. Something "
+            "has changed the row in the table trials; restore it from a backup."
+        )
+    return number, _decoded(rows)
 
 
 def read_study(rdb: RDBStorage, study_id: int) -> tuple[str, dict[str, Any]] | None:
     """Name of a study, and its user attributes; ``None`` if it is not there."""
-    of_study = {"of_study": study_id}
+    mine = {"of_study": study_id}
+    rows = read(rdb, lambda connection: connection.execute(_STUDY, mine).all())
+    return (str(rows[0].study_name), _decoded(rows)) if rows else None
 
-    def find(connection: Connection) -> tuple[str, dict[str, Any]] | None:
-        row = connection.execute(_STUDY_NAME, of_study).first()
-        if row is None:
-            return None
-        found = connection.execute(_STUDY_ATTRIBUTES, of_study)
-        return str(row.study_name), {str(key): json.loads(text) for key, text in found}
 
-    return read(rdb, find)
+def _decoded(rows: Sequence[Any]) -> dict[str, Any]:
+    return {str(row.key): json.loads(row.value_json) for row in rows if row.key is not None}
 
 
 def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:

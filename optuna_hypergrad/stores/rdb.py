@@ -26,6 +26,7 @@ from ._database import read, transaction, unwrap_rdb, write
 from ._encoding import Pieces, cut
 from ._optuna_tables import write_attributes
 from ._schema import has_tables, make_tables
+from ._sqlite import can_write_in_place, insert_in_place
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
 CHUNK_BYTES = 1 << 20
@@ -43,8 +44,8 @@ _DELETE = tuple(
     for table in (schema.chunks, schema.blobs)
 )
 
-Chunks = Callable[[], Iterator[Any]]
-"""The content of an artifact, from its beginning each time."""
+Chunks = Callable[[], Iterator[list[memoryview]]]
+"""The content of an artifact, from its beginning each time; each chunk as the parts it is made of."""
 
 
 class RDBArtifactStore(AbstractArtifactStore):
@@ -131,10 +132,10 @@ class RDBArtifactStore(AbstractArtifactStore):
                 body.seek(0)
             start = body.tell()
 
-            def chunks() -> Iterator[bytes]:
+            def chunks() -> Iterator[list[memoryview]]:
                 body.seek(start)
                 while data := body.read(CHUNK_BYTES):
-                    yield data
+                    yield [memoryview(data)]
 
             self._write({artifact_id: chunks})
 
@@ -261,9 +262,16 @@ def _insert(connection: Connection, bodies: Mapping[str, Chunks]) -> None:
         _insert_chunks(connection, artifact_id, chunks())
 
 
-def _insert_chunks(connection: Connection, artifact_id: str, chunks: Iterator[Any]) -> None:
+def _insert_chunks(
+    connection: Connection, artifact_id: str, chunks: Iterator[list[memoryview]]
+) -> None:
     num_bytes = 0
-    for chunk, data in enumerate(chunks):
+    in_place = can_write_in_place(connection)
+    for chunk, parts in enumerate(chunks):
+        if in_place:
+            num_bytes += insert_in_place(connection, artifact_id, chunk, parts)
+            continue
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
         row = {"artifact_id": artifact_id, "chunk": chunk, "data": data}
         connection.execute(_INSERT_CHUNK, row)
         num_bytes += len(data)
