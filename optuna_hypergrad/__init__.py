@@ -100,13 +100,18 @@ from .studies import (
 from .two_stage import FineTuning, two_stage
 
 if TYPE_CHECKING:
+    from . import visualization as visualization
     from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
 
 __version__ = "0.1.0.dev0"
 
 
 def __getattr__(name: str) -> object:
-    """scikit-learn's side, imported where it is used: it takes a second."""
+    """scikit-learn's side and figures, imported where they are used: it takes a second."""
+    if name == "visualization":
+        import importlib
+
+        return importlib.import_module(".visualization", __name__)
     if name == "HypergradientSearchCV":
         from .sklearn_adapters import HypergradientSearchCV
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import optuna
+from optuna._imports import try_import as try_import
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.samplers._lazy_random_state import LazyRandomState
@@ -65,6 +66,18 @@ def lock_of_journal(backend: JournalFileBackend) -> AbstractContextManager[None]
 def asked_at_its_end() -> bool:
     """Whether the caller's caller is ``Study.optimize``, in the middle of ending a trial."""
     return sys._getframe(2).f_globals.get("__name__") == "optuna.study._optimize"
+
+
+def is_last_of_many() -> bool:
+    """Whether this is called at the end of the last of the two or more trials of one ``Study.optimize`` in this
+    thread. ``False`` where that cannot be told: with a timeout, several jobs, the ask-and-tell interface."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_optimize_sequential":
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None or frame.f_globals.get("__name__") != "optuna.study._optimize":
+        return False
+    many, number = frame.f_locals.get("n_trials"), frame.f_locals.get("i_trial")
+    return isinstance(many, int) and isinstance(number, int) and number >= many > 1
 
 
 def stale_trial_ids(storage: BaseHeartbeat, study_id: int) -> list[int]:
@@ -165,6 +178,14 @@ def held_by_wrappers(sampler: Any) -> dict[str, Any]:
 
 def attributes_of(study: Study, trial_id: int) -> dict[str, Any]:
     return study._storage.get_trial_system_attrs(trial_id)
+
+
+def ended(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> FrozenTrial:
+    """A trial that is about to be told, as it will be then."""
+    found = copy.copy(trial)
+    found.state = state
+    found.values = None if values is None else list(values)
+    return found
 
 
 def frozen_of(trial: optuna.Trial) -> FrozenTrial:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ._terminal import WIDTH, Column, fit, plain, table
+from ._terminal import Column, fit, plain, table, width
 from .stores import Pointer
 from .stores._encoding import TensorSpec
 from .studies.inspection import Presence, StudySummary, TensorSummary, TrajectorySummary
@@ -17,11 +17,11 @@ _MOST_ROWS = 40
 
 _STUDIES = (
     Column("study", least=12),
-    Column("trials", right=True),
-    Column("complete", right=True),
-    Column("running", right=True),
-    Column("failed", right=True),
-    Column("trajectories", right=True),
+    Column("trials", right=True, least=4),
+    Column("complete", right=True, least=5),
+    Column("running", right=True, least=4),
+    Column("failed", right=True, least=5),
+    Column("trajectories", right=True, least=5),
     Column("best", right=True),
     Column("blobs", right=True),
     Column("MB", right=True),
@@ -31,16 +31,16 @@ _TRAJECTORIES = (
     Column("start"),
     Column("steps", right=True),
     Column("best", right=True),
-    Column("in trial", right=True),
-    Column("setting", least=16),
-    Column("state", least=16),
+    Column("in trial", right=True, least=6),
+    Column("setting", least=12),
+    Column("state", least=12),
 )
 _TENSORS = (
-    Column("name", least=16),
+    Column("name", least=12),
     Column("role"),
     Column("trial", right=True),
     Column("step", right=True),
-    Column("tensors", least=16),
+    Column("tensors", least=12),
     Column("MB", right=True),
     Column("state"),
 )
@@ -101,7 +101,7 @@ def _facts(summary: StudySummary) -> Iterator[str]:
     if summary.best_trial is not None:
         facts["Best"] = f"{_number(summary.best_value)}, trial {summary.best_trial}"
     for title, text in facts.items():
-        yield f"{title:10} {fit(text, WIDTH - 11).rstrip()}"
+        yield f"{title:10} {fit(text, width() - 11).rstrip()}"
 
 
 _STATES = {

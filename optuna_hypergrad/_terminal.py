@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH = 100
+"""Columns, where there is no terminal that has so many."""
+_LEAST_WIDTH, _MOST_WIDTH = 60, 140
 _GAP = "  "
+
+
+def width() -> int:
+    """Columns of the terminal (or of the environment variable ``COLUMNS``); :data:`WIDTH` in a file or a pipe."""
+    return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, _LEAST_WIDTH), _MOST_WIDTH)
 
 
 def plain(text: str) -> str:
@@ -48,7 +56,8 @@ class Column:
 
     Args:
         right: Whether its cells are aligned to the right, as numbers are.
-        least: Columns to which it may be cut; ``None`` for never.
+        least: Columns to which it may be cut; ``None`` for never. Of a column that is aligned to the right, only the
+            title is cut.
     """
 
     title: str
@@ -57,12 +66,18 @@ class Column:
 
 
 def table(layout: Sequence[Column], rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
-    """Lines of at most :data:`WIDTH` columns, the titles first. Cells are made :func:`plain`."""
+    """Lines of at most :func:`width` columns, the titles first. Cells are made :func:`plain`."""
     cells = [[c.title for c in layout], *([plain(cell) for cell in row] for row in rows)]
     widths = [max(columns(row[i]) for row in cells) for i in range(len(layout))]
-    room = WIDTH - len(indent) - len(_GAP) * (len(layout) - 1)
+    least = [
+        c.least
+        if c.least is None or not c.right
+        else max(c.least, *(columns(row[i]) for row in cells[1:]), 0)
+        for i, c in enumerate(layout)
+    ]
+    room = width() - len(indent) - len(_GAP) * (len(layout) - 1)
     while sum(widths) > room:
-        spare = [0 if c.least is None else w - c.least for c, w in zip(layout, widths, strict=True)]
+        spare = [0 if n is None else w - n for n, w in zip(least, widths, strict=True)]
         widest = max(range(len(layout)), key=lambda i: (spare[i] > 0, widths[i]))
         if spare[widest] <= 0:
             break

@@ -145,7 +145,7 @@ class Checkpoints:
                 damage.append(str(error))
         for pointer, slot in sorted(found, key=lambda entry: -entry[0].step):
             try:
-                state = self._read(pointer)
+                state = read_checkpoint(self.store, pointer)
             except StorageError as error:
                 damage.append(str(error))
                 continue
@@ -163,18 +163,24 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, pointer: Pointer) -> tuple[Params, dict[str, Any]]:
-        tensors = self.store.load(pointer)
-        try:
-            numbers = json.loads(bytes(tensors.pop(_NUMBERS).numpy()))
-            if numbers["step"] != pointer.step:
-                raise ValueError(f"it says that it is of step {numbers['step']!r}")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise CorruptTensorError(
-                f"What is stored as {pointer} is no checkpoint ({error!r}). Use an earlier trial, or a "
-                "backup of the storage."
-            ) from error
-        return tensors, numbers
+
+def read_checkpoint(store: TensorStore, pointer: Pointer) -> tuple[Params, dict[str, Any]]:
+    """What :meth:`Checkpoints.save` stored.
+
+    Raises:
+        StorageError: if it is gone, or not what was stored.
+    """
+    tensors = store.load(pointer)
+    try:
+        numbers = json.loads(bytes(tensors.pop(_NUMBERS).numpy()))
+        if numbers["step"] != pointer.step:
+            raise ValueError(f"it says that it is of step {numbers['step']!r}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptTensorError(
+            f"What is stored as {pointer} is no checkpoint ({error!r}). Use an earlier trial, or a "
+            "backup of the storage."
+        ) from error
+    return tensors, numbers
 
 
 def settings_of(

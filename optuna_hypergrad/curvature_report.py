@@ -165,6 +165,20 @@ class CurvatureReport:
         bells = torch.exp(-0.5 * ((x[:, None] - self.nodes.cpu()) / sigma) ** 2)
         return x, bells @ self.weights.cpu() / (sigma * math.sqrt(2 * math.pi))
 
+    def outline(self, num_points: int) -> tuple[Tensor, Tensor, float]:
+        """The density as it is drawn on a logarithmic axis: ``x``, the density, and the floor, below which it is not."""
+        x, y = self.density(num_points)
+        floor = 0.1 * float(self.weights[self.weights > 0].min()) * float(y.max())
+        floor = max(floor, 1e-8 * float(y.max()))
+        return x, y.clamp_min(floor), floor
+
+    def marks(self) -> list[tuple[float, str]]:
+        """The eigenvalues that a figure names."""
+        found = [(self.largest, "largest")]
+        if self.negative_curvature:
+            found.append((self.smallest, "most negative"))
+        return found
+
     def plot(self, axes: Any = None) -> Any:
         """Draw the spectral density, and return the axes (``.figure.savefig("density.png")``).
 
@@ -183,15 +197,10 @@ class CurvatureReport:
                     "density() gives the numbers."
                 ) from error
             axes = Figure(figsize=(6.4, 3.6), layout="constrained").subplots()
-        x, y = self.density(2000)
-        floor = 0.1 * float(self.weights[self.weights > 0].min()) * float(y.max())
-        floor = max(floor, 1e-8 * float(y.max()))
-        axes.fill_between(x.numpy(), floor, y.clamp_min(floor).numpy(), alpha=0.3, linewidth=0)
-        axes.plot(x.numpy(), y.clamp_min(floor).numpy(), linewidth=1)
-        marks = [(self.largest, "largest")]
-        if self.negative_curvature:
-            marks.append((self.smallest, "most negative"))
-        for value, label in marks:
+        x, y, floor = self.outline(2000)
+        axes.fill_between(x.numpy(), floor, y.numpy(), alpha=0.3, linewidth=0)
+        axes.plot(x.numpy(), y.numpy(), linewidth=1)
+        for value, label in self.marks():
             axes.axvline(value, color="0.3", linestyle=":", linewidth=1)
             axes.annotate(
                 f"{label}\n{value:.3g}",

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from . import _optuna
 from ._arguments import check_count
 from ._errors import HyperparameterError, SolverError
+from ._progress import advance, progress_bar
 from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
@@ -30,14 +30,13 @@ from .inner import (
 )
 from .outer_run import OptimizerFactory, OuterRun
 from .outer_start import check_start, domains_of, first_start, start_at
+from .outer_telling import ValueKind, publish_run, report, report_again, tell_values
 from .problem import AbstractProblem, BilevelProblem, check_problem
 from .search_space import Domain
-from .stores import saying_what_has_no_room
 
 if TYPE_CHECKING:
     import optuna
 
-ValueKind = Literal["cold", "warm", "retrained"]
 MAX_REPORTS = 200
 DEFAULT_OPTIMIZER: OptimizerFactory = functools.partial(torch.optim.Adam, lr=0.1)
 _names_of: weakref.WeakKeyDictionary[optuna.Trial, set[str]] = weakref.WeakKeyDictionary()
@@ -58,7 +57,8 @@ class BilevelResult:
             ``lam`` (``final_eval="retrain"``), else ``None``.
         retrained_params: ``w`` of that training, else ``None``.
         history: One dict per outer step: ``outer_value``, ``hypergradient_norm`` (in internal
-            coordinates, entries that a bound holds back left out), and the estimator's stats.
+            coordinates, entries that a bound holds back left out), ``step_length`` (of the step that
+            followed, in the same coordinates), and the estimator's stats.
         result: Success, or how the run failed.
     """
 
@@ -91,6 +91,7 @@ def minimize_bilevel(
     checkpoint_every: int | None = None,
     name: str = "bilevel",
     progress: bool = False,
+    publish: bool = True,
     throw: bool = True,
 ) -> BilevelResult:
     """Minimize ``f(w*(lam), lam)`` over ``lam`` by hypergradients.
@@ -134,7 +135,11 @@ def minimize_bilevel(
             0 for none.
         name: Of the run, where one trial has several, each of which needs its own; of its checkpoint
             and final values.
-        progress: Show a progress bar.
+        progress: Show a progress bar: value, norm of the hypergradient, length of the last step in natural steps, time
+            left. It goes below the bar of ``study.optimize(show_progress_bar=True)``, and into notebooks.
+        publish: Whether the trial tells about the run: numbers and summaries of the final ``lam`` in user attributes,
+            and, in ``optuna-dashboard`` (where that is installed), a note of the study and artifacts of its best trial.
+            See :mod:`optuna_hypergrad.dashboard`.
         throw: Raise when a solve fails; otherwise stop there and say so in ``result``.
 
     Raises:
@@ -201,11 +206,11 @@ def minimize_bilevel(
 
     report_every = max(1, math.ceil(num_steps / MAX_REPORTS))
     judged = None if trial is None or _optuna.is_multi_objective(trial.study) else trial
-    reported = _report_again(judged, run.history, report_every) if judged is not None else set()
-    bar = tqdm(total=num_steps, initial=run.step, desc=name, disable=not progress, leave=False)
+    reported = report_again(judged, run.history, report_every) if judged is not None else set()
     result = SUCCESS
     with checkpoints or contextlib.nullcontext():
-        with bar:
+        number = None if trial is None else trial.number
+        with progress_bar(progress, num_steps, run.step, name, number) as bar:
             while run.step < num_steps:
                 given = (
                     run.inner_params
@@ -237,14 +242,10 @@ def minimize_bilevel(
                     **estimate.stats,
                 }
                 run.history.append(record)
-                bar.set_postfix_str(
-                    f"value {record['outer_value']:.5g}, |hypergradient| {record['hypergradient_norm']:.2g}",
-                    refresh=False,
-                )
-                bar.update()
+                advance(bar, record)
                 is_new = run.step - 1 not in reported
                 if judged is not None and is_new and (run.step - 1) % report_every == 0:
-                    _report(judged, record["outer_value"], run.step - 1)
+                    report(judged, record["outer_value"], run.step - 1)
                 due = checkpoint_every and (
                     run.step % checkpoint_every == 0 or run.step == num_steps
                 )
@@ -276,7 +277,9 @@ def minimize_bilevel(
         if stored is not None:
             stored.save_values(run.step, run.outer_params)
         if trial is not None:
-            _tell_values(trial, kind, value, retrained)
+            tell_values(trial, kind, value, retrained)
+            if publish and stored is not None:
+                publish_run(trial, run, name, estimator, domains, stored.store)
     return BilevelResult(
         outer_params=run.outer_params,
         inner_params=last.inner_params,
@@ -297,26 +300,6 @@ def _take_name(trial: optuna.Trial, name: str) -> None:
             "values have that name; give each run of a trial a name= of its own."
         )
     names.add(name)
-
-
-def _report_again(
-    trial: optuna.Trial, history: list[dict[str, float]], report_every: int
-) -> set[int]:
-    """Give a trial that continues another one's checkpoint the curve up to there.
-
-    Returns:
-        Steps that the trial has reported, also after the checkpoint: they are done again.
-    """
-    known = set(_optuna.current(trial).intermediate_values)
-    for step in range(0, len(history), report_every):
-        if step not in known:
-            _report(trial, history[step]["outer_value"], step)
-    return known
-
-
-def _report(trial: optuna.Trial, value: float, step: int) -> None:
-    with saying_what_has_no_room(f"The value of trial {trial.number} at outer step {step}"):
-        trial.report(value, step)
 
 
 def _final_solve(
@@ -340,13 +323,3 @@ def _retrain(
     ):
         num_steps = run.state.inner_index if run.warm_start else inner_solver.max_steps
     return inner_solve(problem, inner_solver, first_params, run.outer_params, num_steps=num_steps)
-
-
-def _tell_values(
-    trial: optuna.Trial, kind: ValueKind, value: float, retrained: float | None
-) -> None:
-    with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
-        trial.set_user_attr("value_kind", kind if retrained is None else "retrained")
-        trial.set_user_attr(f"{kind}_value", value)
-        if retrained is not None:
-            trial.set_user_attr("retrained_value", retrained)

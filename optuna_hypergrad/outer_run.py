@@ -121,7 +121,10 @@ class OuterRun:
                     "infinite entries; lower its lr, or give bounds.",
                 )
         self.outer_params = ahead
-        self.last_norm = {"hypergradient_norm": math.sqrt(held)}
+        moved = sum(
+            float((u.detach() - before[k]).double().pow(2).sum()) for k, u in self._internal.items()
+        )
+        self.last_norm = {"hypergradient_norm": math.sqrt(held), "step_length": math.sqrt(moved)}
         self.inner_params, self.state = inner_params, state
         self.step += 1
         return SUCCESS

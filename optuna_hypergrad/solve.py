@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _tree
+from ._counting import current_count
 from ._errors import ObjectiveError, RequirementError
 from ._typing import Batch, Objective, Params
 from .hypergradients import AbstractPullbackEstimator, Implicit, Solved
 from .ihvp import CG
 from .inner import AbstractInnerSolver, NewtonCG
 from .problem import BilevelProblem, check_problem, full_batch
+from .trial_attributes import described
 
 DEFAULT_ESTIMATOR = Implicit(
     CG(max_steps=5000, rtol=1e-7, require_convergence=True, factorize_up_to=2048)
@@ -75,6 +77,7 @@ def solve(
         "estimator": estimator,
         "inner_names": list(inner_params),
         "outer_names": list(outer_params),
+        "count": current_count(),
     }
     outputs = _Solve.apply(  # type: ignore[no-untyped-call]
         context, *inner_params.values(), *outer_params.values()
@@ -105,6 +108,8 @@ class _Solve(torch.autograd.Function):
         inner_names, outer_names = ctx.context["inner_names"], ctx.context["outer_names"]
         pulled = ctx.solved.pullback(dict(zip(inner_names, cotangents, strict=True)))
         pulled.result.raise_if_failed()
+        if (count := ctx.context["count"]) is not None:
+            count.add(described(ctx.context["estimator"]), pulled.stats)
         wants_initial = ctx.needs_input_grad[1 : 1 + len(inner_names)]
         for name, wanted in zip(inner_names, wants_initial, strict=True):
             if wanted and pulled.initial[name] is None:

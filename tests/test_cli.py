@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
+import shlex
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +93,7 @@ class Command:
             assert output == ""
             (line,) = self.error.splitlines()
             assert line.startswith("optuna-hypergrad: ")
-            assert line.endswith((".", ")", "..."))
+            assert line.endswith((".", ")", "...", "?"))
         return output
 
 
@@ -159,7 +165,7 @@ def test_show_agrees_with_what_can_be_loaded(command: Command, url: str) -> None
             dtype = str(tensor.dtype).removeprefix("torch.")
             assert spec == {"name": name, "dtype": dtype, "shape": list(tensor.shape)}
     assert states == {"stored", "removed"}
-    stored = list(store.artifact_store.stored())  # type: ignore[attr-defined]
+    stored = list(store.artifact_store.stored("hg-"))  # type: ignore[attr-defined]
     assert (shown["blobs"], shown["num_bytes"]) == (len(stored), sum(a.size for a in stored))
     text = command("show", url)
     assert f"{len(stored)} stored, {len(shown['tensors']) - len(stored)} removed" in text
@@ -493,7 +499,7 @@ def newest_value(study: optuna.Study, store: TensorStore) -> Any:
 
 def test_verify(command: Command, url: str) -> None:
     study, store = opened(url)
-    count = len(list(store.artifact_store.stored()))  # type: ignore[attr-defined]
+    count = len(list(store.artifact_store.stored("hg-")))  # type: ignore[attr-defined]
     text = command("verify", url)
     assert text.startswith(f"{count} ok (")
     assert text.endswith(" removed by retention, 0 damaged.\n")
@@ -697,7 +703,7 @@ def test_errors_in_mid_command_are_one_sentence(
             "SELECT", {}, Exception("server closed the connection\nunexpectedly")
         )
 
-    monkeypatch.setattr(cli, "summarize", cut)
+    monkeypatch.setattr(cli.show, "summarize", cut)
     command("show", url, status=2)
     assert "server closed the connection unexpectedly" in command.error
 
@@ -738,3 +744,205 @@ def test_text_for_a_terminal(text: str) -> None:
     assert all(_terminal.columns(line) <= _terminal.WIDTH for line in lines)
     assert "short" in lines[2]
     assert lines[1].startswith("      1")
+
+
+# Figures, the dashboard, and where the command runs
+
+
+def test_every_kind_of_figure(command: Command, url: str, tmp_path: Path) -> None:
+    for kind in cli.plot.KINDS:
+        path = tmp_path / f"{kind}.json"
+        text = command("plot", url, "decays", kind, "-o", str(path))
+        assert text == f"Wrote {kind} of study 'decays' to {path}.\n"
+        empty = kind == "warm-against-retrained"
+        assert bool(json.loads(path.read_text())["data"]) != empty
+    study, _ = opened(url)
+    drawn = json.loads((tmp_path / "trajectories.json").read_text())["data"]
+    values = {y for line in drawn for y in line["y"] if isinstance(y, float)}
+    assert {t.value for t in study.trials} <= values
+
+
+@pytest.mark.parametrize("suffix", [".html", ".svg", ".png", ".pdf"])
+def test_figures_in_every_format(command: Command, url: str, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"figure{suffix}"
+    arguments = ("plot", "--storage", url, "--study-name", "decays", "tensor-evolution")
+    command(*arguments, "--name", "decay", "-o", str(path))
+    begins = {".html": b"<!doctype html>", ".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}
+    assert path.read_bytes().startswith(begins[suffix])
+    command(*arguments, "-o", str(path), status=cli.FAILURE)
+    assert "--force" in command.error
+    command(*arguments, "-o", str(path), "--force")
+
+
+def test_words_of_plot(
+    command: Command, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command("plot", url, "trajectories")
+    assert (tmp_path / "trajectories.html").exists()
+    monkeypatch.setenv(cli.STORAGE_VARIABLE, url)
+    command("plot", "trajectories", "-o", "a.json")
+    command("plot", "decays", "trajectories", "-o", "b.json")
+    command("plot", url, "trajectories", "-o", "c.json")
+    command("plot", "--study", "decays", url, "trajectories", "-o", "d.json")
+    found = {(tmp_path / f"{name}.json").read_text() for name in "abcd"}
+    assert len(found) == 1
+    command("plot", "one", "two", "three", "trajectories", status=cli.FAILURE)
+    command("plot", url, "trajectories", "-o", "x.bmp", status=cli.FAILURE)
+    assert ".svg" in command.error
+
+
+def test_plot_what_is_not_there(command: Command, url: str) -> None:
+    command("plot", url, "trajectorys", status=cli.FAILURE)
+    assert "Did you mean trajectories?" in command.error
+    command("plot", url, "plot_hypergradient_norm", status=cli.FAILURE)
+    assert "Did you mean hypergradient-norms?" in command.error
+    command("plot", url, "dekays", "layers", status=cli.FAILURE)
+    assert "Did you mean 'decays'?" in command.error
+    command("plot", url, "layers", "--name", "tre", status=cli.FAILURE)
+    assert "'tree'" in command.error
+    command("plot", url, "trajectories", "--name", "tree", status=cli.FAILURE)
+    assert "whole study" in command.error
+    optuna.create_study(storage=url, study_name="plain").optimize(lambda t: t.number, 2)
+    command("plot", url, "plain", "trajectories", status=cli.FAILURE)
+    assert "optuna.visualization" in command.error
+
+
+def test_both_ways_to_name_storage_and_study(command: Command, url: str) -> None:
+    assert command("show", url) == command("show", "--storage", url, "--study-name", "decays")
+
+
+def test_a_name_that_is_nearly_right(command: Command, url: str, tmp_path: Path) -> None:
+    command("show", url, "--study", "decay", status=cli.FAILURE)
+    assert "Did you mean 'decays'?" in command.error
+    command("export", url, "-o", str(tmp_path / "x"), "--name", "dacay", status=cli.FAILURE)
+    assert "did you mean 'decay'?" in command.error
+
+
+def test_a_tensor_that_retention_has_removed(command: Command, url: str, tmp_path: Path) -> None:
+    study, store = opened(url)
+    gone = next(t.number for t in study.trials if _is_gone(store, t))
+    command("export", url, "-o", str(tmp_path / "x"), "--trial", str(gone), status=cli.FAILURE)
+    assert "retention" in command.error
+    assert not (tmp_path / "x").exists()
+
+
+def _is_gone(store: TensorStore, trial: optuna.trial.FrozenTrial) -> bool:
+    try:
+        store.load(store.pointers(trial, "decay", "value")[0])
+    except ohg.MissingTensorError:
+        return True
+    return False
+
+
+def test_a_database_that_can_only_be_read(command: Command, url: str, tmp_path: Path) -> None:
+    database = tmp_path / "study.db"
+    read_only = f"sqlite:///file:{database}?mode=ro&uri=true"
+    database.chmod(0o444)
+    shown = command("show", read_only)
+    assert shown == command("show", url)
+    command("plot", read_only, "trajectories", "-o", str(tmp_path / "x.json"))
+    command("verify", read_only)
+    database.unlink()
+    command("show", url, status=cli.FAILURE)
+    assert "There is no file" in command.error
+
+
+def in_terminal(columns: int, *arguments: str) -> str:
+    """What the command shows in a terminal of its own."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "optuna_hypergrad", *arguments]
+    with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                more = os.read(leader, 65536)
+            except OSError:  # the other side is closed
+                break
+            if not more:
+                break
+            shown += more
+        assert process.wait() == 0
+    os.close(leader)
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_terminal_of_80_columns_and_a_pipe(url: str, tmp_path: Path) -> None:
+    shown = in_terminal(80, "show", url)
+    widths = [_terminal.columns(line) for line in shown.splitlines()]
+    assert max(widths) <= 80
+    study, _ = opened(url)
+    assert f"{study.best_value:.6g}, trial {study.best_trial.number}" in shown
+    command = [sys.executable, "-m", "optuna_hypergrad", "show", url]
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
+    with open(tmp_path / "file", "w+") as file:
+        subprocess.run(command, stdout=file, check=True, env=environment)
+        file.seek(0)
+        written = file.read()
+    assert 80 < max(_terminal.columns(line) for line in written.splitlines()) <= 100
+
+
+def test_many_studies_fit_into_80_columns(
+    command: Command, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optuna.create_study(storage=url, study_name="another one with a long name")
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = command("show", url).splitlines()
+    assert max(map(_terminal.columns, lines)) <= 80
+    assert any("14" in line and "decays" in line for line in lines)
+
+
+def test_numbers_are_never_cut() -> None:
+    layout = (_terminal.Column("a long title", right=True, least=2), _terminal.Column("x" * 150))
+    (title, row) = _terminal.table(layout, [("123456789", "")])
+    assert row.split() == ["123456789"]
+    assert title.startswith("  a long t…")
+
+
+def test_show_a_study_that_is_written_to(command: Command, url: str) -> None:
+    storage = RDBStorage(url)
+    study = optuna.load_study(
+        study_name="decays", storage=storage, sampler=ohg.HypergradientSampler(seed=0)
+    )
+    seen = []
+
+    def watched(trial: Any) -> Tensor:
+        seen.append(command("show", url))
+        command("verify", url)
+        return objective.__wrapped__(trial)  # type: ignore[attr-defined, no-any-return]
+
+    study.optimize(ohg.differentiable(watched), n_trials=3)
+    storage.engine.dispose()
+    assert [f"{14 + i} complete" in text for i, text in enumerate(seen)] == [True] * 3
+    assert all("1 running" in text for text in seen)
+
+
+def test_help_has_examples_that_are_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("show", "plot", "export", "verify", "sweep", "dashboard"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--help"])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        examples = text.partition("examples:\n")[2].splitlines()
+        assert examples
+        for example in examples:
+            words = shlex.split(example.partition(">")[0])
+            assert words[:2] == ["optuna-hypergrad", name]
+            cli._parser(None).parse_args(words[1:])
+        assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("port", ["-1", "x", "70000"])
+def test_a_port_that_is_none(command: Command, url: str, port: str) -> None:
+    command("dashboard", url, f"--port={port}", status=cli.FAILURE)
+    assert "no port" in command.error
+
+
+def test_a_port_that_is_taken(command: Command, url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command("dashboard", url, "--port", port, status=cli.FAILURE)
+        assert "in use" in command.error

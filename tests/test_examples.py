@@ -26,6 +26,8 @@ AT_MOST = {  # objective after a few trials; all start well above it
     "data_mixture": ({"num_steps": 60}, 0.1),  # the share of corrupted text; a third at the start
     "kernel_ridge_loo": ({"num_trials": 15}, 2.5),  # 7.4 at the start; the noise alone is 1
     "kernel_distillation": ({"num_trials": 12}, 0.15),
+    "figures": ({"num_trials": 4}, 0.32),
+    "figures_of_runs": ({"num_trials": 3, "num_steps": 15}, 0.7),
 }
 
 

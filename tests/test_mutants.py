@@ -52,7 +52,9 @@ SKETCHES = "tests/test_sketchy_sgd.py"
 CURVATURE = "tests/test_curvature.py"
 DIFFERENCES = "tests/test_zeroth_order.py"
 BROS = "tests/test_bros.py"
+FIGURES = "tests/test_visualization.py"
 PENALTIES = "tests/test_penalties.py"
+PUBLISHING = "tests/test_publishing.py"
 SINGLE = "tests/test_single_loop.py"
 RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-ridge]"
 
@@ -696,6 +698,48 @@ MUTANTS = [
         "        leaf.grad = None\n",
         "",
         f"{BROS}::test_no_gradient_of_more_than_one_block_lives_at_a_time",
+    ),
+    Mutant(
+        "count hypergradients that a bound holds back",
+        "visualization/_hypergradient_norms.py",
+        "total += 0.0 if held else slope**2",
+        "total += slope**2",
+        f"{FIGURES}::test_norms_are_those_of_the_gradient_in_natural_steps[plotly-minimize]",
+    ),
+    Mutant(
+        "count ties of sample weights in full",
+        "visualization/_sample_weights.py",
+        "(ends - (counts - 1) / 2)",
+        "(ends)",
+        "tests/test_visualization_tensors.py::test_auroc_is_that_of_scikit_learn",
+    ),
+    Mutant(
+        "publish the norm of what a bound holds back",
+        "trial_attributes.py",
+        "norm = torch.linalg.vector_norm(slope.masked_fill(blocked, 0.0), dtype=torch.float64)",
+        "norm = torch.linalg.vector_norm(slope, dtype=torch.float64)",
+        f"{PUBLISHING}::test_norm_leaves_out_what_a_bound_holds_back",
+    ),
+    Mutant(
+        "publish a study as it was before its last trial",
+        "dashboard/publishing.py",
+        "trials[ending[0]] = _optuna.ended(trials[ending[0]], *ending[1:])",
+        "pass",
+        f"{PUBLISHING}::test_note_says_what_the_study_holds",
+    ),
+    Mutant(
+        "put a note in place of the user's",
+        "dashboard/note.py",
+        'return f"{body.rstrip()}\\n\\n{part}" if body.strip() else part',
+        "return part",
+        f"{PUBLISHING}::test_note_of_others_stays",
+    ),
+    Mutant(
+        "load tensors of the step before",
+        "studies/tensors.py",
+        "return _of_trial(study, steps[step], name, store)",
+        "return _of_trial(study, steps[max(step - 1, 0)], name, store)",
+        "tests/test_loading.py::test_a_step_is_one_of_the_same_trajectory[memory]",
     ),
 ]
 

@@ -7,10 +7,13 @@ import line here. The order of the imports is the order in which a storage is of
 from .._registry import registry
 from ._attributes import (
     MAX_ATTRIBUTE_BYTES,
+    REMOVED,
+    change_study_attributes,
     long_attribute,
     set_long_trial_attribute,
     set_study_attribute,
     set_trial_attribute,
+    set_user_attributes,
 )
 from ._database import is_for_threads, unwrap_rdb
 from ._full import is_of_storage, saying_what_has_no_room
@@ -30,6 +33,7 @@ from .tensor_store import TensorStore
 __all__ = [
     "MAX_ATTRIBUTE_BYTES",
     "REGISTRY",
+    "REMOVED",
     "AbstractArtifactStore",
     "AtomicFileSystemArtifactStore",
     "MemoryArtifactStore",
@@ -40,6 +44,7 @@ __all__ = [
     "SweepReport",
     "TensorStore",
     "VerifyReport",
+    "change_study_attributes",
     "checkpoint_attributes",
     "claim_waiting_trial",
     "default_artifact_store",
@@ -56,6 +61,7 @@ __all__ = [
     "set_patience",
     "set_study_attribute",
     "set_trial_attribute",
+    "set_user_attributes",
     "unwrap_rdb",
     "without_password",
 ]

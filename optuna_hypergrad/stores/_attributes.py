@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.storages import BaseStorage
 
 from .._errors import StorageError
+from ._database import transaction
 from ._full import saying_what_has_no_room
+from ._optuna_tables import (
+    lock_study_attributes,
+    plain_rdb,
+    remove_study_attributes,
+    write_attributes,
+    write_study_attributes,
+)
 from ._retrying import retry_while_busy
 
 MAX_ATTRIBUTE_BYTES = 48_000
 """MySQL keeps 65,535 bytes of an attribute and may cut the rest off without a word."""
+
+REMOVED = object()
+_PATIENCE = 5.0
+"""Seconds that a write may wait without which a study is none the worse."""
 
 MAX_KEY_LENGTH = 512
 """Optuna's ``key`` columns are VARCHAR(512)."""
@@ -52,6 +64,76 @@ def set_trial_attribute(storage: BaseStorage, trial_id: int, key: str, value: An
     check_attribute(key, value)
     with saying_what_has_no_room(f"The attribute {key!r} of the trial with id {trial_id}"):
         retry_while_busy(lambda: storage.set_trial_system_attr(trial_id, key, value))
+
+
+def set_user_attributes(storage: BaseStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    """Write user attributes of a running trial: in a database, in one transaction.
+
+    Raises:
+        StorageError: if one is too large.
+        UpdateFinishedTrialError: if the trial is not running.
+    """
+    for key, value in attributes.items():
+        check_attribute(key, value)
+    rdb = plain_rdb(storage)
+    if rdb is not None and attributes:
+
+        def write() -> None:
+            with transaction(rdb.engine) as connection:
+                write_attributes(connection, trial_id, attributes, "user")
+
+        retry_while_busy(write, _PATIENCE, _PATIENCE)
+        return
+    for key, value in attributes.items():
+        storage.set_trial_user_attr(trial_id, key, value)
+
+
+def change_study_attributes(
+    storage: BaseStorage,
+    study_id: int,
+    prefix: str,
+    change: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    instead: Any = None,
+) -> None:
+    """Read system attributes of a study, and set some; in a database, with nothing in between.
+
+    Args:
+        prefix: of their keys.
+        change: from what there is to what shall be, :data:`REMOVED` for nothing: other keys stay as they are.
+        instead: what to write where nothing shall be and the storage cannot remove an attribute.
+
+    Raises:
+        StorageError: if one is too large.
+    """
+    rdb = plain_rdb(storage)
+    if rdb is None:
+        known = {
+            k: v
+            for k, v in storage.get_study_system_attrs(study_id).items()
+            if str(k).startswith(prefix)
+        }
+        wanted = {k: instead if v is REMOVED else v for k, v in change(known).items()}
+        for key, value in _changed(known, wanted).items():
+            storage.set_study_system_attr(study_id, key, value)
+        return
+
+    def write() -> None:
+        with transaction(rdb.engine) as connection:
+            known = lock_study_attributes(connection, study_id, prefix)
+            wanted = change(known)
+            gone = [k for k, v in wanted.items() if v is REMOVED and k in known]
+            changed = _changed(known, {k: v for k, v in wanted.items() if v is not REMOVED})
+            write_study_attributes(connection, study_id, changed, known)
+            remove_study_attributes(connection, study_id, gone)
+
+    retry_while_busy(write, _PATIENCE, _PATIENCE)
+
+
+def _changed(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    found = {k: v for k, v in wanted.items() if k not in known or known[k] != v}
+    for key, value in found.items():
+        check_attribute(key, value)
+    return found
 
 
 def set_long_trial_attribute(

@@ -16,6 +16,7 @@ from ._identity import ATTRIBUTE_PREFIX as UUID_PREFIX
 from ._identity import uuids_in
 from ._optuna_tables import plain_rdb, study_attribute_keys
 from ._pointer import BLOB_PREFIX, Pointer, pointers_in, study_of_blob
+from ._published import PUBLISHED_PREFIX, is_published, listed_in, owner_of
 from ._retention import Retention, Trajectory
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
@@ -110,18 +111,21 @@ def find_gone(storage: BaseStorage, study_id: int, store: AbstractArtifactStore)
 def find_orphans(
     storage: BaseStorage, store: AbstractArtifactStore, min_age: float, exclusive: bool
 ) -> SweepReport:
-    """Blobs older than ``min_age`` seconds to which no trial in ``storage`` refers.
+    """Blobs older than ``min_age`` seconds to which nothing in ``storage`` refers: no trial, and no study that shows
+    artifacts of its best one.
 
     Unless ``exclusive``, only those of studies that are in ``storage``: the others may belong to
     another storage.
     """
     latest = time.time() - min_age
     # Listed before the pointers are read: a blob that gets its pointer meanwhile is no orphan.
-    listed = list(store.stored(BLOB_PREFIX))
+    published = (a for a in store.stored(PUBLISHED_PREFIX) if is_published(a.artifact_id))
+    listed = [*store.stored(BLOB_PREFIX), *published]
     used: set[str] = set()
     unreadable: list[str] = []
     untouchable: set[str] = set()
     for study in storage.get_all_studies():
+        used.update(listed_in(study.system_attrs))
         for trial in storage.get_all_trials(_optuna.study_id_of(study), deepcopy=False):
             for key, value in pointers_in(trial.system_attrs).items():
                 try:
@@ -134,13 +138,13 @@ def find_orphans(
         a
         for a in listed
         if a.artifact_id not in used
-        and (exclusive or study_of_blob(a.artifact_id) in known)
-        and study_of_blob(a.artifact_id) not in untouchable
+        and (exclusive or _owner(a.artifact_id) in known)
+        and _owner(a.artifact_id) not in untouchable
     ]
     orphans = tuple(a for a in unused if a.written <= latest)
     strange: dict[str, list[StoredArtifact]] = {}
     for orphan in orphans:
-        if (owner := study_of_blob(orphan.artifact_id)) not in known:
+        if (owner := _owner(orphan.artifact_id)) not in known:
             strange.setdefault(str(owner), []).append(orphan)
     return SweepReport(
         orphans,
@@ -149,8 +153,13 @@ def find_orphans(
         young=tuple(a for a in unused if a.written > latest),
         min_age=min_age,
         strange={owner: tuple(blobs) for owner, blobs in strange.items()},
-        has_known=any(study_of_blob(a.artifact_id) in known for a in listed),
+        has_known=any(_owner(a.artifact_id) in known for a in listed),
     )
+
+
+def _owner(blob: str) -> str:
+    """The UUID of the study that wrote it."""
+    return owner_of(blob) if is_published(blob) else study_of_blob(blob)
 
 
 def _blob_of(value: Any) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
@@ -22,6 +22,8 @@ from .. import _optuna
 from .._errors import StorageError
 from ._database import read, transaction
 
+Kind = Literal["system", "user"]
+
 try:
     from optuna.storages._cached_storage import _CachedStorage
     from optuna.storages._rdb import models
@@ -29,7 +31,9 @@ try:
     _studies: sa.Table = models.StudyModel.__table__
     _trials: sa.Table = models.TrialModel.__table__
     _attributes: sa.Table = models.TrialSystemAttributeModel.__table__
+    _user_attributes: sa.Table = models.TrialUserAttributeModel.__table__
     _study_attributes: sa.Table = models.StudyUserAttributeModel.__table__
+    _study_system_attributes: sa.Table = models.StudySystemAttributeModel.__table__
     _TABLES_KNOWN = True
 except (ImportError, AttributeError):
     _TABLES_KNOWN = False
@@ -60,15 +64,17 @@ else:
     _LOCKED_TRIAL = (
         sa.select(_trials.c.state).where(_trials.c.trial_id == _trial_id).with_for_update()
     )
-    _ATTRIBUTES = sa.select(_attributes.c.key, _attributes.c.value_json).where(
-        _attributes.c.trial_id == _trial_id, _attributes.c.key.in_(_keys)
-    )
-    _INSERT_ATTRIBUTE = _attributes.insert()
-    _UPDATE_ATTRIBUTE = (
-        _attributes.update()
-        .where(_attributes.c.trial_id == _trial_id, _attributes.c.key == sa.bindparam("of_key"))
-        .values(value_json=sa.bindparam("value"))
-    )
+    _ATTRIBUTES, _INSERT_ATTRIBUTE, _UPDATE_ATTRIBUTE = {}, {}, {}
+    for _kind, _table in {"system": _attributes, "user": _user_attributes}.items():
+        _ATTRIBUTES[_kind] = sa.select(_table.c.key, _table.c.value_json).where(
+            _table.c.trial_id == _trial_id, _table.c.key.in_(_keys)
+        )
+        _INSERT_ATTRIBUTE[_kind] = _table.insert()
+        _UPDATE_ATTRIBUTE[_kind] = (
+            _table.update()
+            .where(_table.c.trial_id == _trial_id, _table.c.key == sa.bindparam("of_key"))
+            .values(value_json=sa.bindparam("value"))
+        )
 
 
 def plain_rdb(storage: BaseStorage) -> RDBStorage | None:
@@ -126,6 +132,43 @@ def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
     return [(int(study_id), str(key)) for study_id, key in rows]
 
 
+def lock_study_attributes(connection: Connection, study_id: int, prefix: str) -> dict[str, Any]:
+    """System attributes of a study whose key starts with ``prefix``; on servers nobody else changes the study
+    until ``connection`` has committed. (SQLite refuses, or has the second one wait.)"""
+    table = _study_system_attributes.c
+    study = sa.select(_studies.c.study_id).where(_studies.c.study_id == study_id)
+    connection.execute(study.with_for_update())
+    found = connection.execute(
+        sa.select(table.key, table.value_json).where(
+            table.study_id == study_id, table.key.startswith(prefix, autoescape=True)
+        )
+    )
+    return {str(key): json.loads(text) for key, text in found}
+
+
+def write_study_attributes(
+    connection: Connection, study_id: int, attributes: Mapping[str, Any], known: Collection[str]
+) -> None:
+    """Set system attributes of a study; those in ``known`` are there already."""
+    table = _study_system_attributes
+    for key, value in attributes.items():
+        text = json.dumps(value)
+        if key in known:
+            mine = (table.c.study_id == study_id) & (table.c.key == key)
+            connection.execute(table.update().where(mine), {"value_json": text})
+        else:
+            row = {"study_id": study_id, "key": key, "value_json": text}
+            connection.execute(table.insert(), row)
+
+
+def remove_study_attributes(connection: Connection, study_id: int, keys: Collection[str]) -> None:
+    """Remove system attributes of a study."""
+    table = _study_system_attributes
+    for key in keys:
+        mine = (table.c.study_id == study_id) & (table.c.key == key)
+        connection.execute(table.delete().where(mine))
+
+
 def find_created_trial(rdb: RDBStorage, study_id: int, key: str, value: Any) -> int | None:
     """Which trial of a study has this system attribute with this value. Not tried again by itself.
 
@@ -159,8 +202,10 @@ def claim_waiting_trial(rdb: RDBStorage, trial_id: int, attributes: Mapping[str,
         return {k: json.loads(text) for k, text in known.items()} == dict(attributes)
 
 
-def write_attributes(connection: Connection, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    """Set system attributes of a running trial, which stays so until ``connection`` has committed.
+def write_attributes(
+    connection: Connection, trial_id: int, attributes: Mapping[str, Any], kind: Kind = "system"
+) -> None:
+    """Set attributes of a running trial, which stays so until ``connection`` has committed.
 
     Raises:
         UpdateFinishedTrialError: if it is not running.
@@ -168,17 +213,19 @@ def write_attributes(connection: Connection, trial_id: int, attributes: Mapping[
     trial = connection.execute(_LOCKED_TRIAL, {"of_trial": trial_id}).first()
     if trial is None or trial.state.is_finished():
         raise UpdateFinishedTrialError(f"Trial {trial_id} is not running any more.")
-    known = _attributes_of(connection, trial_id, attributes)  # no upsert that all databases have
+    known = _attributes_of(connection, trial_id, attributes, kind)  # no upsert is in all databases
     for key, value in attributes.items():
         text = json.dumps(value)
         if key in known:
             mine = {"of_trial": trial_id, "of_key": key, "value": text}
-            connection.execute(_UPDATE_ATTRIBUTE, mine)
+            connection.execute(_UPDATE_ATTRIBUTE[kind], mine)
         else:
             row = {"trial_id": trial_id, "key": key, "value_json": text}
-            connection.execute(_INSERT_ATTRIBUTE, row)
+            connection.execute(_INSERT_ATTRIBUTE[kind], row)
 
 
-def _attributes_of(connection: Connection, trial_id: int, keys: Collection[str]) -> dict[str, str]:
-    found = connection.execute(_ATTRIBUTES, {"of_trial": trial_id, "keys": list(keys)})
+def _attributes_of(
+    connection: Connection, trial_id: int, keys: Collection[str], kind: Kind = "system"
+) -> dict[str, str]:
+    found = connection.execute(_ATTRIBUTES[kind], {"of_trial": trial_id, "keys": list(keys)})
     return {str(key): text for key, text in found}

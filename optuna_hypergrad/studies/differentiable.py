@@ -12,6 +12,7 @@ import torch
 from optuna.trial import BaseTrial
 
 from .. import _optuna
+from .._counting import counting
 from .._errors import HypergradError, HyperparameterError, ObjectiveError, SolverError
 from .._typing import Params
 from ..stores import is_of_storage
@@ -55,7 +56,8 @@ def differentiable(objective: Objective | None = None, *, allow_unused: bool = F
             return own.backward(objective(own, *args, **kwargs))
         try:
             try:
-                return own.backward(objective(own, *args, **kwargs), allow_unused=allow_unused)
+                with counting():
+                    return own.backward(objective(own, *args, **kwargs), allow_unused=allow_unused)
             except SolverError as error:
                 if own.sampler is None:
                     raise

@@ -113,7 +113,7 @@ def summarize(study: Study, stored: Mapping[str, object]) -> StudySummary:
     trajectories: list[TrajectorySummary] = []
     if not _optuna.is_multi_objective(study):
         try:
-            trajectories = _trajectories(_optuna.sign_of(study), trials, problems.append)
+            trajectories = trajectories_of(_optuna.sign_of(study), trials, problems.append)
         except Exception as error:  # attributes may hold anything
             problems.append(
                 f"Its trajectories cannot be read ({type(error).__name__}: {error}): an attribute that "
@@ -141,9 +141,14 @@ def _best(study: Study) -> FrozenTrial | None:
         return None
 
 
-def _trajectories(
+def trajectories_of(
     sign: float, trials: Sequence[FrozenTrial], say: Callable[[str], None]
 ) -> list[TrajectorySummary]:
+    """Those of all trials of a study, by number.
+
+    Args:
+        say: Is told of each trial that is left out, and why.
+    """
     ledger, race = Ledger(sign, say), Race()
     ledger.sync(trials)
     workers: dict[int, list[Worker]] = {}

@@ -15,11 +15,12 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from .. import _optuna
+from .._counting import Count
 from .._typing import Params
 from ..stores import TensorStore
 from .events import CLAIM, Claim, write_event
 from .leases import abandoned, is_abandoned
-from .points import Definition
+from .points import Definition, PointSpace
 from .proposals import Proposer
 from .racing import Race
 from .trajectory import MAX_CUT_OFF, Cursor, Ledger, Trajectory
@@ -44,6 +45,9 @@ class Plan:
         distributions: Of ``values``.
         tensors: Values of tensors, external and flat.
         proposer: The base sampler in front of what it may see.
+        count: What its hypergradient took.
+        place: The trajectory that it was a step of, and which, once it has ended.
+        space: The hyperparameters that it moved, once it has ended.
     """
 
     claim: Claim | None = None
@@ -62,6 +66,9 @@ class Plan:
     committed: bool = False
     void: bool = False
     cursor: Cursor | None = None
+    count: Count | None = None
+    place: tuple[int, int] | None = None
+    space: PointSpace | None = None
 
     def definitions_of_tensors(self) -> dict[str, Definition]:
         return {n: d for n, d in self.definitions.items() if d.kind != "float"}

@@ -191,6 +191,7 @@ class Recorder:
         parent = None if trajectory is None else claim.parent
         opened = {k: d.to_json() for k, d in tensors.items()} if trajectory is None else {}
         step = 0 if trajectory is None else len(trajectory.steps)
+        plan.place, plan.space = (identity, step), space
         stored = {} if value is None else self._values(plan, space)
         slope = self._slope(memory, space, gradient, number)
         missing = [f for f in self._flat(space) if f not in plan.tensor_gradient]

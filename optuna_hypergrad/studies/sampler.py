@@ -37,6 +37,7 @@ from .racing import Race
 from .recording import Recorder
 from .stored_state import LostTrajectoryError
 from .succession import keep_given_params, succeed
+from .telling import attributes_of
 from .trajectory import Ledger
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class HypergradientSampler(BaseSampler):
         max_steps: int | None = None,
         patience: int | None = None,
         lease: float | None = 120.0,
+        publish: bool = True,
     ) -> None:
         if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
             raise TypeError(
@@ -161,6 +163,8 @@ class HypergradientSampler(BaseSampler):
             raise ValueError(
                 f"lease={lease!r} must be a positive number of seconds, math.inf or None."
             )
+        if not isinstance(publish, bool):
+            raise ValueError(f"publish={publish!r} must be True or False.")
         if seed is not None and (type(seed) is not int or seed < 0):
             raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
         if base_sampler is None:
@@ -173,6 +177,7 @@ class HypergradientSampler(BaseSampler):
         drawn = secrets.randbits(31) if drawn is None else drawn
         self._planner = Planner(pristine, drawn, race, start)
         self._leases = LeaseKeeper(lease)
+        self.publishes = publish
         if isinstance(tensor_store, (str, os.PathLike)):
             tensor_store = AtomicFileSystemArtifactStore(tensor_store)
         self._tensor_store = tensor_store
@@ -298,7 +303,10 @@ class HypergradientSampler(BaseSampler):
                 )
                 if plan.proposer is not None:
                     plan.proposer.finish(state, values)
-                return
+        if self.publishes:
+            self._tell(study, trial, plan, state, values)
+        if claim is not None:
+            return
         self._base.after_trial(study, trial, state, values)
         if state == TrialState.COMPLETE and continuous_names(trial):
             memory.say_once(
@@ -307,6 +315,21 @@ class HypergradientSampler(BaseSampler):
                 f"{type(self._base).__name__}. Decorate the objective with @differentiable, or call "
                 "report_hypergradient(trial, {...}).",
             )
+
+    def _tell(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        plan: Plan,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        from ..dashboard.publishing import (
+            PUBLISHER,  # a face: it looks at studies, and not they at it
+        )
+
+        PUBLISHER.tell_trial(study, trial, attributes_of(plan, trial, _optuna.sign_of(study)))
+        PUBLISHER.tell_study(study, (trial.number, state, values), self.store_of)
 
     # What DifferentiableTrial and report_hypergradient need.
 

@@ -12,6 +12,7 @@ from optuna.trial import BaseTrial, FixedTrial, FrozenTrial
 from torch import Tensor
 
 from .. import _optuna
+from .._counting import current_count
 from .._errors import HyperparameterError, ObjectiveError, RequirementError
 from .._typing import Params
 from ..stores import TensorStore
@@ -197,6 +198,7 @@ class DifferentiableTrial(Suggesting, optuna.Trial):
         definitions = self._leaves.definitions
         floats = {n: float(g) for n, g in gradient.items() if _kind(definitions, n) == "float"}
         tensors = {n: g for n, g in gradient.items() if n not in floats}
+        self._plan(sampler).count = current_count()
         sampler.receive(self.study, _optuna.frozen_of(self), floats, tensors)
 
     def _plan(self, sampler: HypergradientSampler) -> Plan:
