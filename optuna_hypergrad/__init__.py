@@ -100,6 +100,8 @@ from .studies import (
 from .two_stage import FineTuning, two_stage
 
 if TYPE_CHECKING:
+    from .sklearn_adapters import HypergradientClassifier as HypergradientClassifier
+    from .sklearn_adapters import HypergradientRegressor as HypergradientRegressor
     from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
 
 __version__ = "0.1.0.dev0"
@@ -107,10 +109,10 @@ __version__ = "0.1.0.dev0"
 
 def __getattr__(name: str) -> object:
     """scikit-learn's side, imported where it is used: it takes a second."""
-    if name == "HypergradientSearchCV":
-        from .sklearn_adapters import HypergradientSearchCV
+    if name in ("HypergradientClassifier", "HypergradientRegressor", "HypergradientSearchCV"):
+        from . import sklearn_adapters
 
-        return HypergradientSearchCV
+        return getattr(sklearn_adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

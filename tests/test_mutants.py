@@ -718,6 +718,13 @@ MUTANTS = [
         "if kept is None:",
         "tests/test_sklearn_adapters.py::test_data_and_weights_have_slopes_too[KernelRidge-rbf]",
     ),
+    Mutant(
+        "judge a network's hyperparameters by the samples that guide them",
+        "sklearn_adapters/_network_estimator.py",
+        "guide, judge = held[first], held[second]",
+        "guide, judge = held, held",
+        "tests/test_sklearn_networks.py::test_those_that_judge_are_not_those_that_guide",
+    ),
 ]
 
 
