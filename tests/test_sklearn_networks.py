@@ -126,7 +126,7 @@ def test_wrong_labels_get_small_weights_from_data_that_can_be_trusted() -> None:
     assert weights.shape == (300,)
     assert roc_auc_score(~wrong, weights) > 0.9
     losses = [log_loss(y[450:], m.predict_proba(x[450:])) for m in (tuned, plain)]
-    assert losses[0] < 0.6 * losses[1]
+    assert losses[0] < 0.8 * losses[1]
     assert 0 <= tuned.validation_indices_.min() <= tuned.validation_indices_.max() < 150
 
 
