@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/sklearn_search.py [--rows NAME ...] [--methods NAME ...] [--seeds 3] [--report]
 
 Every method runs once per seed, on one thread, on the same folds and ranges, with its own defaults; the loss of what it has
-found so far is measured by exact fits, outside of its time. What has been run is in ``results/sklearn_search.json`` and is not run
+found so far is measured outside of its time. What has been run is in ``results/sklearn_search.json`` and is not run
 again; ``results/sklearn_search.md`` is written from it. Twenty minutes on one core.
 """
 
@@ -67,21 +67,27 @@ class Clock:
         self.row, self.target = row, target
         self.best, self.found, self.fits = np.inf, False, 0
         self.hit: dict[str, float] = {}
-        self._value, self._out, self._start = np.inf, 0.0, time.process_time()
+        self._value, self._out, self._start = float("inf"), 0.0, time.process_time()
 
     @property
     def seconds(self) -> float:
         return time.process_time() - self._start - self._out
 
     def note(self, value: float, params: dict[str, Any]) -> None:
-        """``params`` have the (own) loss ``value``; the best of them is what the method would give."""
+        """``params`` have the loss ``value`` by the method's own fits; the best of them is what it would give.
+
+        Iterative solvers of scikit-learn stop early, which may be better or worse: the lower of that loss and that of exact
+        fits counts.
+        """
         self.fits += NUM_FOLDS
-        if not value < self._value:
+        if value >= self._value and self.found:
             return
+        self.found = True
         self._value, now = value, self.seconds
         began = time.process_time()
         with torch.no_grad():
-            self.best = float(self.row.loss({k: params[k] for k in self.row.space}))
+            exact = float(self.row.loss({k: params[k] for k in self.row.space}))
+        self.best = min(exact, value) if np.isfinite(value) else exact
         self._out += time.process_time() - began
         if not self.hit and self.best <= self.target * (1 + CLOSE):
             self.hit = {"seconds": now, "fits": self.fits}
@@ -157,7 +163,7 @@ def specialized(row: Row, clock: Clock, seed: int) -> None:
     name = next(k for k, r in ROWS.items() if r is row)
     model = SPECIALIZED[name](row).fit(*row.data)
     params = {k: np.ravel(getattr(model, f"{k}_"))[0] for k in row.space}
-    clock.note(0.0, params)
+    clock.note(np.inf, params)
 
 
 METHODS: dict[str, Callable[[Row, Clock, int], None]] = {
@@ -225,7 +231,8 @@ def report() -> None:
         "known, 5 folds, medians over 3 seeds (grid searches and scikit-learn's own `...CV` estimators have none). `+x %`: the gap at",
         "the end of its run, and the seconds that took. Specialized: RidgeCV, LassoCV, ElasticNetCV, LogisticRegressionCV, whole fits;",
         "RidgeCV leaves out one sample at a time.",
-        "All on the same folds and ranges (`sklearn_rows.py`); losses are measured by exact fits. By `sklearn_search.py`.",
+        "All on the same folds and ranges (`sklearn_rows.py`). What counts is the lower of the loss of the method's own fits (iterative",
+        "solvers stop early) and that of exact ones. By `sklearn_search.py`.",
         "",
         "| task (hyperparameters) | " + " | ".join(METHODS) + " | whole fit of ours |",
         "|---" * (len(METHODS) + 2) + "|",
