@@ -24,6 +24,8 @@ from sklearn.utils.estimator_checks import check_estimator
 from optuna_hypergrad.closed_form import ridge
 from optuna_hypergrad.sklearn_adapters import REGISTRY, HypergradientSearchCV, adapter_of
 from optuna_hypergrad.sklearn_adapters._adapter import Fold, tensor
+from optuna_hypergrad.sklearn_adapters._machines import classifier_start
+from optuna_hypergrad.sklearn_adapters._support_vectors import Machine, solved
 
 CD: dict[str, Any] = {"tol": 1e-14, "max_iter": 100_000}
 LIBSVM: dict[str, Any] = {"tol": 1e-10}
@@ -344,3 +346,76 @@ def test_classes_that_a_fold_does_not_have_are_declined(estimator: Any) -> None:
         said = adapter.reason_to_decline(estimator, y, [(np.arange(train), ten + test * 2)])
         assert said is not None
         assert reason in said
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("estimator", "vector"),
+    [
+        (KernelRidge(kernel="rbf", gamma=0.1, alpha=0.5), False),
+        (KernelRidge(kernel="rbf", gamma=0.1, alpha=np.array([0.1, 2.0])), True),
+        (KernelRidge(kernel="sigmoid", gamma=0.01, alpha=np.array([7.0, 9.0])), True),
+        (Lasso(alpha=0.05, **CD), False),
+        (ElasticNet(alpha=0.1, l1_ratio=0.3, **CD), False),
+    ],
+    ids=lambda v: None if isinstance(v, bool) else type(v).__name__,
+)
+def test_several_targets(estimator: Any, vector: bool, weighted: bool) -> None:
+    case = Case(estimator, ("alpha",))
+    fold = fold_of(case, weighted)
+    fold = replace(
+        fold,
+        y_train=np.stack([fold.y_train, fold.y_train**2], 1),
+        y_test=np.stack([fold.y_test, fold.y_test**2], 1),
+    )
+    alpha = torch.as_tensor(estimator.alpha, dtype=torch.float64).requires_grad_(True)
+    adapter = adapter_of(estimator)
+    assert adapter is not None
+    predicted, target = adapter.predict(estimator, {"alpha": alpha}, fold, {})
+    assert predicted.shape == target.shape == fold.y_test.shape
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Singular matrix")
+        expected = by_scikit_learn(case, {} if vector else {"alpha": alpha.log()}, fold)
+    assert predicted.detach().numpy() == pytest.approx(expected, rel=1e-7, abs=1e-8)
+    (slope,) = torch.autograd.grad(predicted.sum(), alpha)
+    assert bool((slope.abs() > 1e-6).all())
+
+
+@pytest.mark.parametrize("gamma", [1e-6, 1e-2, 10.0])
+@pytest.mark.parametrize("most", [1e-3, 1.0, 1e4])
+def test_machines_are_optimal_where_samples_repeat_and_kernels_are_nearly_singular(
+    gamma: float, most: float
+) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 3))
+    x[30:40] = x[:10]
+    y = np.where(x[:, 0] + 0.5 * rng.normal(size=60) > 0, 1.0, -1.0)
+    kernel = torch.as_tensor(np.exp(-gamma * ((x[:, None] - x[None]) ** 2).sum(2)))
+    sign = torch.as_tensor(y)
+    bound = most * sign
+    machine = Machine(kernel, np.arange(60), sign, bound.clamp(max=0), bound.clamp(min=0))
+    beta, b, _ = solved(machine, classifier_start(machine))
+    assert abs(float(beta.sum())) < 1e-8 * most
+    assert bool((beta >= machine.low - 1e-9 * most).all())
+    assert bool((beta <= machine.high + 1e-9 * most).all())
+    left = sign - kernel @ beta - b
+    slack = 1e-6 * (1 + float((kernel.abs() @ beta.abs()).max()))
+    at_low, at_high = beta <= machine.low + 1e-9 * most, beta >= machine.high - 1e-9 * most
+    assert bool((left[~at_low] >= -slack).all())
+    assert bool((left[~at_high] <= slack).all())
+
+
+def test_more_features_than_samples_in_a_linear_machine() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 90))
+    y = np.where(x[:, 0] > 0, "a", "b")
+    fold = Fold(tensor(x[:30]), y[:30], tensor(x[30:]), y[30:], None, tensor(np.full(10, 0.1)))
+    case = Case(LinearSVC(C=0.3, tol=1e-9, max_iter=100_000), ("C",))
+    log = log_params(case)
+    slope = torch.autograd.grad(loss_of(case, log, fold, {}), log["C"])[0]
+    ahead, behind = (
+        float(loss_of(case, {"C": log["C"].detach() + h}, fold, {}).detach()) for h in (1e-5, -1e-5)
+    )
+    assert float(slope) == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+    predicted, _ = adapter_of(case.estimator).predict(case.estimator, {}, fold, {})  # type: ignore[union-attr]
+    assert predicted[:, 0].numpy() == pytest.approx(by_scikit_learn(case, log, fold), abs=1e-6)
