@@ -179,7 +179,7 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
             weights[torch.as_tensor(inside, device=device)] = lam[SAMPLES]
             lam[SAMPLES] = weights
         final = train_anew(network, everything, lam, schedule, steps, seed)
-        module.load_state_dict(final, strict=False)
+        module.load_state_dict({**module.state_dict(), **final})
         self.module_ = module.cpu()
         if SAMPLES in lam:
             lam[SAMPLES] = lam[SAMPLES][:num_own]
@@ -230,9 +230,11 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         check_is_fitted(self, "module_")
         X = validate_data(self, X, dtype=np.float64, reset=False)
         x = self._inputs(X)
-        state = {k: v.to(x.device) for k, v in self.module_.state_dict().items()}
+        module = self.module_
+        kept = (*module.named_parameters(), *module.named_buffers())
+        state = {k: v.to(x.device) for k, v in kept}
         with torch.no_grad():
-            found: Tensor = torch.func.functional_call(self.module_, state, (x,))
+            found: Tensor = torch.func.functional_call(module, state, (x,))
         return found.double().cpu()
 
     @abc.abstractmethod
