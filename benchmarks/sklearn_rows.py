@@ -88,8 +88,9 @@ class Row:
         ]
         return torch.stack(losses).mean()
 
-    def best_known(self, num_starts: int = 12) -> float:
+    def best_known(self) -> float:
         """By L-BFGS-B along exact gradients from many starts, for each choice."""
+        num_starts = 12 if len(self.space) > 1 else 2
         floats = {k: d for k, d in self.space.items() if isinstance(d, FloatDistribution)}
         choices = [{k: c} for k, d in self.space.items() if k not in floats for c in d.choices] or [
             {}

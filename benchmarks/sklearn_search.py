@@ -1,10 +1,10 @@
 """Fits and CPU seconds of searches over scikit-learn estimators, to within 0.1 % of the best loss that is known.
 
-    OMP_NUM_THREADS=1 python benchmarks/sklearn_search.py [--rows NAME ...] [--methods NAME ...] [--seeds 3] [--report]
+    OMP_NUM_THREADS=1 python benchmarks/sklearn_search.py [--rows NAME ...] [--methods NAME ...] [--seeds 3] [--again] [--report]
 
 Every method runs once per seed, on one thread, on the same folds and ranges, with its own defaults; the loss of what it has
 found so far is measured outside of its time. What has been run is in ``results/sklearn_search.json`` and is not run
-again; ``results/sklearn_search.md`` is written from it. Twenty minutes on one core.
+again (but for ``--again``); ``results/sklearn_search.md`` is written from it. Twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def run(names: list[str], methods: list[str], num_seeds: int) -> None:
+def run(names: list[str], methods: list[str], num_seeds: int, again: bool) -> None:
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     for name in names:
         row, entry = ROWS[name], stored.setdefault(name, {"runs": {}})
@@ -196,7 +196,7 @@ def run(names: list[str], methods: list[str], num_seeds: int) -> None:
                 continue
             for seed in range(1 if method in WITHOUT_SEED else num_seeds):
                 key = f"{method} {seed}"
-                if key in entry["runs"]:
+                if key in entry["runs"] and not again:
                     continue
                 clock = Clock(row, entry["best"])
                 METHODS[method](row, clock, seed)
@@ -253,10 +253,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="write the table of what was run")
+    parser.add_argument("--again", action="store_true", help="run what has been run before, too")
     options = parser.parse_args()
     if not options.report:
         with quiet():
-            run(options.rows, options.methods, options.seeds)
+            run(options.rows, options.methods, options.seeds, options.again)
     report()
 
 

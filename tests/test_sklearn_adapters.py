@@ -419,3 +419,27 @@ def test_more_features_than_samples_in_a_linear_machine() -> None:
     assert float(slope) == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
     predicted, _ = adapter_of(case.estimator).predict(case.estimator, {}, fold, {})  # type: ignore[union-attr]
     assert predicted[:, 0].numpy() == pytest.approx(by_scikit_learn(case, log, fold), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_hypergradients_are_those_of_scikit_learns_own_fits(case: Case) -> None:
+    """To what its tolerances leave of a central difference."""
+    fold, log = fold_of(case, weighted=True), log_params(case)
+    adapter = adapter_of(case.estimator)
+    assert adapter is not None
+    slopes = torch.autograd.grad(loss_of(case, log, fold, {}), list(log.values()))
+    target = adapter.predict(case.estimator, {k: v.exp() for k, v in log.items()}, fold, {})[1]
+    function = adapter.followed_loss(None).function
+
+    def loss(logs: dict[str, torch.Tensor]) -> float:
+        found = torch.as_tensor(by_scikit_learn(case, logs, fold))
+        if isinstance(case.estimator, (SVC, LinearSVC)):
+            found = found.reshape(len(target), -1)
+            sign = -1 if isinstance(case.estimator, SVC) and found.shape[1] > 1 else 1
+            found = sign * found
+        return float(function(found, target, fold.test_weights))
+
+    for (name, value), slope in zip(log.items(), slopes, strict=True):
+        h = 1e-3
+        ahead, behind = (loss({**log, name: value.detach() + s}) for s in (h, -h))
+        assert float(slope) == pytest.approx((ahead - behind) / (2 * h), rel=2e-3)
