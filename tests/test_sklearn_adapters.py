@@ -63,7 +63,7 @@ CASES = [
     Case(ElasticNet(alpha=0.1, l1_ratio=0.4, **CD), ("alpha", "l1_ratio")),
     Case(SVC(C=0.7, gamma=0.05, **LIBSVM), ("C", "gamma"), 1e-6, data=load_breast_cancer),
     Case(SVC(C=2.0, gamma=0.3, **LIBSVM), ("C", "gamma"), 1e-6, data=load_iris, label="classes"),
-    Case(SVC(C=3.0, class_weight="balanced", **LIBSVM), ("C",), 1e-6, data=load_iris, label="balanced"),
+    Case(SVC(C=3.0, class_weight={0: 1.0, 1: 2.0, 2: 0.3}, **LIBSVM), ("C",), 1e-6, data=load_iris, label="weighted-classes"),
     Case(SVC(kernel="linear", C=0.05, **LIBSVM), ("C",), 1e-6, data=load_breast_cancer),
     Case(SVC(kernel="poly", C=0.5, coef0=1.0, degree=2, **LIBSVM), ("C", "gamma"), 1e-6, data=load_breast_cancer),
     Case(LinearSVC(C=0.03, **CD), ("C",), 1e-6, data=load_breast_cancer),
@@ -315,6 +315,7 @@ def test_searches_follow_them(estimator: Any, scoring: str | None, followed: str
         (SVC(kernel="poly", coef0=-1.0), "coef0=-1.0"),
         (SVR(epsilon=0.0), "epsilon=0.0"),
         (LinearSVC(loss="hinge"), "loss='hinge'"),
+        (LinearSVC(class_weight="balanced"), "class_weight='balanced'"),
     ],
     ids=lambda v: None if isinstance(v, str) else repr(v),
 )
@@ -341,9 +342,9 @@ def test_classes_that_a_fold_does_not_have_are_declined(estimator: Any) -> None:
     adapter = adapter_of(estimator)
     assert adapter is not None
     y = np.repeat([0, 1, 2], 10)
-    ten = np.arange(10)
-    for train, test, reason in ((20, 10, "not trained on"), (10, 0, "one class only")):
-        said = adapter.reason_to_decline(estimator, y, [(np.arange(train), ten + test * 2)])
+    test = np.arange(20, 30)
+    for num_train, reason in ((20, "not trained on every class"), (10, "one class only")):
+        said = adapter.reason_to_decline(estimator, y, [(np.arange(num_train), test)])
         assert said is not None
         assert reason in said
 

@@ -10,7 +10,6 @@ import torch
 from optuna.distributions import FloatDistribution
 from sklearn.base import BaseEstimator
 from sklearn.svm import LinearSVC
-from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from .._errors import SolverError
@@ -36,7 +35,12 @@ class LinearSVCAdapter(AbstractAdapter):
     def reason_to_decline(
         self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]
     ) -> str | None:
-        for name, adapted in (("penalty", "l2"), ("loss", "squared_hinge"), ("multi_class", "ovr")):
+        for name, adapted in (
+            ("penalty", "l2"),
+            ("loss", "squared_hinge"),
+            ("multi_class", "ovr"),
+            ("class_weight", None),
+        ):
             value = getattr(estimator, name)
             if value != adapted:
                 return f"LinearSVC({name}={value!r:.60}) is not adapted"
@@ -57,11 +61,8 @@ class LinearSVCAdapter(AbstractAdapter):
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         classes, labels = np.unique(fold.y_train, return_inverse=True)
-        importance = compute_class_weight(estimator.class_weight, classes=classes, y=fold.y_train)
         c = params.get("C", torch.tensor(float(estimator.C), dtype=torch.float64))
-        most = c * torch.as_tensor(importance[labels])
-        if fold.weights is not None:
-            most = most * fold.weights
+        most = c * (fold.x_train.new_ones(len(labels)) if fold.weights is None else fold.weights)
         scaling = [float(estimator.intercept_scaling)] * int(estimator.fit_intercept)
         x_train, x_test = (
             torch.cat([x, x.new_tensor(scaling).expand(len(x), -1)], 1)
