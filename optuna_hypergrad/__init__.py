@@ -101,6 +101,8 @@ from .two_stage import FineTuning, two_stage
 
 if TYPE_CHECKING:
     from . import visualization as visualization
+    from .sklearn_adapters import HypergradientClassifier as HypergradientClassifier
+    from .sklearn_adapters import HypergradientRegressor as HypergradientRegressor
     from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
 
 __version__ = "0.1.0.dev0"
@@ -112,10 +114,10 @@ def __getattr__(name: str) -> object:
         import importlib
 
         return importlib.import_module(".visualization", __name__)
-    if name == "HypergradientSearchCV":
-        from .sklearn_adapters import HypergradientSearchCV
+    if name in ("HypergradientClassifier", "HypergradientRegressor", "HypergradientSearchCV"):
+        from . import sklearn_adapters
 
-        return HypergradientSearchCV
+        return getattr(sklearn_adapters, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -741,6 +741,34 @@ MUTANTS = [
         "return _of_trial(study, steps[max(step - 1, 0)], name, store)",
         "tests/test_loading.py::test_a_step_is_one_of_the_same_trajectory[memory]",
     ),
+    Mutant(
+        "take support vectors at their bounds for fixed",
+        "sklearn_adapters/_support_vectors.py",
+        "held = torch.where(mask, torch.as_tensor(beta), bound)",
+        "held = torch.where(mask, torch.as_tensor(beta), bound.detach())",
+        "tests/test_sklearn_adapters.py::test_hypergradients_are_those_of_refits[SVC-rbf-False]",
+    ),
+    Mutant(
+        "forget the squares in the elastic net",
+        "sklearn_adapters/_sparse_linear.py",
+        "slope = slope + l1 * torch.sign(w) + l2 * w",
+        "slope = slope + l1 * torch.sign(w) + (l2 * w).detach()",
+        "tests/test_sklearn_adapters.py::test_hypergradients_are_those_of_refits[ElasticNet-plain-False]",
+    ),
+    Mutant(
+        "remember distances of samples that have moved",
+        "sklearn_adapters/_kernels.py",
+        "if kept is None or any(a is not b for a, b in zip(kept[0], given, strict=True)):",
+        "if kept is None:",
+        "tests/test_sklearn_adapters.py::test_data_and_weights_have_slopes_too[KernelRidge-rbf]",
+    ),
+    Mutant(
+        "judge a network's hyperparameters by the samples that guide them",
+        "sklearn_adapters/_network_estimator.py",
+        "guide, judge = held[first], held[second]",
+        "guide, judge = held, held",
+        "tests/test_sklearn_networks.py::test_those_that_judge_are_not_those_that_guide",
+    ),
 ]
 
 

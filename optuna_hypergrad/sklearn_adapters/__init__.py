@@ -2,6 +2,7 @@
 
 from ._adapter import AbstractAdapter, Fold, FollowedLoss
 from .adapters import REGISTRY, LogisticRegressionAdapter, RidgeAdapter, adapter_of
+from .network import HypergradientClassifier, HypergradientRegressor
 from .search import HypergradientSearchCV
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "AbstractAdapter",
     "Fold",
     "FollowedLoss",
+    "HypergradientClassifier",
+    "HypergradientRegressor",
     "HypergradientSearchCV",
     "LogisticRegressionAdapter",
     "RidgeAdapter",

@@ -58,3 +58,19 @@ def regression_loss(scoring: Any) -> FollowedLoss:
 def classification_loss(scoring: Any) -> FollowedLoss:
     """Of a classifier that predicts log probabilities ``(m, k)`` for classes ``(m,)``: the log loss."""
     return FollowedLoss("log loss", scoring == "neg_log_loss", _log_loss)
+
+
+def _smoothed_hinge(decisions: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """``max(0, 1 - t f)``, quadratic where it is below 1; the mean over the decisions ``(m, d)`` that concern a sample.
+
+    Reference: Rennie & Srebro (2005), "Loss functions for preference levels".
+    """
+    shortfall = (1 - target * decisions).clamp(min=0)
+    each = huber_loss(shortfall, shortfall.new_zeros(()).expand_as(shortfall), reduction="none")
+    concerned = target.abs()
+    return weights @ ((each * concerned).sum(1) / concerned.sum(1))
+
+
+def margin_loss() -> FollowedLoss:
+    """Of a classifier that predicts decisions ``(m, d)`` for signs ``(m, d)``, 0 where one does not concern a sample."""
+    return FollowedLoss("smoothed hinge", False, _smoothed_hinge)

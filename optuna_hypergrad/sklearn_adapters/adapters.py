@@ -8,8 +8,14 @@ from sklearn.base import BaseEstimator
 
 from .._registry import registry
 from ._adapter import AbstractAdapter
+from .elastic_net import ElasticNetAdapter
+from .kernel_ridge import KernelRidgeAdapter
+from .lasso import LassoAdapter
+from .linear_svc import LinearSVCAdapter
 from .logistic_regression import LogisticRegressionAdapter
 from .ridge import RidgeAdapter
+from .svc import SVCAdapter
+from .svr import SVRAdapter
 
 REGISTRY = registry(AbstractAdapter, globals())  # type: ignore[type-abstract]
 _BY_TYPE: dict[type[Any], type[AbstractAdapter]] = {a.type: a for a in REGISTRY.values()}
@@ -25,4 +31,16 @@ def known_types() -> list[str]:
     return sorted(t.__name__ for t in _BY_TYPE)
 
 
-__all__ = ["REGISTRY", "LogisticRegressionAdapter", "RidgeAdapter", "adapter_of", "known_types"]
+__all__ = [
+    "REGISTRY",
+    "ElasticNetAdapter",
+    "KernelRidgeAdapter",
+    "LassoAdapter",
+    "LinearSVCAdapter",
+    "LogisticRegressionAdapter",
+    "RidgeAdapter",
+    "SVCAdapter",
+    "SVRAdapter",
+    "adapter_of",
+    "known_types",
+]

@@ -1,0 +1,266 @@
+"""Fits and CPU seconds of searches over scikit-learn estimators, to within 0.1 % of the best loss that is known.
+
+    OMP_NUM_THREADS=1 python benchmarks/sklearn_search.py [--rows NAME ...] [--methods NAME ...] [--seeds 3] [--again] [--report]
+
+Every method runs once per seed, on one thread, on the same folds and ranges, with its own defaults; the loss of what it has
+found so far is measured outside of its time. What has been run is in ``results/sklearn_search.json`` and is not run
+again (but for ``--again``); ``results/sklearn_search.md`` is written from it. Twenty minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from scipy.stats import loguniform, uniform
+from sklearn.base import clone
+from sklearn.linear_model import ElasticNetCV, LassoCV, LogisticRegressionCV, RidgeCV
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, cross_val_score
+from sklearn_rows import NUM_FOLDS, ROWS, Row
+from threadpoolctl import threadpool_limits
+
+import optuna_hypergrad as ohg
+
+RESULTS = Path(__file__).parent / "results"
+STORED = RESULTS / "sklearn_search.json"
+OURS = "HypergradientSearchCV"
+CLOSE = 1e-3
+L1_RATIOS = [0.1, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0]
+SPECIALIZED: dict[str, Callable[[Row], Any]] = {
+    "ridge": lambda row: RidgeCV(np.logspace(-3, 5, 100)),
+    "lasso": lambda row: LassoCV(cv=row.splits),
+    "elastic-net": lambda row: ElasticNetCV(l1_ratio=L1_RATIOS, cv=row.splits),
+    "elastic-net-wide": lambda row: ElasticNetCV(l1_ratio=L1_RATIOS, cv=row.splits),
+    **dict.fromkeys(
+        ("logistic-cancer", "logistic-wine", "logistic-digits"),
+        lambda row: LogisticRegressionCV(
+            Cs=25, scoring="neg_log_loss", cv=row.splits, max_iter=1000, l1_ratios=(0.0,), use_legacy_attributes=False
+        ),
+    ),
+}  # fmt: skip
+
+
+def smoothed_hinge(model: Any, x: np.ndarray, y: np.ndarray) -> float:
+    """Minus the loss that stands for classification by margins; two classes."""
+    margin = np.where(y == model.classes_[1], 1.0, -1.0) * model.decision_function(x)
+    short = (1 - margin).clip(min=0.0)
+    return -float(np.where(short < 1, short**2 / 2, short - 0.5).mean())
+
+
+class Clock:
+    """What a method has found after so many CPU seconds; it stands still while a loss is measured."""
+
+    def __init__(self, row: Row, target: float) -> None:
+        self.row, self.target = row, target
+        self.best, self.found, self.fits = np.inf, False, 0
+        self.hit: dict[str, float] = {}
+        self._value, self._out, self._start = float("inf"), 0.0, time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        return time.process_time() - self._start - self._out
+
+    def note(self, value: float, params: dict[str, Any]) -> None:
+        """``params`` have the loss ``value`` by the method's own fits; the best of them is what it would give.
+
+        Iterative solvers of scikit-learn stop early, which may be better or worse: the lower of that loss and that of exact
+        fits counts.
+        """
+        self.fits += NUM_FOLDS
+        if value >= self._value and self.found:
+            return
+        self.found = True
+        self._value, now = value, self.seconds
+        began = time.process_time()
+        with torch.no_grad():
+            exact = float(self.row.loss({k: params[k] for k in self.row.space}))
+        self.best = min(exact, value) if np.isfinite(value) else exact
+        self._out += time.process_time() - began
+        if not self.hit and self.best <= self.target * (1 + CLOSE):
+            self.hit = {"seconds": now, "fits": self.fits}
+
+
+def by_scorer(row: Row, clock: Clock, make: Callable[[Any, Any], Any]) -> None:
+    """A search of scikit-learn's own, seen through its scorer."""
+    score = smoothed_hinge if row.scoring is None else get_scorer(row.scoring)
+    scores: list[float] = []
+
+    def scored(model: Any, x: np.ndarray, y: np.ndarray) -> float:
+        scores.append(score(model, x, y))
+        if len(scores) == NUM_FOLDS:
+            clock.note(-float(np.mean(scores)), model.get_params())
+            scores.clear()
+        return 0.0 if not scores else scores[-1]
+
+    make(clone(row.estimator), scored).set_params(refit=False).fit(*row.data)
+
+
+def grid(row: Row, clock: Clock, seed: int) -> None:
+    points = {k: _points(d, row.grid) for k, d in row.space.items()}
+    by_scorer(row, clock, lambda e, s: GridSearchCV(e, points, scoring=s, cv=row.splits))
+
+
+def _points(distribution: Any, number: int) -> Any:
+    if not isinstance(distribution, FloatDistribution):
+        return list(distribution.choices)
+    spaced = np.geomspace if distribution.log else np.linspace
+    return spaced(distribution.low, distribution.high, number)
+
+
+def randomized(row: Row, clock: Clock, seed: int) -> None:
+    def law(d: Any) -> Any:
+        if not isinstance(d, FloatDistribution):
+            return list(d.choices)
+        return loguniform(d.low, d.high) if d.log else uniform(d.low, d.high - d.low)
+
+    laws = {k: law(d) for k, d in row.space.items()}
+    by_scorer(
+        row, clock, lambda e, s: RandomizedSearchCV(e, laws, n_iter=row.trials, scoring=s, cv=row.splits, random_state=seed)
+    )  # fmt: skip
+
+
+def sampled(row: Row, clock: Clock, sampler: BaseSampler, trials: int) -> None:
+    scoring = smoothed_hinge if row.scoring is None else row.scoring
+
+    def objective(trial: optuna.Trial) -> float:
+        params = {k: trial._suggest(k, d) for k, d in row.space.items()}
+        model = clone(row.estimator).set_params(**params)
+        value = -float(cross_val_score(model, *row.data, scoring=scoring, cv=row.splits).mean())
+        clock.note(value, params)
+        if clock.hit:
+            trial.study.stop()
+        return value
+
+    optuna.create_study(sampler=sampler).optimize(objective, n_trials=trials)
+
+
+def ours(row: Row, clock: Clock, seed: int) -> None:
+    scoring = smoothed_hinge if row.scoring is None else row.scoring
+
+    def note(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if trial.value is not None:
+            clock.note(trial.value, trial.params)
+
+    ohg.HypergradientSearchCV(
+        row.estimator, row.space, scoring=scoring, cv=row.splits, callbacks=[note], random_state=seed
+    ).fit(*row.data)  # fmt: skip
+
+
+def specialized(row: Row, clock: Clock, seed: int) -> None:
+    name = next(k for k, r in ROWS.items() if r is row)
+    model = SPECIALIZED[name](row).fit(*row.data)
+    params = {k: np.ravel(getattr(model, f"{k}_"))[0] for k in row.space}
+    clock.note(np.inf, params)
+
+
+METHODS: dict[str, Callable[[Row, Clock, int], None]] = {
+    OURS: ours,
+    "GridSearchCV": grid,
+    "RandomizedSearchCV": randomized,
+    "TPE": lambda r, c, s: sampled(r, c, TPESampler(seed=s), r.trials),
+    "GP": lambda r, c, s: sampled(r, c, GPSampler(seed=s), r.gp),
+    "specialized": specialized,
+}
+WITHOUT_SEED = ("GridSearchCV", "specialized")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(names: list[str], methods: list[str], num_seeds: int, again: bool) -> None:
+    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    for name in names:
+        row, entry = ROWS[name], stored.setdefault(name, {"runs": {}})
+        if "best" not in entry:
+            entry["best"] = row.best_known()
+        for method in methods:
+            if method == "specialized" and name not in SPECIALIZED:
+                continue
+            for seed in range(1 if method in WITHOUT_SEED else num_seeds):
+                key = f"{method} {seed}"
+                if key in entry["runs"] and not again:
+                    continue
+                clock = Clock(row, entry["best"])
+                METHODS[method](row, clock, seed)
+                entry["runs"][key] = {
+                    "loss": clock.best, "fits": clock.fits, "seconds": clock.seconds, "hit": clock.hit
+                }  # fmt: skip
+                print(name, key, entry["runs"][key], f"best known {entry['best']:.6g}", flush=True)
+                STORED.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def cell(entry: dict[str, Any], method: str) -> str:
+    runs = [r for k, r in entry["runs"].items() if k.rsplit(" ", 1)[0] == method]
+    if not runs:
+        return "-"
+    hits = [r["hit"] for r in runs if r["hit"]]
+    if 2 * len(hits) <= len(runs):
+        gap = statistics.median(r["loss"] for r in runs) / entry["best"] - 1
+        return f"+{100 * gap:.1f} %, {statistics.median(r['seconds'] for r in runs):.2f} s"
+    missed = [{"fits": np.inf, "seconds": np.inf}] * (len(runs) - len(hits))
+    fits, seconds = (statistics.median(h[k] for h in hits + missed) for k in ("fits", "seconds"))
+    if method == "specialized":
+        return f"{seconds:.2f} s"
+    return f"{fits:.0f} / {seconds:.2f} s"
+
+
+def report() -> None:
+    stored = json.loads(STORED.read_text())
+    lines = [
+        "# Searches over scikit-learn estimators",
+        "",
+        "Fits / CPU seconds (one thread) until what a method has found is within 0.1 % of the best cross-validated loss that is",
+        "known, 5 folds, medians over 3 seeds (grid searches and scikit-learn's own `...CV` estimators have none). `+x %`: the gap at",
+        "the end of its run, and the seconds that took. Specialized: RidgeCV, LassoCV, ElasticNetCV, LogisticRegressionCV, whole fits;",
+        "RidgeCV leaves out one sample at a time.",
+        "All on the same folds and ranges (`sklearn_rows.py`). What counts is the lower of the loss of the method's own fits (iterative",
+        "solvers stop early) and that of exact ones. By `sklearn_search.py`.",
+        "",
+        "| task (hyperparameters) | " + " | ".join(METHODS) + " | whole fit of ours |",
+        "|---" * (len(METHODS) + 2) + "|",
+    ]
+    for name, row in ROWS.items():
+        if name in stored:
+            entry = stored[name]
+            whole = [r["seconds"] for k, r in entry["runs"].items() if k.startswith(OURS)]
+            last = f"{statistics.median(whole):.2f} s" if whole else "-"
+            cells = [cell(entry, method) for method in METHODS]
+            lines.append(f"| {row.label} | " + " | ".join([*cells, last]) + " |")
+    (RESULTS / "sklearn_search.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--report", action="store_true", help="write the table of what was run")
+    parser.add_argument("--again", action="store_true", help="run what has been run before, too")
+    options = parser.parse_args()
+    if not options.report:
+        with quiet():
+            run(options.rows, options.methods, options.seeds, options.again)
+    report()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

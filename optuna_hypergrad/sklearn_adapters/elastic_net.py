@@ -1,0 +1,91 @@
+"""The elastic net, by implicit differentiation on its support."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from optuna.distributions import FloatDistribution
+from sklearn.base import BaseEstimator
+from sklearn.linear_model import ElasticNet
+from torch import Tensor
+
+from . import _sparse_linear
+from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
+from ._kernels import remembered, with_zero_slopes
+from ._losses import regression_loss
+
+
+class ElasticNetAdapter(AbstractAdapter):
+    """``sklearn.linear_model.ElasticNet``: ``alpha`` and ``l1_ratio``, one or several targets.
+
+    Fits are exact, and start from the fold's last one. Where ``alpha`` is so large that no feature is left, the loss is that
+    of the mean of the targets, whatever ``alpha``, and its slope is zero.
+
+    Reference: Bertrand et al. (2022), "Implicit differentiation for fast hyperparameter selection in non-smooth convex
+    learning".
+    """
+
+    name: ClassVar[str] = "elastic_net"
+    type: ClassVar[type[BaseEstimator]] = ElasticNet
+    usual: ClassVar[dict[str, FloatDistribution]] = {
+        "alpha": FloatDistribution(1e-4, 1e2, log=True),
+        "l1_ratio": FloatDistribution(0.01, 1.0),
+    }
+
+    def reason_to_decline(
+        self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]
+    ) -> str | None:
+        name = self.type.__name__
+        if not estimator.alpha > 0:
+            return f"{name}(alpha={estimator.alpha!r:.60}) has no penalty"
+        if not estimator.l1_ratio > 0:
+            return f"{name}(l1_ratio={estimator.l1_ratio!r:.60}) is a ridge regression, and smooth: use Ridge"
+        if estimator.positive and y.ndim > 1:
+            return f"{name}(positive=True) is not defined for several targets"
+        if not np.issubdtype(y.dtype, np.number):
+            return f"the targets are {y.dtype}, not numbers"
+        return None
+
+    def followed_loss(self, scoring: Any) -> FollowedLoss:
+        return regression_loss(scoring)
+
+    def predict(
+        self,
+        estimator: BaseEstimator,
+        params: Mapping[str, Tensor],
+        fold: Fold,
+        memory: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        alpha, l1_ratio = (
+            params.get(name, torch.tensor(float(getattr(estimator, name)), dtype=torch.float64))
+            for name in ("alpha", "l1_ratio")
+        )
+        l1, l2 = alpha * l1_ratio, alpha * (1 - l1_ratio)
+        x, y, weights = fold.x_train, tensor(fold.y_train), fold.weights
+        shares = x.new_full((len(x),), 1 / len(x)) if weights is None else weights / weights.sum()
+        columns = y.unsqueeze(1) if y.dim() == 1 else y
+        intercept, predicted = estimator.fit_intercept, []
+        for k, target in enumerate(columns.unbind(1)):
+            make = functools.partial(
+                _sparse_linear.Centered.of, x.detach(), target, shares.detach(), intercept
+            )
+            data = remembered(memory, f"data {k}", (x, weights, fold.y_train), make)
+            found = memory[f"coef {k}"] = _sparse_linear.coefficients(
+                data,
+                float(l1.detach()),
+                float(l2.detach()),
+                estimator.positive,
+                memory.get(f"coef {k}"),
+            )
+            w, support, constant = _sparse_linear.fitted(
+                x, target, shares, l1, l2, found, data, intercept
+            )
+            predicted.append(fold.x_test[:, support] @ w + constant)
+        together = predicted[0] if y.dim() == 1 else torch.stack(predicted, 1)
+        return with_zero_slopes(together + 0.0 * (l1 + l2), params, set(params)), tensor(
+            fold.y_test
+        )
