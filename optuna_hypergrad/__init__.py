@@ -100,17 +100,20 @@ from .studies import (
 from .two_stage import FineTuning, two_stage
 
 if TYPE_CHECKING:
+    from .sklearn_adapters import FeatureWeights as FeatureWeights
     from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
+    from .sklearn_adapters import TensorDistribution as TensorDistribution
 
 __version__ = "0.1.0.dev0"
 
 
 def __getattr__(name: str) -> object:
     """scikit-learn's side, imported where it is used: it takes a second."""
-    if name == "HypergradientSearchCV":
-        from .sklearn_adapters import HypergradientSearchCV
+    if name in ("FeatureWeights", "HypergradientSearchCV", "TensorDistribution"):
+        from . import sklearn_adapters
 
-        return HypergradientSearchCV
+        found: object = getattr(sklearn_adapters, name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
