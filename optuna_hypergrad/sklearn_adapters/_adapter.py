@@ -72,7 +72,11 @@ class AbstractAdapter(abc.ABC):
     def reason_to_decline(
         self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]
     ) -> str | None:
-        """Why these settings or targets are not for it; ``None`` where they are."""
+        """Why these settings or targets are not for it; ``None`` where they are.
+
+        Raises:
+            ValueError: if the estimator itself cannot be fitted to a fold, whatever its hyperparameters.
+        """
 
     @abc.abstractmethod
     def followed_loss(self, scoring: Any) -> FollowedLoss:

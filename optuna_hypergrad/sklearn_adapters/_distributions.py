@@ -116,7 +116,7 @@ def _check_kind(
     *path, last = name.split("__")
     owner: Any = estimator
     for part in path:
-        owner = owner.get_params(deep=False).get(part)
+        owner = owner.get_params().get(part)
         if not hasattr(owner, "get_params"):
             return
     constraints = getattr(owner, "_parameter_constraints", {}).get(last)

@@ -23,7 +23,7 @@ from ._adapter import AbstractAdapter, FollowedLoss, Split
 from ._cross_validated import CrossValidatedLoss, Data
 from ._descent import scan
 from ._distributions import Space
-from ._folds import last_step
+from ._folds import NoMatrixError, last_step
 from ._nested import Freedom
 from ._rows import FailedTrialError
 from ._vectors import SAMPLE_WEIGHT, Vectors, placed
@@ -55,7 +55,7 @@ class Followed:
 
     Raises:
         NotFollowedError: if they cannot, for these data, settings or distributions.
-        ValueError: for vectors that do not fit.
+        ValueError: for vectors that do not fit, and data that cannot be fitted at all.
     """
 
     def __init__(
@@ -112,6 +112,8 @@ class Followed:
         try:
             self.cross_validated.prepare()
         except Exception as error:
+            if not isinstance(error, NoMatrixError) and not self._before():
+                raise  # no setting can be fitted
             raise NotFollowedError(f"the data cannot be used: {error}") from error
         if vectors and not self._before():
             self.sizes(self.cross_validated, {})
@@ -140,7 +142,10 @@ class Followed:
         if not len(test) or (self.loss.of_variation and np.ptp(y[test], axis=0).min() == 0):
             return False
         leaf, _ = last_step(self._estimator)
-        return self._adapter.reason_to_decline(leaf, y, [(train, test)]) is None
+        try:
+            return self._adapter.reason_to_decline(leaf, y, [(train, test)]) is None
+        except ValueError:
+            return False
 
     def freedom(self, chosen: Mapping[str, Any]) -> Freedom:
         """The hyperparameters that move, under a setting of the others.

@@ -59,10 +59,14 @@ class LogisticRegressionAdapter(AbstractAdapter):
         if y.ndim != 1:
             return "there is more than one target"
         for train, test in splits:
+            if len(np.unique(y[train])) < 2:
+                raise ValueError(
+                    "LogisticRegression needs samples of at least 2 classes in the data, but a fold contains only one class: "
+                    f"{y[train][:1].tolist()} (of samples with a positive sample_weight). Use cv=StratifiedKFold(), or more "
+                    "samples."
+                )
             if not np.isin(y[test], y[train]).all():
                 return "a fold is tested on a class that it is not trained on"
-            if len(np.unique(y[train])) < 2:
-                return "a fold is trained on one class only"
         return None
 
     def followed_loss(self, scoring: Any) -> FollowedLoss:
