@@ -93,8 +93,12 @@ class Folds:
 
 
 def _matrix(data: Any, owner: str) -> Any:
-    if hasattr(data, "toarray") or np.asarray(data).dtype.kind not in "fiub":
-        raise NoMatrixError("what the last step would get is not a dense matrix of real numbers")
+    if hasattr(data, "toarray"):
+        raise NoMatrixError("what the last step would get is sparse, and adapters take dense data")
+    if np.asarray(data).dtype.kind == "c":
+        raise ValueError("Complex data not supported: what the last step would get is complex.")
+    if np.asarray(data).dtype.kind not in "fiub":
+        raise NoMatrixError("what the last step would get is not a matrix of real numbers")
     array = np.asarray(data, dtype=np.float64)
     if array.ndim != 2 or not array.size:
         raise NoMatrixError(

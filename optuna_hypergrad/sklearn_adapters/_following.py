@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,7 @@ class Followed:
         adapter: Of the last step of ``estimator``.
         estimator: An estimator, or a pipeline.
         space: What is searched.
-        loss: In place of the score.
+        loss: In place of the score, where it is defined.
         X, y: Data.
         splits: Of all trials.
         weights: ``(n_samples,)`` of ``fit``, or ``None``.
@@ -51,6 +53,7 @@ class Followed:
         names: Hyperparameters that move by their hypergradients: numbers, then vectors.
         floats: Domains of the numbers.
         vectors: The vectors.
+        loss: What is followed.
         cross_validated: The loss over ``splits``.
 
     Raises:
@@ -71,7 +74,7 @@ class Followed:
         scored: bool,
         warm: bool = True,
     ) -> None:
-        self._adapter, self.space, self.loss, self._warm = adapter, space, loss, warm
+        self._adapter, self.space, self._warm = adapter, space, warm
         _, self._prefix = last_step(estimator)
         self._given = clone(estimator)
         self.floats = {
@@ -93,7 +96,13 @@ class Followed:
         targets = np.asarray(y)
         if targets.ndim == 2 and targets.shape[1] == 1:
             targets = targets[:, 0]
-        self._check_targets(targets, splits)
+        if targets.dtype.kind == "O" and all(isinstance(t, Real) for t in targets.flat):
+            targets = targets.astype(np.float64)
+        if targets.dtype.kind == "c":
+            raise ValueError("Complex data not supported: the targets are complex.")
+        if targets.dtype.kind == "f" and not np.isfinite(targets).all():
+            raise NotFollowedError("the targets are not finite real numbers")
+        self.loss = _defined(adapter, loss, targets, splits)
         kept = _weights(weights, len(targets))
         self._data = Data(X, targets, kept, scored)
         self.vectors = Vectors(
@@ -220,14 +229,6 @@ class Followed:
         """What is searched of the transformers."""
         return [n for n, _ in self.space.items() if not n.startswith(self._prefix)]
 
-    def _check_targets(self, y: np.ndarray, splits: list[Split]) -> None:
-        if y.dtype.kind == "c" or (y.dtype.kind == "f" and not np.isfinite(y).all()):
-            raise NotFollowedError("the targets are not finite real numbers")
-        if self.loss.of_variation and any(np.ptp(y[test], axis=0).min() == 0 for _, test in splits):
-            raise NotFollowedError(
-                f"{self.loss.label} of a fold is not defined: its targets do not vary"
-            )
-
     def _check_settings(self, y: np.ndarray, splits: list[Split]) -> None:
         """Choices of any hyperparameter, and the bounds of the last step's own ones, one at a time."""
         low = {n: d.low for n, d in self.floats.items()}
@@ -254,6 +255,17 @@ class Followed:
             elif name.startswith(self._prefix):
                 assert isinstance(distribution, (FloatDistribution, IntDistribution))
                 yield from ({name: v} for v in (distribution.low, distribution.high))
+
+
+def _defined(
+    adapter: AbstractAdapter, loss: FollowedLoss, y: np.ndarray, splits: list[Split]
+) -> FollowedLoss:
+    """The loss, or one that is defined for targets that do not vary in a fold."""
+    if not loss.of_variation or all(np.ptp(y[test], axis=0).min() > 0 for _, test in splits):
+        return loss
+    other = adapter.followed_loss("neg_mean_squared_error")
+    why = f"{other.label} (as {loss.label} of a fold is not defined: its targets do not vary)"
+    return replace(other, label=why, is_score=False)
 
 
 def _is_smooth(distribution: FloatDistribution) -> bool:

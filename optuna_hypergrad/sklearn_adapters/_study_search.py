@@ -29,6 +29,7 @@ from ._study import fingerprint, finished, open_study, quiet
 from ._vectors import SAMPLE_WEIGHT, is_sample_weight
 from ._weighting import SampleWeighting
 from .adapters import adapter_of, known_types
+from .tensor_distribution import TensorDistribution
 
 
 class StudySearch(BaseSearchCV):  # type: ignore[misc]
@@ -43,6 +44,9 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
         own = get_tags(self.estimator)
         tags.target_tags = copy.deepcopy(own.target_tags)
         tags.input_tags.allow_nan = own.input_tags.allow_nan
+        searched = self.param_distributions if isinstance(self.param_distributions, dict) else {}
+        if any(isinstance(d, TensorDistribution) for d in searched.values()):
+            tags.input_tags.sparse = False  # adapters take dense data
         return tags
 
     def _weighting_of(self, space: Space) -> SampleWeighting | None:
