@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ._adapter import AbstractAdapter, FollowedLoss, Split
 from ._distributions import Space
-from ._folds import Folds, last_step
+from ._folds import Folds, last_step, remembered
 from ._rows import FailedTrialError
 from ._vectors import Vectors
 
@@ -48,10 +49,10 @@ class CrossValidatedLoss:
         data: All samples.
         splits: The folds.
         warm: Whether a fit may begin where the last one of its fold has ended.
+        fitted: Is told of the number of folds that were fitted, each time.
 
     Attributes:
         splits: The folds.
-        num_fits: Of folds, so far.
     """
 
     def __init__(
@@ -64,12 +65,16 @@ class CrossValidatedLoss:
         data: Data,
         splits: list[Split],
         warm: bool,
+        fitted: Callable[[int], None],
     ) -> None:
         self._adapter, self._estimator, self._space, self._loss = adapter, estimator, space, loss
         self._vectors, self.splits, self._warm = vectors, splits, warm
         self._folds = Folds(data.X, data.y, splits, data.weights, data.scored)
         _, self._prefix = last_step(estimator)
-        self.num_fits = 0
+        self._estimators: OrderedDict[Hashable, tuple[BaseEstimator, dict[str, Tensor]]] = (
+            OrderedDict()
+        )
+        self._fitted = fitted
 
     def __call__(self, chosen: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
         """The mean over the folds.
@@ -85,13 +90,14 @@ class CrossValidatedLoss:
 
     def each(self, chosen: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
         """``(num_folds,)``; see :meth:`__call__`."""
-        estimator = self._with(chosen)
+        estimator, given = remembered(
+            self._estimators, tuple(chosen.items()), lambda: self._with(chosen)
+        )
         folds = self._of(estimator, chosen)
         memories: list[dict[str, Any]] = [{} for _ in folds]
         if self._warm:
             memories = self._folds.memories(tuple(chosen.items()))
         leaf, _ = last_step(estimator)
-        given = _numbers(leaf, self._adapter)
         floats = {
             name.removeprefix(self._prefix): value
             for name, value in values.items()
@@ -103,7 +109,7 @@ class CrossValidatedLoss:
             params = {**given, **floats, **arguments}
             predicted = self._adapter.predict(leaf, params, seen, memory)
             losses.append(self._loss.function(*predicted, fold.test_weights))
-            self.num_fits += 1
+        self._fitted(len(losses))
         return torch.stack(losses)
 
     def prepare(self) -> None:
@@ -116,7 +122,8 @@ class CrossValidatedLoss:
         Raises:
             FailedTrialError: if it sees another number in each fold, or the transformers cannot be fitted.
         """
-        found = {fold.x_train.shape[1] for fold in self._of(self._with(chosen), chosen)}
+        estimator, _ = self._with(chosen)
+        found = {fold.x_train.shape[1] for fold in self._of(estimator, chosen)}
         if len(found) > 1:
             raise FailedTrialError(
                 f"the transformers make another number of features in each fold, {sorted(found)}, so that there is no "
@@ -124,10 +131,12 @@ class CrossValidatedLoss:
             )
         return int(found.pop())
 
-    def _with(self, chosen: Mapping[str, Any]) -> BaseEstimator:
-        if not chosen:
-            return self._estimator
-        return clone(self._estimator).set_params(**self._space.decode(chosen))
+    def _with(self, chosen: Mapping[str, Any]) -> tuple[BaseEstimator, dict[str, Tensor]]:
+        """The estimator of a setting, and the numbers that it has where they could be differentiated."""
+        estimator = self._estimator
+        if chosen:
+            estimator = clone(estimator).set_params(**self._space.decode(chosen))
+        return estimator, _numbers(last_step(estimator)[0], self._adapter)
 
     def _of(self, estimator: BaseEstimator, chosen: Mapping[str, Any]) -> Any:
         before = {k: v for k, v in chosen.items() if not k.startswith(self._prefix)}

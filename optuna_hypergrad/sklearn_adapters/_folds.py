@@ -24,7 +24,8 @@ class NoMatrixError(ValueError):
     """What comes out of the transformers is nothing that an adapter could take; the estimator may take it."""
 
 
-def _remembered(kept: OrderedDict[Hashable, T], setting: Hashable, make: Callable[[], T]) -> T:
+def remembered(kept: OrderedDict[Hashable, T], setting: Hashable, make: Callable[[], T]) -> T:
+    """What was made for a setting, of the last few of them."""
     if setting not in kept:
         kept[setting] = make()
     kept.move_to_end(setting)
@@ -64,13 +65,13 @@ class Folds:
             NoMatrixError: if what comes out of them is not a dense matrix of numbers.
             ValueError: in scikit-learn's words, if they are not finite; and what the transformers raise.
         """
-        return _remembered(
+        return remembered(
             self._kept, setting, lambda: [self._fold(estimator, *split) for split in self._splits]
         )
 
     def memories(self, setting: Hashable) -> list[dict[str, Any]]:
         """What an adapter remembers of each fold, by setting of everything but the differentiated hyperparameters."""
-        return _remembered(self._memories, setting, lambda: [{} for _ in self._splits])
+        return remembered(self._memories, setting, lambda: [{} for _ in self._splits])
 
     def _fold(self, estimator: BaseEstimator, train: np.ndarray, test: np.ndarray) -> Fold:
         x_train, x_test = _safe_indexing(self._X, train), _safe_indexing(self._X, test)

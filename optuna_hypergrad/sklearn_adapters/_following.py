@@ -55,6 +55,7 @@ class Followed:
         vectors: The vectors.
         loss: What is followed.
         cross_validated: The loss over ``splits``.
+        num_fits: Of folds, so far, over any splits.
 
     Raises:
         NotFollowedError: if they cannot, for these data, settings or distributions.
@@ -75,6 +76,7 @@ class Followed:
         warm: bool = True,
     ) -> None:
         self._adapter, self.space, self._warm = adapter, space, warm
+        self.num_fits = 0
         _, self._prefix = last_step(estimator)
         self._given = clone(estimator)
         self.floats = {
@@ -138,7 +140,11 @@ class Followed:
             self._data,
             splits,
             self._warm,
+            self._count,
         )
+
+    def _count(self, fits: int) -> None:
+        self.num_fits += fits
 
     def is_usable(self, split: Split) -> bool:
         """Whether a fold can be fitted and scored."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from .._errors import MissingTensorError
 from .._typing import Params
 from ..studies import DifferentiableTrial, load_tensors
 from ._distributions import suggest
+from ._folds import remembered
 from ._following import Followed
 from ._nested import Freedom
 from ._rows import distinct
@@ -54,6 +56,7 @@ class TrialLoss:
         self.followed, self.guarded = followed, guarded
         self.penalty: Penalty | None = None
         self._starts: dict[str, dict[str, float]] = {}
+        self._freedoms: OrderedDict[Hashable, Freedom] = OrderedDict()
 
     def __call__(self, trial: DifferentiableTrial) -> Tensor:
         followed = self.followed
@@ -66,7 +69,9 @@ class TrialLoss:
             for name, distribution in followed.space.items()
             if name not in followed.floats
         }
-        freedom = followed.freedom(chosen)
+        freedom = remembered(
+            self._freedoms, tuple(chosen.items()), lambda: followed.freedom(chosen)
+        )
         start = self._start(trial, chosen, freedom)
         values: Params = {}
         for name, domain in followed.floats.items():

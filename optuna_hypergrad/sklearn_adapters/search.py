@@ -89,6 +89,8 @@ class HypergradientSearchCV(StudySearch):
             minimized. ``None`` if the search was cut before.
         cv_results_: As in ``GridSearchCV``, for what scikit-learn fitted: with ``trial_number``, and ``followed_loss``
             (without a penalty) where there is one. A trial of which every fit failed has no row.
+        n_fits_: Fits of a fold, by the adapter (to find a start, in trials, in nested folds) and by scikit-learn, without the
+            refit.
         best_estimator_, best_params_, best_score_, best_index_, scorer_, n_splits_, refit_time_, multimetric_: As in
             ``GridSearchCV``; so are ``classes_``, ``n_features_in_`` and ``feature_names_in_``.
 
@@ -277,6 +279,7 @@ class HypergradientSearchCV(StudySearch):
             else:
                 run.optimize(evaluated, self.n_trials - len(finished(study)))
         best = completed(study)
+        self.n_fits_ = len(rows.numbers) * len(splits.splits)
         if not best and rows.numbers:
             return  # their scores are NaN: scikit-learn warns, and fits one of them
         if not best:
@@ -288,6 +291,7 @@ class HypergradientSearchCV(StudySearch):
             shown = objective.ranked(study, best, self.n_rescored)
             losses = [float(t.user_attrs.get(LOSS, t.value or 0.0)) for t, _ in shown]
             rows.add([t for t, _ in shown], [s for _, s in shown], losses=losses)
+            self.n_fits_ = followed.num_fits + len(rows.numbers) * len(splits.splits)
             study.set_user_attr(
                 "scores", dict(zip(map(str, rows.numbers), rows.scores, strict=True))
             )
