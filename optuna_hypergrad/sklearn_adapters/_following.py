@@ -107,9 +107,8 @@ class Followed:
         self.loss = _defined(adapter, loss, targets, splits)
         kept = _weights(weights, len(targets))
         self._data = Data(X, targets, kept, scored)
-        self.vectors = Vectors(
-            vectors, np.unique(targets) if targets.dtype.kind != "f" else np.empty(0)
-        )
+        of_classes = any(v.place == "classes" for v in vectors.values())
+        self.vectors = Vectors(vectors, np.unique(targets) if of_classes else np.empty(0))
         self._estimator = clone(estimator).set_params(
             **{n: None for n, v in vectors.items() if v.place in ("features", "classes")}
         )

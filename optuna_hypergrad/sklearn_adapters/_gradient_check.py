@@ -71,7 +71,10 @@ def checked(
                 point[name] = domain.to_internal(inside)
 
     def loss(u: Mapping[str, Tensor]) -> Tensor:
-        values = {n: domain.to_external(u[n]) for n, domain in freedom.domains.items()}
+        values = {  # not clamped: at a bound, a difference would have one side only
+            n: u[n].exp() if domain.log else u[n] * domain.scale
+            for n, domain in freedom.domains.items()
+        }
         return followed.cross_validated(chosen, values)
 
     def value(u: Params) -> float:

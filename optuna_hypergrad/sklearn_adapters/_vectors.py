@@ -73,7 +73,7 @@ class Vectors:
 
     Attributes:
         by_name: Each one.
-        classes: Labels, sorted; empty for regressors.
+        classes: Labels, sorted; empty where no vector is one of classes.
     """
 
     by_name: dict[str, Vector]
