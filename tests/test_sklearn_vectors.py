@@ -418,3 +418,20 @@ def test_scalars_begin_at_the_best_of_a_few_points(loader):
         clone(search.estimator), x, y, scoring="neg_log_loss"
     ).mean()  # C=1 is the middle
     assert search.best_score_ >= middle - 1e-4
+
+
+def test_a_warm_start_that_is_far_off_is_dropped():
+    x, y = load_wine(return_X_y=True)
+    x = torch.as_tensor(StandardScaler().fit_transform(x))
+    equal = torch.full((89,), 1 / 89, dtype=torch.float64)
+    point = {"C": torch.tensor(1.0, dtype=torch.float64)}
+
+    def predicted(scale: float, memory: dict[str, Any]) -> Tensor:
+        fold = Fold(x[::2] * scale, y[::2], x[1::2] * scale, y[1::2], None, equal)
+        adapter = LogisticRegressionAdapter()
+        return adapter.predict(LogisticRegression(), point, fold, memory)[0]
+
+    memory: dict[str, Any] = {}
+    predicted(1e-2, memory)
+    assert memory["theta"].abs().max() > 1  # times 26, it would round all probabilities to 0 and 1
+    assert torch.allclose(predicted(26.0, memory), predicted(26.0, {}), rtol=1e-9, atol=1e-9)

@@ -103,7 +103,18 @@ class LogisticOptimum(torch.autograd.Function):
         start: Tensor | None,
     ) -> Tensor:
         problem = LogisticProblem(x, targets, weights, c, num_penalized)
-        theta, factor = _solved(problem, start)
+        found = None if start is None else _solved(problem, start)
+        if (
+            found is None
+        ):  # where a warm start is so far off that probabilities are rounded to 0 and 1, zero is nearer
+            found = _solved(problem, torch.zeros(problem.shape, dtype=x.dtype))
+        if found is None:
+            message = (
+                f"A logistic regression at C={float(c):.3g} could not be solved: its Hessian is not positive definite to "
+                f"rounding, or {MAX_STEPS} Newton steps were not enough. Lower the upper bound of C, or scale the features."
+            )
+            raise SolverError(message, Result(Status.MAX_STEPS_REACHED, message))
+        theta, factor = found
         ctx.save_for_backward(x, targets, weights, c, theta, factor)
         ctx.num_penalized = num_penalized
         return theta
@@ -127,14 +138,13 @@ class LogisticOptimum(torch.autograd.Function):
         return by_x, None, by_weights, by_c, None, None
 
 
-def _solved(problem: LogisticProblem, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The optimum, and the Cholesky factor of the Hessian there."""
-    theta = torch.zeros(problem.shape, dtype=problem.x.dtype) if start is None else start
+def _solved(problem: LogisticProblem, theta: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The optimum, and the Cholesky factor of the Hessian there; ``None`` if Newton's method fails from ``theta``."""
     value, num_last = problem.value(theta), 0
     for _ in range(MAX_STEPS):
         factor, failed = torch.linalg.cholesky_ex(problem.hessian(theta))
         if failed:
-            break
+            return None
         gradient = problem.gradient(theta)
         step = _times_inverse(factor, gradient)
         decrease = float((gradient * step).sum())
@@ -152,11 +162,7 @@ def _solved(problem: LogisticProblem, start: Tensor | None) -> tuple[Tensor, Ten
                 break
             length /= 2
         theta, value = moved, new
-    message = (
-        f"A logistic regression at C={float(problem.c):.3g} could not be solved: its Hessian is not positive definite to "
-        f"rounding, or {MAX_STEPS} Newton steps were not enough. Lower the upper bound of C, or scale the features."
-    )
-    raise SolverError(message, Result(Status.MAX_STEPS_REACHED, message))
+    return None
 
 
 def _times_inverse(factor: Tensor, vector: Tensor) -> Tensor:
