@@ -432,6 +432,10 @@ def test_a_warm_start_that_is_far_off_is_dropped():
         return adapter.predict(LogisticRegression(), point, fold, memory)[0]
 
     memory: dict[str, Any] = {}
-    predicted(1e-2, memory)
-    assert memory["theta"].abs().max() > 1  # times 26, it would round all probabilities to 0 and 1
-    assert torch.allclose(predicted(26.0, memory), predicted(26.0, {}), rtol=1e-9, atol=1e-9)
+    for scale in (
+        1e-2,
+        26.0,
+        100.0,
+        1e3,
+    ):  # the last solution, times so much, rounds probabilities to 0 and 1
+        assert torch.allclose(predicted(scale, memory), predicted(scale, {}), rtol=1e-9, atol=1e-9)
