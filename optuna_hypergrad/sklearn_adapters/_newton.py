@@ -103,11 +103,10 @@ class LogisticOptimum(torch.autograd.Function):
         start: Tensor | None,
     ) -> Tensor:
         problem = LogisticProblem(x, targets, weights, c, num_penalized)
-        found = None if start is None else _solved(problem, start)
-        if (
-            found is None
-        ):  # where a warm start is so far off that probabilities are rounded to 0 and 1, zero is nearer
-            found = _solved(problem, torch.zeros(problem.shape, dtype=x.dtype))
+        # Far off, a warm start has probabilities that are rounded to 0 and 1, and zero is nearer.
+        starts = [torch.zeros(problem.shape, dtype=x.dtype)]
+        starts = starts if start is None else [start, *starts]
+        found = next((f for s in starts if (f := _solved(problem, s)) is not None), None)
         if found is None:
             message = (
                 f"A logistic regression at C={float(c):.3g} could not be solved: its Hessian is not positive definite to "
