@@ -101,23 +101,32 @@ from .two_stage import FineTuning, two_stage
 
 if TYPE_CHECKING:
     from . import visualization as visualization
+    from .sklearn_adapters import FeatureWeights as FeatureWeights
     from .sklearn_adapters import HypergradientClassifier as HypergradientClassifier
     from .sklearn_adapters import HypergradientRegressor as HypergradientRegressor
     from .sklearn_adapters import HypergradientSearchCV as HypergradientSearchCV
+    from .sklearn_adapters import TensorDistribution as TensorDistribution
 
 __version__ = "0.1.0.dev0"
 
 
+_OF_SCIKIT_LEARN = (
+    "FeatureWeights",
+    "HypergradientClassifier",
+    "HypergradientRegressor",
+    "HypergradientSearchCV",
+    "TensorDistribution",
+)
+
+
 def __getattr__(name: str) -> object:
     """scikit-learn's side and figures, imported where they are used: it takes a second."""
+    import importlib
+
     if name == "visualization":
-        import importlib
-
         return importlib.import_module(".visualization", __name__)
-    if name in ("HypergradientClassifier", "HypergradientRegressor", "HypergradientSearchCV"):
-        from . import sklearn_adapters
-
-        return getattr(sklearn_adapters, name)
+    if name in _OF_SCIKIT_LEARN:
+        return getattr(importlib.import_module(".sklearn_adapters", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -769,6 +769,27 @@ MUTANTS = [
         "guide, judge = held, held",
         "tests/test_sklearn_networks.py::test_those_that_judge_are_not_those_that_guide",
     ),
+    Mutant(
+        "train inner folds on what the outer fold is judged by",
+        "sklearn_adapters/_nested.py",
+        "part = np.intersect1d(other_train, seen), np.intersect1d(other_test, seen)",
+        "part = np.setdiff1d(other_train, other_test), np.intersect1d(other_test, seen)",
+        "tests/test_sklearn_nested.py::test_inner_folds_keep_to_the_outer_ones",
+    ),
+    Mutant(
+        "refit without the weights of samples that were found",
+        "sklearn_adapters/_weighting.py",
+        "self._fit_params[self._argument] = own * learned",
+        "self._fit_params[self._argument] = own + 0 * learned",
+        "tests/test_sklearn_vectors.py::test_weights_of_samples_are_in_fits_and_the_refit_but_not_in_scores",
+    ),
+    Mutant(
+        "weigh the features of the training samples only",
+        "sklearn_adapters/_vectors.py",
+        "x_test=fold.x_test * each)",
+        "x_test=fold.x_test)",
+        "tests/test_sklearn_vectors.py::test_members_of_a_group_have_one_weight",
+    ),
 ]
 
 

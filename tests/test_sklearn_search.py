@@ -24,9 +24,11 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from optuna_hypergrad.sklearn_adapters import (
     REGISTRY,
+    FeatureWeights,
     HypergradientSearchCV,
     LogisticRegressionAdapter,
     RidgeAdapter,
+    TensorDistribution,
 )
 from optuna_hypergrad.sklearn_adapters._adapter import AbstractAdapter, Fold, tensor
 
@@ -228,9 +230,15 @@ def test_where_there_is_no_hypergradient_it_says_why(estimator, space, scoring, 
     [
         HypergradientSearchCV(Ridge(), n_trials=2),
         HypergradientSearchCV(LogisticRegression(), n_trials=2),
+        HypergradientSearchCV(
+            make_pipeline(FeatureWeights(), Ridge()),
+            {"featureweights__weights": TensorDistribution("per_feature", 1e-2, 1e2)},
+            n_trials=3,
+            guard=None,
+        ),
         HypergradientSearchCV(DecisionTreeClassifier(random_state=0), {"max_depth": [1, 2]}, n_trials=2),
     ],
-    ids=["ridge", "logistic", "tree"],
+    ids=["ridge", "logistic", "vectors", "tree"],
 )  # fmt: skip
 def test_scikit_learns_checks(search):
     with warnings.catch_warnings():

@@ -29,7 +29,7 @@ class Fold:
         y_train: ``(n,)`` or ``(n, k)``, as the user gave it.
         x_test: ``(m, p)``.
         y_test: As ``y_train``.
-        weights: ``(n,)`` of the training samples, or ``None``.
+        weights: ``(n,)`` of the training samples, not negative, or ``None``.
         test_weights: ``(m,)`` of the test samples in the score, of sum 1.
     """
 
@@ -65,12 +65,18 @@ class AbstractAdapter(abc.ABC):
     type: ClassVar[type[BaseEstimator]]
     usual: ClassVar[dict[str, FloatDistribution]]
     """The hyperparameters that can be differentiated, with the ranges that "auto" takes."""
+    vectors: ClassVar[dict[str, str]] = {}
+    """Those of them that may be a vector, and one number per what: ``"per_target"``."""
 
     @abc.abstractmethod
     def reason_to_decline(
         self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]
     ) -> str | None:
-        """Why these settings or targets are not for it; ``None`` where they are."""
+        """Why these settings or targets are not for it; ``None`` where they are.
+
+        Raises:
+            ValueError: if the estimator itself cannot be fitted to a fold, whatever its hyperparameters.
+        """
 
     @abc.abstractmethod
     def followed_loss(self, scoring: Any) -> FollowedLoss:
@@ -84,13 +90,17 @@ class AbstractAdapter(abc.ABC):
         fold: Fold,
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Predictions for the test part of a fold, differentiable in ``params``, and the targets that they are held to.
+        """Predictions for the test part of a fold, and the targets that they are held to.
+
+        Differentiable in ``params``, and in ``fold.x_train``, ``fold.x_test`` and ``fold.weights``, wherever these require
+        grad: penalties and length scales per feature are weights of the features, weights per class those of samples.
 
         Args:
             estimator: With all other hyperparameters set.
-            params: By names in :attr:`usual`, 0-d float64.
-            fold: Finite numbers only.
-            memory: Of this fold, for warm starts; empty at first.
+            params: By names in :attr:`usual`, float64: 0-d, or vectors of what :attr:`vectors` says. Those that are not
+                searched are what the estimator has, without a graph; what is no number there is left out.
+            fold: Finite numbers only. Its tensors may have a graph, and be others in each call.
+            memory: Of this fold, for warm starts; empty at first. Nothing in it has, or comes from what has, a graph.
         """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import ItemsView, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
@@ -15,6 +15,10 @@ from optuna.distributions import (
     IntDistribution,
 )
 from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import make_constraint
+
+from ._vectors import SAMPLE_WEIGHT, is_sample_weight
+from .tensor_distribution import TensorDistribution
 
 _STORABLE = (type(None), bool, int, float, str)
 
@@ -26,10 +30,12 @@ class Space:
     Args:
         distributions: By name, as a study knows them.
         choices: By name, the objects behind labels: those that a database cannot hold.
+        vectors: By name, those of vectors.
     """
 
     distributions: dict[str, BaseDistribution]
     choices: dict[str, dict[str, Any]]
+    vectors: dict[str, TensorDistribution] = field(default_factory=dict)
 
     def items(self) -> ItemsView[str, BaseDistribution]:
         return self.distributions.items()
@@ -47,7 +53,7 @@ def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
 
     Args:
         estimator: Its ``get_params()`` are the names there are.
-        given: By name, one of Optuna's distributions, or a sequence of choices of any kind.
+        given: By name, one of Optuna's distributions, a sequence of choices of any kind, or a :class:`TensorDistribution`.
 
     Raises:
         ValueError: for no parameters, an unknown name (naming the nearest) or an empty sequence.
@@ -60,25 +66,70 @@ def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
     known = estimator.get_params(deep=True)
     distributions: dict[str, BaseDistribution] = {}
     choices: dict[str, dict[str, Any]] = {}
+    vectors: dict[str, TensorDistribution] = {}
     for name, what in given.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+        is_weight = isinstance(what, TensorDistribution) and is_sample_weight(estimator, name)
+        if name not in known and not is_weight and not _of_a_choice(name, given):
+            near = difflib.get_close_matches(str(name), [*known, SAMPLE_WEIGHT], n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"valid ones are {sorted(known)}."
             raise ValueError(
                 f"Invalid parameter {name!r} for estimator {type(estimator).__name__}: {hint}"
             )
         if isinstance(what, (FloatDistribution, IntDistribution, CategoricalDistribution)):
+            _check_kind(estimator, name, what, known.get(name))
             distributions[name] = what
+        elif isinstance(what, TensorDistribution):
+            vectors[name] = what
         elif isinstance(what, Sequence) and not isinstance(what, (str, bytes)):
             distributions[name], objects = _categories(name, what)
             if objects:
                 choices[name] = objects
         else:
             raise TypeError(
-                f"param_distributions[{name!r}] must be a distribution of optuna.distributions or a list of choices, "
-                f"got {what!r:.80}."
+                f"param_distributions[{name!r}] must be a distribution of optuna.distributions, a TensorDistribution or a "
+                f"list of choices, got {what!r:.80}."
             )
-    return Space(distributions, choices)
+    return Space(distributions, choices, vectors)
+
+
+def _of_a_choice(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether it is a parameter of what is chosen for a step."""
+    path = name.split("__")
+    for i in range(1, len(path)):
+        choices = given.get("__".join(path[:i]))
+        rest = "__".join(path[i:])
+        if isinstance(choices, Sequence) and any(
+            hasattr(c, "get_params") and rest in c.get_params() for c in choices
+        ):
+            return True
+    return False
+
+
+def _check_kind(
+    estimator: BaseEstimator, name: str, distribution: BaseDistribution, value: Any
+) -> None:
+    """Refuse numbers for what the owner of the parameter says can be none.
+
+    Raises:
+        ValueError: naming what it takes.
+    """
+    *path, last = name.split("__")
+    owner: Any = estimator
+    for part in path:
+        owner = owner.get_params().get(part)
+        if not hasattr(owner, "get_params"):
+            return
+    constraints = getattr(owner, "_parameter_constraints", {}).get(last)
+    if not isinstance(constraints, list) or isinstance(distribution, CategoricalDistribution):
+        return
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    for bound in (distribution.low, distribution.high):
+        if not any(make_constraint(c).is_satisfied_by(bound) for c in constraints):
+            takes = " or ".join(str(make_constraint(c)) for c in constraints)
+            raise ValueError(
+                f"param_distributions[{name!r}] goes from {distribution.low} to {distribution.high}, and "
+                f"{type(owner).__name__} takes {takes} (now it is {value!r:.40}); {bound} is neither."
+            )
 
 
 def _categories(name: str, choices: Sequence[Any]) -> tuple[BaseDistribution, dict[str, Any]]:

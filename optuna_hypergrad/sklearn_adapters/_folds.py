@@ -9,16 +9,23 @@ from typing import Any, TypeVar
 import numpy as np
 from sklearn.base import BaseEstimator, clone
 from sklearn.pipeline import Pipeline
-from sklearn.utils import _safe_indexing
+from sklearn.utils import _safe_indexing, assert_all_finite
 
 from ._adapter import Fold, Split, tensor
 
 T = TypeVar("T")
+
+
 _SETTINGS = 3
 """Of which the folds are kept, the last ones that were used."""
 
 
-def _remembered(kept: OrderedDict[Hashable, T], setting: Hashable, make: Callable[[], T]) -> T:
+class NoMatrixError(ValueError):
+    """What comes out of the transformers is nothing that an adapter could take; the estimator may take it."""
+
+
+def remembered(kept: OrderedDict[Hashable, T], setting: Hashable, make: Callable[[], T]) -> T:
+    """What was made for a setting, of the last few of them."""
     if setting not in kept:
         kept[setting] = make()
     kept.move_to_end(setting)
@@ -55,15 +62,16 @@ class Folds:
         """The folds behind the transformers of ``estimator``, which are those of every other ``estimator`` of ``setting``.
 
         Raises:
-            ValueError: if what comes out of them is not a finite matrix of numbers.
+            NoMatrixError: if what comes out of them is not a dense matrix of numbers.
+            ValueError: in scikit-learn's words, if they are not finite; and what the transformers raise.
         """
-        return _remembered(
+        return remembered(
             self._kept, setting, lambda: [self._fold(estimator, *split) for split in self._splits]
         )
 
     def memories(self, setting: Hashable) -> list[dict[str, Any]]:
         """What an adapter remembers of each fold, by setting of everything but the differentiated hyperparameters."""
-        return _remembered(self._memories, setting, lambda: [{} for _ in self._splits])
+        return remembered(self._memories, setting, lambda: [{} for _ in self._splits])
 
     def _fold(self, estimator: BaseEstimator, train: np.ndarray, test: np.ndarray) -> Fold:
         x_train, x_test = _safe_indexing(self._X, train), _safe_indexing(self._X, test)
@@ -74,24 +82,30 @@ class Folds:
                 x_train = transformers.fit_transform(x_train, y_train)
                 x_test = transformers.transform(x_test)
             estimator = estimator.steps[-1][1]
+        owner = type(estimator).__name__
         return Fold(
-            _matrix(x_train),
+            _matrix(x_train, owner),
             y_train,
-            _matrix(x_test),
+            _matrix(x_test, owner),
             self._y[test],
             None if self._weights is None else tensor(self._weights[train]),
             tensor(self._test_weights[test] / self._test_weights[test].sum()),
         )
 
 
-def _matrix(data: Any) -> Any:
-    if hasattr(data, "toarray") or np.asarray(data).dtype.kind not in "fiub":
-        raise ValueError("what the last step would get is not a dense matrix of real numbers")
+def _matrix(data: Any, owner: str) -> Any:
+    if hasattr(data, "toarray"):
+        raise NoMatrixError("what the last step would get is sparse, and adapters take dense data")
+    if np.asarray(data).dtype.kind == "c":
+        raise ValueError("Complex data not supported: what the last step would get is complex.")
+    if np.asarray(data).dtype.kind not in "fiub":
+        raise NoMatrixError("what the last step would get is not a matrix of real numbers")
     array = np.asarray(data, dtype=np.float64)
-    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
-        raise ValueError(
-            f"what the last step would get, of shape {array.shape}, is not a matrix of finite numbers"
+    if array.ndim != 2 or not array.size:
+        raise NoMatrixError(
+            f"what the last step would get, of shape {array.shape}, is not a matrix"
         )
+    assert_all_finite(array, estimator_name=owner, input_name="X")
     return tensor(array)
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from optuna.distributions import (
-    BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
 )
 from sklearn.base import BaseEstimator, clone
+from sklearn.model_selection import cross_val_score
 from sklearn.utils import indexable
 from torch import Tensor
 
-from ..studies import DifferentiableTrial
+from ..search_space import Domain
 from ._adapter import AbstractAdapter, FollowedLoss, Split
-from ._distributions import Space, suggest
-from ._folds import Folds, last_step
+from ._cross_validated import CrossValidatedLoss, Data
+from ._descent import scan
+from ._distributions import Space
+from ._folds import NoMatrixError, last_step
+from ._nested import Freedom
 from ._rows import FailedTrialError
+from ._vectors import SAMPLE_WEIGHT, Vectors, placed
 
 
 class NotFollowedError(Exception):
@@ -36,17 +42,24 @@ class Followed:
         adapter: Of the last step of ``estimator``.
         estimator: An estimator, or a pipeline.
         space: What is searched.
-        loss: In place of the score.
+        loss: In place of the score, where it is defined.
         X, y: Data.
         splits: Of all trials.
         weights: ``(n_samples,)`` of ``fit``, or ``None``.
         scored: Whether they count in the score, too.
+        warm: Whether a fit may begin where the last one of its fold has ended.
 
     Attributes:
-        names: Hyperparameters that move by their hypergradients.
+        names: Hyperparameters that move by their hypergradients: numbers, then vectors.
+        floats: Domains of the numbers.
+        vectors: The vectors.
+        loss: What is followed.
+        cross_validated: The loss over ``splits``.
+        num_fits: Of folds, so far, over any splits.
 
     Raises:
         NotFollowedError: if they cannot, for these data, settings or distributions.
+        ValueError: for vectors that do not fit, and data that cannot be fitted at all.
     """
 
     def __init__(
@@ -60,14 +73,22 @@ class Followed:
         splits: list[Split],
         weights: Any,
         scored: bool,
+        warm: bool = True,
     ) -> None:
-        self._adapter, self._estimator, self._space, self.loss = adapter, estimator, space, loss
+        self._adapter, self.space, self._warm = adapter, space, warm
+        self.num_fits = 0
         _, self._prefix = last_step(estimator)
-        self.names = [
-            self._prefix + name
-            for name in adapter.usual
-            if _is_smooth(space.distributions.get(self._prefix + name))
-        ]
+        self._given = clone(estimator)
+        self.floats = {
+            name: Domain(d.low, d.high, d.log)
+            for name, d in space.items()
+            if isinstance(d, FloatDistribution)
+            and name.startswith(self._prefix)
+            and name.removeprefix(self._prefix) in adapter.usual
+            and _is_smooth(d)
+        }
+        vectors = placed(estimator, adapter, space.vectors)
+        self.names = [*self.floats, *vectors]
         if not self.names:
             continuous = ", ".join(repr(self._prefix + n) for n in adapter.usual)
             raise NotFollowedError(
@@ -77,82 +98,183 @@ class Followed:
         targets = np.asarray(y)
         if targets.ndim == 2 and targets.shape[1] == 1:
             targets = targets[:, 0]
-        self._check_targets(targets, splits)
+        if targets.dtype.kind == "O" and all(isinstance(t, Real) for t in targets.flat):
+            targets = targets.astype(np.float64)
+        if targets.dtype.kind == "c":
+            raise ValueError("Complex data not supported: the targets are complex.")
+        if targets.dtype.kind == "f" and not np.isfinite(targets).all():
+            raise NotFollowedError("the targets are not finite real numbers")
+        self.loss = _defined(adapter, loss, targets, splits)
         kept = _weights(weights, len(targets))
-        positive = np.ones(len(targets), dtype=bool) if kept is None else kept > 0
+        self._data = Data(X, targets, kept, scored)
+        of_classes = any(v.place == "classes" for v in vectors.values())
+        self.vectors = Vectors(vectors, np.unique(targets) if of_classes else np.empty(0))
+        self._estimator = clone(estimator).set_params(
+            **{n: None for n, v in vectors.items() if v.place in ("features", "classes")}
+        )
+        positive = self._positive()
         parts = [part for a, b in splits for part in ((a, b) if scored else (a,))]
         if not all(positive[part].any() for part in parts):
             raise NotFollowedError("all samples of a part of a fold have no weight")
         self._check_settings(targets, [(a[positive[a]], b) for a, b in splits])
-        self._folds = Folds(X, targets, splits, kept, scored)
+        self._splits = splits
+        self.cross_validated = self.over(splits)
         try:
-            self._folds.of(estimator, ())
+            self.cross_validated.prepare()
         except Exception as error:
+            if not isinstance(error, NoMatrixError) and not self._before():
+                raise  # no setting can be fitted
             raise NotFollowedError(f"the data cannot be used: {error}") from error
+        if vectors and not self._before():
+            self.sizes(self.cross_validated, {})
 
-    def objective(self, trial: DifferentiableTrial) -> Tensor:
-        """The mean loss over the folds."""
-        chosen: dict[str, Any] = {}
-        moved: dict[str, Tensor] = {}
-        for name, distribution in self._space.items():
-            if name in self.names:
-                assert isinstance(distribution, FloatDistribution)
-                moved[name.removeprefix(self._prefix)] = trial.suggest_float(
-                    name, distribution.low, distribution.high, log=distribution.log
-                )
-            else:
-                chosen[name] = suggest(trial, name, distribution)
-        estimator = clone(self._estimator).set_params(**self._space.decode(chosen))
-        before = {k: v for k, v in chosen.items() if not k.startswith(self._prefix)}
+    def over(self, splits: list[Split]) -> CrossValidatedLoss:
+        """The loss over other folds."""
+        return CrossValidatedLoss(
+            self._adapter,
+            self._estimator,
+            self.space,
+            self.loss,
+            self.vectors,
+            self._data,
+            splits,
+            self._warm,
+            self._count,
+        )
+
+    def _count(self, fits: int) -> None:
+        self.num_fits += fits
+
+    def is_usable(self, split: Split) -> bool:
+        """Whether a fold can be fitted and scored."""
+        train, test = split
+        positive = self._positive()
+        train = train[positive[train]]
+        if not len(train) or not positive[test if self._data.scored else train].any():
+            return False
+        y = self._data.y
+        if not len(test) or (self.loss.of_variation and np.ptp(y[test], axis=0).min() == 0):
+            return False
+        leaf, _ = last_step(self._estimator)
         try:
-            folds = self._folds.of(estimator, tuple(before.items()))
-        except Exception as error:
-            raise FailedTrialError(f"{before}: {error}") from error
-        memories = self._folds.memories(tuple(chosen.items()))
-        leaf, _ = last_step(estimator)
-        losses = [
-            self.loss.function(*self._adapter.predict(leaf, moved, fold, memory), fold.test_weights)
-            for fold, memory in zip(folds, memories, strict=True)
-        ]
-        return torch.stack(losses).mean()
+            return self._adapter.reason_to_decline(leaf, y, [(train, test)]) is None
+        except ValueError:
+            return False
 
-    def _check_targets(self, y: np.ndarray, splits: list[Split]) -> None:
-        if y.dtype.kind == "c" or (y.dtype.kind == "f" and not np.isfinite(y).all()):
-            raise NotFollowedError("the targets are not finite real numbers")
-        if self.loss.of_variation and any(np.ptp(y[test], axis=0).min() == 0 for _, test in splits):
-            raise NotFollowedError(
-                f"{self.loss.label} of a fold is not defined: its targets do not vary"
-            )
+    def freedom(self, chosen: Mapping[str, Any]) -> Freedom:
+        """The hyperparameters that move, under a setting of the others.
+
+        Raises:
+            FailedTrialError: if vectors do not fit what the transformers make.
+        """
+        try:
+            sizes = self.sizes(self.cross_validated, chosen)
+        except ValueError as error:
+            raise FailedTrialError(str(error)) from error
+        domains = {n: v.distribution.domain for n, v in self.vectors.by_name.items()}
+        return Freedom(self.floats, domains, sizes, self._as_given(chosen))
+
+    def sizes(self, loss: CrossValidatedLoss, chosen: Mapping[str, Any]) -> dict[str, int]:
+        """Of each vector.
+
+        Raises:
+            ValueError: if its shape or its groups are another number.
+        """
+        found = {}
+        y = self._data.y
+        for name, vector in self.vectors.by_name.items():
+            if vector.place == "features":
+                count = loss.num_features(chosen)
+            elif vector.place == "samples":
+                count = len(y)
+            elif vector.place == "classes":
+                count = len(self.vectors.classes)
+            else:
+                count = 1 if y.ndim == 1 else y.shape[1]
+            vector.check(count)
+            found[name] = vector.size(count)
+        return found
+
+    def scanned(self, chosen: Mapping[str, Any], freedom: Freedom) -> dict[str, float]:
+        """Where a descent begins: the best of a few points, vectors with all entries equal."""
+
+        def of(values: Mapping[str, Tensor]) -> Tensor:
+            return self.cross_validated(chosen, freedom.untied(values))
+
+        return scan(of, freedom.domains, freedom.more)
+
+    def score_of(self, estimator: BaseEstimator, setting: Mapping[str, Any], scoring: Any) -> float:
+        """Of scikit-learn's own fits: the mean over the folds. (Weights of samples are those of the fits only.)"""
+        learned = self.vectors.of("samples")
+        params = {k: v for k, v in setting.items() if learned is None or k != learned.name}
+        weights = self._data.weights
+        if learned is not None:
+            weights = setting[learned.name] * (1.0 if weights is None else weights)
+        fit_params = None if weights is None else {f"{self._prefix}{SAMPLE_WEIGHT}": weights}
+        model = clone(estimator).set_params(**clone(params, safe=False))
+        data = self._data.X, self._data.y
+        scores = cross_val_score(
+            model, *data, scoring=scoring, cv=self._splits, params=fit_params, error_score="raise"
+        )
+        return float(scores.mean())
+
+    def _as_given(self, chosen: Mapping[str, Any]) -> dict[str, float]:
+        """The hyperparameters of the estimator as the user gave it; weights of one."""
+        params = self._given.get_params()
+        found = {n: params[n] for n in self.floats}
+        for name, vector in self.vectors.by_name.items():
+            found[name] = params[name] if vector.place == "targets" else 1.0
+        return {n: float(v) for n, v in found.items() if isinstance(v, (int, float))}
+
+    def _positive(self) -> np.ndarray:
+        weights = self._data.weights
+        return np.ones(len(self._data.y), dtype=bool) if weights is None else weights > 0
+
+    def _before(self) -> list[str]:
+        """What is searched of the transformers."""
+        return [n for n, _ in self.space.items() if not n.startswith(self._prefix)]
 
     def _check_settings(self, y: np.ndarray, splits: list[Split]) -> None:
         """Choices of any hyperparameter, and the bounds of the last step's own ones, one at a time."""
+        low = {n: d.low for n, d in self.floats.items()}
+        for name, vector in self.vectors.by_name.items():
+            if vector.place == "targets":
+                low[name] = vector.distribution.low
         for params in ({}, *self._choices()):
             leaf, _ = last_step(clone(self._estimator).set_params(**params))
             if type(leaf) is not self._adapter.type:
                 raise NotFollowedError(
                     f"{type(leaf).__name__} is among the choices of the last step"
                 )
+            leaf.set_params(**{n.removeprefix(self._prefix): v for n, v in low.items()})
             reason = self._adapter.reason_to_decline(leaf, y, splits)
             if reason is not None:
                 raise NotFollowedError(reason)
 
     def _choices(self) -> Iterator[dict[str, Any]]:
-        for name, distribution in self._space.items():
+        for name, distribution in self.space.items():
             if name in self.names:
                 continue
             if isinstance(distribution, CategoricalDistribution):
-                yield from (self._space.decode({name: c}) for c in distribution.choices)
+                yield from (self.space.decode({name: c}) for c in distribution.choices)
             elif name.startswith(self._prefix):
                 assert isinstance(distribution, (FloatDistribution, IntDistribution))
                 yield from ({name: v} for v in (distribution.low, distribution.high))
 
 
-def _is_smooth(distribution: BaseDistribution | None) -> bool:
-    return (
-        isinstance(distribution, FloatDistribution)
-        and distribution.step is None
-        and 0 < distribution.low < distribution.high
-    )
+def _defined(
+    adapter: AbstractAdapter, loss: FollowedLoss, y: np.ndarray, splits: list[Split]
+) -> FollowedLoss:
+    """The loss, or one that is defined for targets that do not vary in a fold."""
+    if not loss.of_variation or all(np.ptp(y[test], axis=0).min() > 0 for _, test in splits):
+        return loss
+    other = adapter.followed_loss("neg_mean_squared_error")
+    why = f"{other.label} (as {loss.label} of a fold is not defined: its targets do not vary)"
+    return replace(other, label=why, is_score=False)
+
+
+def _is_smooth(distribution: FloatDistribution) -> bool:
+    return distribution.step is None and 0 < distribution.low < distribution.high
 
 
 def _weights(given: Any, num_samples: int) -> np.ndarray | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, Trial
 
 from ._adapter import Split
+from ._weighting import SampleWeighting
 
 
 class FailedTrialError(ValueError):
@@ -35,6 +36,7 @@ class Rows:
         evaluate: What ``BaseSearchCV`` gives to ``_run_search``.
         splits: Of all trials.
         metric: The score that counts, as ``cv_results_`` names it.
+        weighting: Passes sample weights that are searched to the fits.
 
     Attributes:
         numbers: Of the trials that have a row.
@@ -42,9 +44,14 @@ class Rows:
     """
 
     def __init__(
-        self, evaluate: Callable[..., dict[str, Any]], splits: FrozenSplits, metric: str
+        self,
+        evaluate: Callable[..., dict[str, Any]],
+        splits: FrozenSplits,
+        metric: str,
+        weighting: SampleWeighting | None = None,
     ) -> None:
         self._evaluate, self._splits, self._metric = evaluate, splits, metric
+        self._weighting = weighting
         self._results: dict[str, Any] = {}
         self.numbers: list[int] = []
         self.scores: list[float] = []
@@ -68,20 +75,39 @@ class Rows:
         more: dict[str, Any] = {"trial_number": numbers}
         if losses is not None:
             more["followed_loss"] = list(losses)
+        if self._weighting is None:
+            self._add(list(settings), more)
+        else:
+            for i, setting in enumerate(settings):
+                row = {k: v[i : i + 1] for k, v in more.items()}
+                self._add([self._weighting.taken_from(setting)], row)
+        self._metric = self._resolved()
+        self.numbers += numbers
+        self.scores = [float(s) for s in self._results[f"mean_test_{self._metric}"]]
+
+    def _resolved(self) -> str:
+        """The name of the score that counts: what a callable returns is known now only."""
+        found = sorted(k[10:] for k in self._results if k.startswith("mean_test_"))
+        if self._metric in found:
+            return self._metric
+        if found == ["score"] or (self._metric == "score" and len(found) == 1):
+            return found[0]
+        if self._metric == "score":
+            raise ValueError(
+                f"scoring gives several scores ({found}); name the one to search for by refit=."
+            )
+        raise ValueError(
+            "For multi-metric scoring, the parameter refit must be set to a scorer key or a callable to refit an "
+            f"estimator, and refit={self._metric!r} is none of {found}."
+        )
+
+    def _add(self, settings: list[dict[str, Any]], more: dict[str, Any]) -> None:
         try:
-            self._results = self._evaluate(list(settings), cv=self._splits, more_results=more)
+            self._results = self._evaluate(settings, cv=self._splits, more_results=more)
         except ValueError as error:
             if "fits failed" not in str(error):
                 raise
             raise FailedTrialError(str(error)) from error
-        key = f"mean_test_{self._metric}"
-        if key not in self._results:
-            found = sorted(k[10:] for k in self._results if k.startswith("mean_test_"))
-            raise ValueError(
-                f"scoring gives several scores ({found}); name the one to search for by refit=."
-            )
-        self.numbers += numbers
-        self.scores = [float(s) for s in self._results[key]]
 
     def last_split_scores(self) -> list[float]:
         """Of the folds of the last row."""
@@ -89,13 +115,24 @@ class Rows:
         return [float(self._results[f"split{i}_test_{self._metric}"][-1]) for i in splits]
 
 
-def distinct(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Those whose parameters differ, to two digits, from those of the ones before."""
-    found: dict[str, FrozenTrial] = {}
-    for trial in trials:
-        shown = {
-            k: f"{v:.2g}" if isinstance(v, (float, np.floating)) else repr(v)
-            for k, v in trial.params.items()
-        }
-        found.setdefault(repr(sorted(shown.items())), trial)
+def distinct(
+    trials: Iterable[tuple[FrozenTrial, dict[str, Any]]], at_most: int
+) -> list[tuple[FrozenTrial, dict[str, Any]]]:
+    """Those whose settings differ, to two digits, from those of the ones before."""
+    found: dict[str, tuple[FrozenTrial, dict[str, Any]]] = {}
+    for trial, setting in trials:
+        shown = {k: _rounded(v) for k, v in setting.items()}
+        found.setdefault(repr(sorted(shown.items())), (trial, setting))
+        if len(found) == at_most:
+            break
     return list(found.values())
+
+
+def _rounded(value: Any) -> str:
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.2g}"
+    if isinstance(value, np.ndarray):
+        return " ".join(map(_rounded, value.tolist()))
+    if isinstance(value, dict):
+        return repr({k: _rounded(v) for k, v in value.items()})
+    return repr(value)

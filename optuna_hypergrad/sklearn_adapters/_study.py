@@ -66,6 +66,11 @@ def completed(study: Study) -> list[FrozenTrial]:
     return [t for t in finished(study) if t.state == TrialState.COMPLETE]
 
 
+def was_stopped(study: Study) -> bool:
+    """Whether somebody has called ``study.stop()`` since its ``optimize`` began."""
+    return bool(getattr(study, "_stop_flag", False))
+
+
 @contextmanager
 def quiet(verbose: int) -> Iterator[None]:
     """Optuna's messages about each trial, only where ``verbose`` asks for them."""

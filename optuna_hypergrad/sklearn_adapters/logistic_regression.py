@@ -15,7 +15,7 @@ from torch.nn.functional import one_hot
 
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split
 from ._losses import classification_loss
-from ._newton import LogisticOptimum, LogisticProblem
+from ._newton import LogisticOptimum, log_probabilities
 
 _SAME = {
     ("penalty", "l2"),
@@ -59,10 +59,14 @@ class LogisticRegressionAdapter(AbstractAdapter):
         if y.ndim != 1:
             return "there is more than one target"
         for train, test in splits:
+            if len(np.unique(y[train])) < 2:
+                raise ValueError(
+                    "LogisticRegression needs samples of at least 2 classes in the data, but a fold contains only one class: "
+                    f"{y[train][:1].tolist()} (of samples with a positive sample_weight). Use cv=StratifiedKFold(), or more "
+                    "samples."
+                )
             if not np.isin(y[test], y[train]).all():
                 return "a fold is tested on a class that it is not trained on"
-            if len(np.unique(y[train])) < 2:
-                return "a fold is trained on one class only"
         return None
 
     def followed_loss(self, scoring: Any) -> FollowedLoss:
@@ -76,27 +80,27 @@ class LogisticRegressionAdapter(AbstractAdapter):
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         if not memory:
-            memory |= _prepared(fold, estimator.fit_intercept)
-        problem: LogisticProblem = memory["problem"]
+            memory["y"] = _targets(fold)
+        y_train, y_test = memory["y"]
         theta: Tensor = LogisticOptimum.apply(  # type: ignore[no-untyped-call]
-            problem, params["C"], memory.get("theta")
+            _with_ones(fold.x_train, estimator.fit_intercept),
+            y_train,
+            torch.ones_like(y_train[:, 0]) if fold.weights is None else fold.weights,
+            params["C"],
+            fold.x_train.shape[1],
+            memory.get("theta"),
         )
         memory["theta"] = theta.detach()
-        return problem.log_probabilities(theta, memory["x_test"]), memory["y_test"]
+        return log_probabilities(theta, _with_ones(fold.x_test, estimator.fit_intercept)), y_test
 
 
-def _prepared(fold: Fold, intercept: bool) -> dict[str, Any]:
-    """What stays the same in all fits of a fold."""
+def _targets(fold: Fold) -> tuple[Tensor, Tensor]:
+    """One-hot for training, ``(n, k)``, of two classes the second one; numbers of the classes for the test, ``(m,)``."""
     classes, labels = np.unique(fold.y_train, return_inverse=True)
-    targets = one_hot(torch.as_tensor(labels), len(classes)).to(fold.x_train)
-    x_train, x_test = (
-        torch.cat([x, x.new_ones(len(x), int(intercept))], 1) for x in (fold.x_train, fold.x_test)
-    )
-    problem = LogisticProblem(
-        x_train,
-        targets[:, 1:] if len(classes) == 2 else targets,
-        torch.ones(len(labels), dtype=torch.float64) if fold.weights is None else fold.weights,
-        fold.x_train.shape[1],
-    )
+    targets = one_hot(torch.as_tensor(labels), len(classes)).to(torch.float64)
     places = torch.as_tensor(np.searchsorted(classes, fold.y_test))
-    return {"problem": problem, "x_test": x_test, "y_test": places}
+    return targets[:, 1:] if len(classes) == 2 else targets, places
+
+
+def _with_ones(x: Tensor, intercept: bool) -> Tensor:
+    return torch.cat([x, x.new_ones(len(x), 1)], 1) if intercept else x

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from optuna.distributions import FloatDistribution
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import Ridge
@@ -14,10 +15,11 @@ from torch import Tensor
 from ..closed_form.ridge import ridge
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
 from ._losses import regression_loss
+from ._normal_equations import fit_and_predict
 
 
 class RidgeAdapter(AbstractAdapter):
-    """``sklearn.linear_model.Ridge``: one penalty, one or several targets, with or without an intercept.
+    """``sklearn.linear_model.Ridge``: one penalty or one per target, with or without an intercept.
 
     Reference: Hoerl & Kennard (1970), "Ridge regression".
     """
@@ -27,12 +29,15 @@ class RidgeAdapter(AbstractAdapter):
     usual: ClassVar[dict[str, FloatDistribution]] = {
         "alpha": FloatDistribution(1e-6, 1e6, log=True)
     }
+    vectors: ClassVar[dict[str, str]] = {"alpha": "per_target"}
 
     def reason_to_decline(
         self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]
     ) -> str | None:
         if estimator.positive:
             return "Ridge(positive=True) has no closed form"
+        if not (np.asarray(estimator.alpha) > 0).all():
+            return f"Ridge(alpha={estimator.alpha!r}) has no penalty"
         if not np.issubdtype(y.dtype, np.number):
             return f"the targets are {y.dtype}, not numbers"
         return None
@@ -47,11 +52,24 @@ class RidgeAdapter(AbstractAdapter):
         fold: Fold,
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
+        if not memory:
+            memory["y"] = tensor(fold.y_train), tensor(fold.y_test)
+        alpha, (y, y_test) = params["alpha"], memory["y"]
+        n, p = fold.x_train.shape
+        if alpha.dim() == 0 and p <= n:
+            weights = torch.ones(n, dtype=y.dtype) if fold.weights is None else fold.weights
+            wide = y if y.dim() == 2 else y[:, None]
+            found = fit_and_predict(
+                fold.x_train, wide, weights, alpha, estimator.fit_intercept, fold.x_test
+            )
+            return found if y.dim() == 2 else found[:, 0], y_test
+        if alpha.dim() == 1:  # one per target
+            alpha = alpha.expand(1, 1 if y.dim() == 1 else y.shape[1])
         model = ridge(
             fold.x_train,
-            tensor(fold.y_train),
-            params["alpha"],
+            y,
+            alpha,
             intercept=estimator.fit_intercept,
             sample_weight=fold.weights,
         )
-        return model.predict(fold.x_test), tensor(fold.y_test)
+        return model.predict(fold.x_test), y_test

@@ -1,0 +1,158 @@
+"""The cross-validated loss as a differentiable function of hyperparameters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, clone
+from torch import Tensor
+
+from ._adapter import AbstractAdapter, FollowedLoss, Split
+from ._distributions import Space
+from ._folds import Folds, last_step, remembered
+from ._rows import FailedTrialError
+from ._vectors import Vectors
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a search is given.
+
+    Attributes:
+        X: As the user gave them.
+        y: Targets, an array.
+        weights: ``(n_samples,)`` or ``None``.
+        scored: Whether they count in the score, too.
+    """
+
+    X: Any
+    y: np.ndarray
+    weights: np.ndarray | None
+    scored: bool
+
+
+class CrossValidatedLoss:
+    """The loss of each fold.
+
+    Args:
+        adapter: Of the last step of ``estimator``.
+        estimator: An estimator, or a pipeline.
+        space: What is searched.
+        loss: Of one fold.
+        vectors: Those that are searched.
+        data: All samples.
+        splits: The folds.
+        warm: Whether a fit may begin where the last one of its fold has ended.
+        fitted: Is told of the number of folds that were fitted, each time.
+
+    Attributes:
+        splits: The folds.
+    """
+
+    def __init__(
+        self,
+        adapter: AbstractAdapter,
+        estimator: BaseEstimator,
+        space: Space,
+        loss: FollowedLoss,
+        vectors: Vectors,
+        data: Data,
+        splits: list[Split],
+        warm: bool,
+        fitted: Callable[[int], None],
+    ) -> None:
+        self._adapter, self._estimator, self._space, self._loss = adapter, estimator, space, loss
+        self._vectors, self.splits, self._warm = vectors, splits, warm
+        self._folds = Folds(data.X, data.y, splits, data.weights, data.scored)
+        _, self._prefix = last_step(estimator)
+        self._estimators: OrderedDict[Hashable, tuple[BaseEstimator, dict[str, Tensor]]] = (
+            OrderedDict()
+        )
+        self._fitted = fitted
+
+    def __call__(self, chosen: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
+        """The mean over the folds.
+
+        Args:
+            chosen: Hyperparameters that are not differentiated, as a study knows them.
+            values: The others, by name: 0-d tensors, and vectors of what is searched.
+
+        Raises:
+            FailedTrialError: if the transformers cannot be fitted.
+        """
+        return self.each(chosen, values).mean()
+
+    def each(self, chosen: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
+        """``(num_folds,)``; see :meth:`__call__`."""
+        estimator, given = remembered(
+            self._estimators, tuple(chosen.items()), lambda: self._with(chosen)
+        )
+        folds = self._of(estimator, chosen)
+        memories: list[dict[str, Any]] = [{} for _ in folds]
+        if self._warm:
+            memories = self._folds.memories(tuple(chosen.items()))
+        leaf, _ = last_step(estimator)
+        floats = {
+            name.removeprefix(self._prefix): value
+            for name, value in values.items()
+            if name not in self._vectors.by_name
+        }
+        losses = []
+        for fold, split, memory in zip(folds, self.splits, memories, strict=True):
+            seen, arguments = self._vectors.applied(fold, split, values)
+            params = {**given, **floats, **arguments}
+            predicted = self._adapter.predict(leaf, params, seen, memory)
+            losses.append(self._loss.function(*predicted, fold.test_weights))
+        self._fitted(len(losses))
+        return torch.stack(losses)
+
+    def prepare(self) -> None:
+        """Fit the transformers as they are; what is wrong with the data is said now."""
+        self._folds.of(self._estimator, ())
+
+    def num_features(self, chosen: Mapping[str, Any]) -> int:
+        """That the last step sees.
+
+        Raises:
+            FailedTrialError: if it sees another number in each fold, or the transformers cannot be fitted.
+        """
+        estimator, _ = self._with(chosen)
+        found = {fold.x_train.shape[1] for fold in self._of(estimator, chosen)}
+        if len(found) > 1:
+            raise FailedTrialError(
+                f"the transformers make another number of features in each fold, {sorted(found)}, so that there is no "
+                f"vector of one number per feature"
+            )
+        return int(found.pop())
+
+    def _with(self, chosen: Mapping[str, Any]) -> tuple[BaseEstimator, dict[str, Tensor]]:
+        """The estimator of a setting, and the numbers that it has where they could be differentiated."""
+        estimator = self._estimator
+        if chosen:
+            estimator = clone(estimator).set_params(**self._space.decode(chosen))
+        return estimator, _numbers(last_step(estimator)[0], self._adapter)
+
+    def _of(self, estimator: BaseEstimator, chosen: Mapping[str, Any]) -> Any:
+        before = {k: v for k, v in chosen.items() if not k.startswith(self._prefix)}
+        try:
+            return self._folds.of(estimator, tuple(before.items()))
+        except Exception as error:
+            raise FailedTrialError(f"{before}: {error}") from error
+
+
+def _numbers(leaf: BaseEstimator, adapter: AbstractAdapter) -> dict[str, Tensor]:
+    """What an adapter can differentiate, as the estimator has it."""
+    params = leaf.get_params(deep=False)
+    found = {}
+    for name in adapter.usual:
+        value: Any = params.get(name)
+        is_vector = name in adapter.vectors and isinstance(value, (list, tuple, np.ndarray))
+        if is_vector or (isinstance(value, Real) and value is not True and value is not False):
+            found[name] = torch.as_tensor(value, dtype=torch.float64)
+    return found

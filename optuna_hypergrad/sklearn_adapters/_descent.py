@@ -1,0 +1,138 @@
+"""Looking at a few points, and going down from one, outside of a study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .._errors import SolverError
+from .._typing import Params
+from ..search_space import Domain
+from ..step_rules import StepState, TrustRegion
+
+NUM_SCANNED = 4
+Loss = Callable[[Params], Tensor]
+
+_RULE = TrustRegion(gtol=1e-4, ftol=1e-4, patience=8)
+
+
+def scan(loss: Loss, domains: Mapping[str, Domain], more: Mapping[str, float]) -> dict[str, float]:
+    """The best of four points that are spread over the box, the middle among them, and of one more.
+
+    Reference: Roberts (2018), "The unreasonable effectiveness of quasirandom sequences" (its additive recurrence).
+
+    Args:
+        loss: Of numbers by name; points where it fails or is not finite are passed over.
+        domains: Of each number; finite bounds.
+        more: A further point, as far as it is inside: other numbers are at the middle.
+
+    Returns:
+        The middle, where every point fails.
+    """
+    names = sorted(domains)
+    ratio = _generalized_golden_ratio(len(names))
+    middle = {n: domains[n].midpoint() for n in names}
+    candidates = [middle]
+    for i in range(1, NUM_SCANNED):
+        shares = [(0.5 + i * ratio ** -(j + 1)) % 1.0 for j in range(len(names))]
+        candidates.append({n: _at(domains[n], u) for n, u in zip(names, shares, strict=True)})
+    inside = {
+        n: v for n, v in more.items() if n in domains and domains[n].low <= v <= domains[n].high
+    }
+    if inside:
+        candidates.append({**middle, **inside})
+    found, lowest = middle, math.inf
+    for candidate in candidates:
+        try:
+            with torch.no_grad():
+                value = float(
+                    loss({n: torch.tensor(v, dtype=torch.float64) for n, v in candidate.items()})
+                )
+        except SolverError:
+            continue
+        if value < lowest:
+            found, lowest = candidate, value
+    return found
+
+
+def first_radius(steepest: float, stiffness: float) -> float:
+    """How far a first step may go where a quadratic penalty of this stiffness pulls it back.
+
+    Args:
+        steepest: The largest entry of the gradient where it begins.
+        stiffness: Second derivative of the penalty.
+    """
+    if stiffness <= 0:
+        return 1.0
+    return min(1.0, max(2 * steepest / stiffness, 1e-4))
+
+
+def descend(
+    loss: Loss,
+    domains: Mapping[str, Domain],
+    start: Params,
+    max_evaluations: int,
+    stiffness: float = 0.0,
+) -> tuple[Params, float]:
+    """The best point, external, and its loss.
+
+    Args:
+        loss: Differentiable, of tensors by name.
+        domains: Of each tensor.
+        start: External; inside.
+        max_evaluations: Of the loss and its gradient, at most.
+        stiffness: Of a quadratic penalty in the loss.
+
+    Raises:
+        SolverError: if the loss cannot be computed at ``start``.
+    """
+    lower, upper = {}, {}
+    for name, domain in domains.items():
+        lower[name], upper[name] = domain.internal_bounds()
+    point = {n: domains[n].to_internal(v.detach()) for n, v in start.items()}
+    rule, state = _RULE, StepState()
+    best, lowest = {n: v.detach() for n, v in start.items()}, math.inf
+    for number in range(max_evaluations):
+        external = {n: domains[n].to_external(u).requires_grad_() for n, u in point.items()}
+        value, slope = math.nan, {}
+        try:
+            found = loss(external)
+            gradients = torch.autograd.grad(found, list(external.values()))
+        except SolverError:
+            if number == 0:
+                raise
+        else:
+            value = float(found.detach())
+            slope = {
+                n: domains[n].internal_gradient(g, external[n].detach())
+                for n, g in zip(external, gradients, strict=True)
+            }
+            if value < lowest:
+                best, lowest = {n: v.detach() for n, v in external.items()}, value
+        if number == 0:
+            steepest = max(float(g.abs().max()) for g in slope.values())
+            rule = replace(_RULE, radius=first_radius(steepest, stiffness))
+            state = rule.init(point, lower, upper)
+        proposal = rule.step(state, point, value, slope, lower, upper)
+        point, state = proposal.point, proposal.state
+        if proposal.stop is not None:
+            break
+    return best, lowest
+
+
+def _at(domain: Domain, share: float) -> float:
+    """What lies at ``share`` of the range, in the coordinate in which it is moved."""
+    low, high = domain.internal_bounds()
+    return float(domain.to_external(torch.tensor(low + share * (high - low), dtype=torch.float64)))
+
+
+def _generalized_golden_ratio(d: int) -> float:
+    """The positive root of ``x^(d+1) = x + 1``."""
+    x = 2.0
+    for _ in range(50):
+        x = (1 + x) ** (1 / (d + 1))
+    return x

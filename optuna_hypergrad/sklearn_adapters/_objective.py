@@ -1,0 +1,171 @@
+"""One trial: one evaluation of the cross-validated loss, with its gradient."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+from .._errors import MissingTensorError
+from .._typing import Params
+from ..studies import DifferentiableTrial, load_tensors
+from ._distributions import suggest
+from ._folds import remembered
+from ._following import Followed
+from ._nested import Freedom
+from ._rows import distinct
+
+PHASE = "guard:phase"
+"""Parameter of a guarded search's trials, ``"tied"`` or ``"free"``."""
+
+LOSS = "followed_loss"
+"""User attribute of a trial whose value has a penalty: the loss without it."""
+
+
+def tied_name(name: str) -> str:
+    """Parameter that is all entries of a vector."""
+    return f"{name}:tied"
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """On the departure from the tied solution."""
+
+    tied: dict[str, float]
+    tau: float
+
+
+class TrialLoss:
+    """The objective of a study.
+
+    Args:
+        followed: What is followed.
+        guarded: Whether vectors are tied first.
+
+    Attributes:
+        penalty: Once they are free.
+    """
+
+    def __init__(self, followed: Followed, guarded: bool) -> None:
+        self.followed, self.guarded = followed, guarded
+        self.penalty: Penalty | None = None
+        self._starts: dict[str, dict[str, float]] = {}
+        self._freedoms: OrderedDict[Hashable, Freedom] = OrderedDict()
+
+    def __call__(self, trial: DifferentiableTrial) -> Tensor:
+        followed = self.followed
+        phase: Literal["tied", "free"] = "free"
+        if self.guarded:
+            phase = "tied" if self.penalty is None else "free"
+            trial.suggest_categorical(PHASE, ["tied", "free"])
+        chosen = {
+            name: suggest(trial, name, distribution)
+            for name, distribution in followed.space.items()
+            if name not in followed.floats
+        }
+        freedom = remembered(
+            self._freedoms, tuple(chosen.items()), lambda: followed.freedom(chosen)
+        )
+        start = self._start(trial, chosen, freedom)
+        values: Params = {}
+        for name, domain in followed.floats.items():
+            values[name] = _number(trial, name, domain, start.get(name))
+        for name, domain in freedom.vectors.items():
+            if phase == "tied":
+                values[name] = _number(trial, tied_name(name), domain, start.get(name))
+            else:
+                values[name] = trial.suggest_tensor(
+                    name,
+                    (freedom.sizes[name],),
+                    domain.low,
+                    domain.high,
+                    log=domain.log,
+                    init=start.get(name),
+                    dtype=torch.float64,
+                )
+        loss = followed.cross_validated(chosen, freedom.untied(values))
+        if self.penalty is None:
+            return loss
+        trial.set_user_attr(LOSS, float(loss.detach()))
+        departure = freedom.departure(values, self.penalty.tied)
+        return loss + 0.5 * self.penalty.tau * departure
+
+    def chosen_of(self, trial: FrozenTrial) -> dict[str, Any]:
+        """Hyperparameters of a finished trial that are not differentiated."""
+        return {
+            n: trial.params[n]
+            for n, _ in self.followed.space.items()
+            if n not in self.followed.floats
+        }
+
+    def tied_of(self, trial: FrozenTrial) -> dict[str, float]:
+        """Numbers of a finished, tied trial, those that are all entries of a vector by its name."""
+        names = {n: n for n in self.followed.floats}
+        names |= {n: tied_name(n) for n in self.followed.vectors.by_name}
+        return {n: float(trial.params[p]) for n, p in names.items()}
+
+    def setting_of(self, study: Study, trial: FrozenTrial) -> dict[str, Any] | None:
+        """Everything for the estimator; ``None`` if the store has not kept the vectors of the trial."""
+        chosen, vectors = self.chosen_of(trial), self.followed.vectors
+        found = self.followed.space.decode(chosen)
+        found |= {n: float(trial.params[n]) for n in self.followed.floats}
+        if not vectors.by_name:
+            return found
+        if is_tied(trial):
+            sizes = self.followed.freedom(chosen).sizes
+            tied = {n: float(trial.params[tied_name(n)]) for n in sizes}
+            return found | vectors.decoded(
+                {n: torch.full((k,), tied[n], dtype=torch.float64) for n, k in sizes.items()}
+            )
+        try:
+            values = load_tensors(trial, study=study)
+        except MissingTensorError:
+            return None
+        return found | vectors.decoded(values)
+
+    def ranked(
+        self, study: Study, best: Sequence[FrozenTrial], at_most: int
+    ) -> list[tuple[FrozenTrial, dict[str, Any]]]:
+        """The best trials with distinct settings; of a guarded search, those that its choice leaves, and the best tied one.
+
+        Values of free trials have their penalty: to rank them by anything else would go around the guard.
+        """
+        tied = [t for t in best if is_tied(t)]
+        free = [t for t in best if not is_tied(t)]
+        order = tied if self.guarded and (self.penalty is None or not free) else free
+        last = tied[:1] if order is free else []
+        settings = ((t, self.setting_of(study, t)) for t in order)
+        found = distinct(((t, s) for t, s in settings if s is not None), at_most)
+        return found + [(t, s) for t in last if (s := self.setting_of(study, t)) is not None]
+
+    def _start(
+        self, trial: DifferentiableTrial, chosen: Mapping[str, Any], freedom: Freedom
+    ) -> dict[str, float]:
+        """Where a trajectory begins, if this trial begins one under a new setting."""
+        if self.penalty is not None:
+            return self.penalty.tied
+        key = repr(sorted(chosen.items()))
+        if key not in self._starts:
+            earlier = trial.study.get_trials(deepcopy=False)[: trial.number]
+            known = any(
+                t.state == TrialState.COMPLETE
+                and all(t.params.get(n) == v for n, v in chosen.items())
+                for t in earlier
+            )
+            self._starts[key] = {} if known else self.followed.scanned(chosen, freedom)
+        return self._starts[key]
+
+
+def is_tied(trial: FrozenTrial) -> bool:
+    return bool(trial.params.get(PHASE) == "tied")
+
+
+def _number(trial: DifferentiableTrial, name: str, domain: Any, init: float | None) -> Tensor:
+    value: Tensor = trial.suggest_float(name, domain.low, domain.high, log=domain.log, init=init)
+    return value

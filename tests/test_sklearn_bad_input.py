@@ -1,0 +1,95 @@
+"""What a search refuses: in words, by scikit-learn's own kind of error, before any fit."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from sklearn.svm import LinearSVC
+
+from optuna_hypergrad import HypergradientSearchCV, TensorDistribution
+
+ALPHA = FloatDistribution(1e-3, 1e3, log=True)
+X, Y = load_diabetes(return_X_y=True)
+FLOWERS = load_iris(return_X_y=True)
+
+
+def with_nan() -> np.ndarray:
+    x = X.copy()
+    x[17, 3] = np.nan
+    return x
+
+
+def one_class() -> tuple[np.ndarray, np.ndarray]:
+    return FLOWERS[0][:100], np.repeat([0, 1], [90, 10])
+
+
+PIPELINE = make_pipeline(StandardScaler(), PolynomialFeatures(), Ridge())
+CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
+    "an unknown name": (Ridge(), {"param_distributions": {"alhpa": ALPHA}}, (X, Y), "did you mean 'alpha'"),
+    "an unknown name of a step": (
+        PIPELINE, {"param_distributions": {"ridge__alhpa": ALPHA}}, (X, Y), "did you mean 'ridge__alpha'"),
+    "a negative penalty": (
+        Ridge(), {"param_distributions": {"alpha": FloatDistribution(-1.0, 1.0)}}, (X, Y),
+        r"'alpha'\] goes from -1.0 to 1.0, and Ridge takes"),
+    "a float for an integer": (
+        PIPELINE, {"param_distributions": {"polynomialfeatures__degree": FloatDistribution(1.0, 3.0)}}, (X, Y),
+        "PolynomialFeatures takes"),
+    "an integer out of range": (
+        LogisticRegression(), {"param_distributions": {"max_iter": IntDistribution(-5, 10)}}, FLOWERS, "takes"),
+    "a number for a word": (
+        LogisticRegression(), {"param_distributions": {"solver": FloatDistribution(0.0, 1.0)}}, FLOWERS, "takes"),
+    "NaN in X": (PIPELINE, {}, (with_nan(), Y), "Input X contains NaN"),
+    "infinite X": (Ridge(), {}, (np.where(X > 0.15, np.inf, X), Y), "Input X contains infinity"),
+    "fewer samples than folds": (Ridge(), {"cv": KFold(5)}, (X[:4], Y[:4]), "n_splits=5 greater than the number of samples"),
+    "a fold of one class": (LogisticRegression(), {"cv": KFold(5)}, one_class(), "only one class"),
+    "unequal lengths": (Ridge(), {}, (X, Y[:-1]), "inconsistent numbers of samples"),
+    "an unknown score": (Ridge(), {"scoring": "r3"}, (X, Y), "scoring"),
+    "two scores": (Ridge(), {"scoring": ["r2", "neg_max_error"], "refit": False}, (X, Y), "refit="),
+    "a vector of what is none": (
+        Ridge(), {"param_distributions": {"fit_intercept": TensorDistribution("per_feature", 0.1, 1)}}, (X, Y), "is a vector"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("estimator", "more", "data", "message"), CASES.values(), ids=CASES)
+def test_it_is_refused_before_any_fit(estimator, more, data, message, monkeypatch):
+    for kind in (Ridge, LogisticRegression):
+
+        @functools.wraps(kind.fit)
+        def fit(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("it was fitted")
+
+        monkeypatch.setattr(kind, "fit", fit)
+    search = HypergradientSearchCV(estimator, **{"n_trials": 2, **more})
+    with pytest.raises(ValueError, match=message):
+        search.fit(*data)
+    assert not hasattr(search, "best_params_")
+
+
+def test_constant_targets_have_no_r2_to_follow():
+    search = HypergradientSearchCV(Ridge(), n_trials=2, random_state=0).fit(X[:60], np.ones(60))
+    assert "its targets do not vary" in search.followed_
+    assert search.best_score_ == 1.0
+
+
+def test_a_score_without_a_counterpart_says_what_is_followed():
+    search = HypergradientSearchCV(Ridge(), n_trials=4, scoring="neg_max_error", random_state=0)
+    search.fit(X, Y)
+    assert search.followed_.startswith("mean squared error, which stands for the score")
+
+
+def test_what_an_estimator_alone_can_judge_is_left_to_it():
+    space = {
+        "C": FloatDistribution(1e-3, 1e-1),
+        "fit_intercept": CategoricalDistribution([True, False]),
+    }
+    search = HypergradientSearchCV(LinearSVC(), space, n_trials=2, random_state=0).fit(*FLOWERS)
+    assert search.best_score_ > 0.8

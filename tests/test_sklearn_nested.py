@@ -1,0 +1,160 @@
+"""The guard of vectors: what nested cross-validation may see, how it decides, and that what it leaves free generalizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_breast_cancer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss, mean_squared_error
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    LeaveOneOut,
+    RepeatedKFold,
+    ShuffleSplit,
+    TimeSeriesSplit,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from optuna_hypergrad import FeatureWeights, HypergradientSearchCV, TensorDistribution
+from optuna_hypergrad.sklearn_adapters import _nested
+
+WEIGHTS = "featureweights__weights"
+SPACE = {WEIGHTS: TensorDistribution("per_feature", 1e-2, 1e2)}
+RIDGE = make_pipeline(StandardScaler(), FeatureWeights(), Ridge())
+
+
+def sparse(n: int, p: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(n, p))
+    return x, x[:, :4] @ [3.0, -2.0, 2.0, 1.0] + generator.normal(size=n)
+
+
+def tied(search: HypergradientSearchCV) -> Any:
+    """The pipeline with the best weights that are all equal."""
+    trial = min(
+        (t for t in search.study_.trials if t.params["guard:phase"] == "tied"),
+        key=lambda t: t.value,
+    )
+    weights = np.full(search.n_features_in_, trial.params[f"{WEIGHTS}:tied"])
+    return clone(search.estimator).set_params(**{WEIGHTS: weights})
+
+
+def test_weights_are_freed_where_that_generalizes():
+    x, y = sparse(800, 80)
+    search = HypergradientSearchCV(RIDGE, SPACE, n_trials=40, cv=4, random_state=0)
+    search.fit(x[:60], y[:60])
+    assert search.nested_.tau is not None
+    assert search.nested_.loss < 0.9 * search.nested_.tied_loss
+    errors = [
+        mean_squared_error(y[60:], m.fit(x[:60], y[:60]).predict(x[60:]))
+        for m in (clone(search.best_estimator_), tied(search))
+    ]
+    assert errors[0] < 0.6 * errors[1]
+    assert search.study_.user_attrs["guard"]["loss"] == search.nested_.loss
+    found = search.cv_results_["followed_loss"][search.best_index_]
+    assert found < search.nested_.loss  # what was minimized is too good to be true
+
+
+def test_weights_stay_tied_where_they_would_fit_noise():
+    x, y = load_breast_cancer(return_X_y=True)
+    chosen = np.random.default_rng(0).permutation(len(y))
+    (x, y), (x_test, y_test) = ((x[c], y[c]) for c in (chosen[:150], chosen[150:]))
+    model = make_pipeline(StandardScaler(), FeatureWeights(), LogisticRegression(max_iter=1000))
+    search = HypergradientSearchCV(
+        model, SPACE, n_trials=30, cv=4, scoring="neg_log_loss", random_state=0
+    ).fit(x, y)
+    assert search.nested_.tau is None
+    assert search.nested_.loss == search.nested_.tied_loss
+    assert len(set(search.best_params_[WEIGHTS])) == 1
+    free = clone(search).set_params(guard=None).fit(x, y)
+    losses = [log_loss(y_test, m.predict_proba(x_test)) for m in (search, free)]
+    assert losses[1] > 1.3 * losses[0]
+
+
+def test_no_choice_has_seen_what_it_is_judged_by(monkeypatch):
+    """Other targets in an outer fold change its losses, and none of the points that are judged there."""
+    x, y = sparse(60, 5)
+    monkeypatch.setattr(_nested, "_MAX_FREE", 4)
+    seen: list[list[np.ndarray]] = []
+    real = _nested._value
+
+    def judged(loss: Any, chosen: Any, values: Any) -> float:
+        if np.array_equal(loss.splits[0][1], np.arange(20)):
+            seen[-1].append(values[WEIGHTS].numpy().copy())
+        return real(loss, chosen, values)
+
+    monkeypatch.setattr(_nested, "_value", judged)
+    monkeypatch.setattr(_nested, "_HOPELESS", np.inf)
+    losses = []
+    for targets in (y, np.concatenate([y[:20][::-1] * 3 - 5, y[20:]])):
+        seen.append([])
+        search = HypergradientSearchCV(RIDGE, SPACE, n_trials=4, cv=KFold(3), random_state=0)
+        search.set_params(scoring="neg_mean_squared_error")
+        with monkeypatch.context() as fixed:  # the scale of the penalty is one number of all data
+            fixed.setattr(
+                "optuna_hypergrad.sklearn_adapters._guarded.nested_choice",
+                lambda *a: _nested.nested_choice(*a[:-1], 1.0),
+            )
+            search.fit(x, targets)
+        losses.append(search.nested_.fold_losses)
+    assert len(seen[0]) == len(seen[1]) == 1 + len(_nested.TAUS)
+    assert all(a.tolist() == b.tolist() for a, b in zip(*seen, strict=True))
+    assert losses[0][0] != losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+@pytest.mark.parametrize(
+    "cv",
+    [
+        KFold(4),
+        TimeSeriesSplit(4),
+        LeaveOneOut(),
+        RepeatedKFold(n_splits=5, n_repeats=10, random_state=0),
+        ShuffleSplit(6, random_state=0),
+        GroupKFold(4),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_inner_folds_keep_to_the_outer_ones(cv):
+    n, groups = 48, np.arange(48) // 4
+    splits = list(cv.split(np.zeros(n), groups=groups if isinstance(cv, GroupKFold) else None))
+    folds = _nested._outer_folds(splits, lambda s: len(s[0]) > 0 and len(s[1]) > 0)
+    assert 2 <= len(folds) <= _nested.MAX_FOLDS
+    for (train, test), parts in folds:
+        assert not set(train) & set(test)
+        assert len(train) >= 0.5 * np.median([len(a) for a, _ in splits]) or isinstance(
+            cv, TimeSeriesSplit
+        )
+        for part in parts:
+            assert not set(part[0]) & set(part[1])
+            assert not (set(part[0]) | set(part[1])) & set(test)
+            if isinstance(cv, GroupKFold):
+                assert not set(groups[part[0]]) & set(groups[part[1]])
+            if isinstance(cv, TimeSeriesSplit):
+                assert max(part[0]) < min(part[1])
+                assert max(part[1]) < min(test)
+
+
+@pytest.mark.parametrize(
+    ("losses", "tau"),
+    [
+        ([[1.0, 0.9, 0.5], [1.0, 0.9, 0.52], [1.0, 0.9, 0.48]], 0.0),  # clearly better, freer and freer
+        ([[1.0, 0.9, 0.7], [1.0, 0.9, 1.1], [1.0, 0.9, 0.75]], 0.5),  # the freest is best, but not surely better than it
+        ([[1.0, 1.5, 2.0], [1.0, 0.4, 0.2], [1.0, 0.9, 1.0]], None),  # nothing is sure
+        ([[1.0, 1.1, 2.0], [1.0, 1.2, 2.0]], None),  # worse and worse
+        ([[1.0, np.inf, 0.5], [1.0, 0.9, 0.52]], 0.0),  # what cannot be fitted is not chosen
+        ([[np.inf, 0.1, 0.1], [1.0, 1.1, 1.2]], None),  # nor judged where the tied solution cannot be
+        ([[np.inf, 0.1, 0.1]], None),
+    ],
+)  # fmt: skip
+def test_the_choice_is_the_stiffest_that_is_as_good_as_the_best(losses, tau):
+    array = np.array(losses)
+    choice = _nested._decide(array[:, 0], list(array[:, 1:].T), [0.5, 0.0])
+    assert choice.tau == tau
+    assert _nested.NestedChoice.from_json(choice.to_json()) == choice
