@@ -647,7 +647,8 @@ def test_tensors_in_a_database_of_their_own(command: Command, tmp_path: Path) ->
     assert "Removed 0 blobs" in command("sweep", url, "--min-age", "0", *elsewhere)
     command("show", url, "--tensor-store", f"sqlite:///{tmp_path}/nowhere.db", status=2)
     assert "There is no file" in command.error
-    assert set(snapshot(tmp_path)) == {"study.db", "tensors.db"}
+    files = {name for name in snapshot(tmp_path) if not name.endswith("-journal")}
+    assert files == {"study.db", "tensors.db"}
     assert len(list(store.stored())) == count
 
 
@@ -689,7 +690,7 @@ def test_tensors_in_a_directory(command: Command, tmp_path: Path) -> None:
     elsewhere = ("--tensor-store", str(directory))
     assert "0 damaged" in command("verify", str(log), *elsewhere)
     assert "6 stored" in command("show", str(log), *elsewhere)
-    (path, *_) = directory.iterdir()
+    (path, *_) = directory.glob("hg-*")
     path.write_bytes(path.read_bytes()[:-1])
     assert path.name in command("verify", str(log), *elsewhere, status=1)
     assert not (tmp_path / "study.log.hypergrad").exists()

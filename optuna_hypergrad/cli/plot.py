@@ -37,7 +37,7 @@ def add(commands: Any, common: Parser, one: Parser) -> None:
         usage="optuna-hypergrad plot [-h] [-o FILE] [--name TENSOR] [--force] [STORAGE] [STUDY] KIND",
         parents=[common, one],
         help="A figure of a study.",
-        description=f"A figure of a study. KIND is one of: {_lines(KINDS)}.",
+        description=f"A figure of a study. KIND is one of:{_lines(KINDS)}",
         epilog=examples(
             "plot sqlite:///study.db trajectories",
             "plot sqlite:///study.db decays tensor-evolution --name decay -o decay.svg",
