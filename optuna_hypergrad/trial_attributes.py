@@ -42,6 +42,7 @@ MAX_SUMMARIES = 4
 
 _MAX_SORTED = 1 << 17
 """Quantiles of more entries than this are those of as many at equal distances."""
+_ROUNDING = 1e-5
 _MAX_NAME = 100
 _MAX_DESCRIPTION = 120
 
@@ -59,6 +60,8 @@ def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:
     """
     flat = value.detach().reshape(-1)
     low, high = domain.bounds_as(flat)
+    if domain.log:  # what was projected there in the logarithm comes back a little inside
+        low, high = low * (1.0 + _ROUNDING), high * (1.0 - _ROUNDING)
     numbers: dict[str, float] = {}
     sample = flat[:: math.ceil(flat.numel() / _MAX_SORTED)]
     least, most = (float(v) for v in torch.aminmax(flat))

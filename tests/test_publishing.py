@@ -146,6 +146,19 @@ def test_summary(dtype: torch.dtype) -> None:
     assert "at_low" not in summary_of(value, ohg.Domain())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_entries_that_came_back_from_logarithms_are_at_their_bounds(dtype: torch.dtype) -> None:
+    """As after a step: projected in the logarithm, ``exp(log(low))`` lies a little inside."""
+    domain = ohg.Domain(1e-6, 10.0, log=True)
+    value = torch.tensor([1e-6, 1e-6, 2e-6, 1.0, 9.99, 10.0], dtype=dtype).clamp(
+        *domain.bounds_as(torch.ones((), dtype=dtype))
+    )
+    back = domain.to_external(domain.to_internal(value))
+    found = summary_of(back, domain)
+    assert found["at_low"] == pytest.approx(2 / 6, rel=1e-3)
+    assert found["at_high"] == pytest.approx(1 / 6, rel=1e-3)
+
+
 def test_summary_of_a_million_entries_is_close_and_short() -> None:
     value = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     found = summary_of(value, ohg.Domain())
