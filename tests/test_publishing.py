@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import inspect
 import io
@@ -10,10 +11,12 @@ import json
 import logging
 import math
 import re
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ import optuna_hypergrad as ohg
 from optuna_hypergrad import _optuna, dashboard
 from optuna_hypergrad.dashboard import artifacts, note, pictures, plots, publishing
 from optuna_hypergrad.dashboard.pace import Pace
-from optuna_hypergrad.stores import TensorStore
+from optuna_hypergrad.stores import TensorStore, change_study_attributes
 from optuna_hypergrad.stores._published import is_published
 from optuna_hypergrad.trial_attributes import described, summaries_in, summary_of
 
@@ -619,6 +622,27 @@ def test_threads_publish_one_note(tmp_path: Path) -> None:
     assert "**Trials**: 8 (8 complete)" in body
     assert len(files_of(study, study.best_trial)) == 3
     assert len(published_blobs(study)) == 3
+
+
+def test_nobody_can_write_a_note_while_it_is_written(tmp_path: Path) -> None:
+    """What somebody saves in the dashboard meanwhile would be overwritten."""
+    path = tmp_path / "study.db"
+    study = optuna.create_study(storage=f"sqlite:///{path}")
+    save_note(study, "mine")
+    refused = []
+
+    def change(known: Mapping[str, Any]) -> dict[str, Any]:
+        with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as other:
+            try:
+                other.execute("UPDATE study_system_attributes SET value_json = '\"theirs\"'")
+                other.commit()
+            except sqlite3.OperationalError as error:
+                refused.append(str(error))
+        return {key: f"{value} and ours" for key, value in known.items() if "str" in key}
+
+    change_study_attributes(study._storage, study._study_id, note.PREFIX, change)
+    assert refused == ["database is locked"]
+    assert get_note(study) == "mine and ours"
 
 
 def test_a_process_publishes_at_its_end(tmp_path: Path) -> None:
