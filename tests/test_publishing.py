@@ -17,6 +17,7 @@ import sys
 import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from torch import Tensor
 import optuna_hypergrad as ohg
 from optuna_hypergrad import _optuna, dashboard
 from optuna_hypergrad.dashboard import artifacts, note, pictures, plots, publishing
+from optuna_hypergrad.dashboard.findings import find
 from optuna_hypergrad.dashboard.pace import Pace
 from optuna_hypergrad.stores import TensorStore, change_study_attributes
 from optuna_hypergrad.stores._published import is_published
@@ -622,6 +624,25 @@ def test_threads_publish_one_note(tmp_path: Path) -> None:
     assert "**Trials**: 8 (8 complete)" in body
     assert len(files_of(study, study.best_trial)) == 3
     assert len(published_blobs(study)) == 3
+
+
+@pytest.mark.parametrize("why", ["too large", "no tensor"])
+def test_a_figure_that_is_not_drawn_any_more_does_not_stay_as_it_was(
+    study: optuna.Study, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = get_plotly_graph_objects(system_attrs(study))
+    assert set(before) == {plots.TRAJECTORIES, plots.NORMS, plots.TENSOR}
+    if why == "too large":
+        monkeypatch.setattr(plots, "MAX_BYTES", 10)
+    else:
+        monkeypatch.setattr(publishing, "find", lambda *a: replace(find(*a), summaries={}))
+    dashboard.publish(study)
+    after = get_plotly_graph_objects(system_attrs(study))
+    gone = set(before) if why == "too large" else {plots.TENSOR}
+    assert {name for name, text in after.items() if not json.loads(text)["data"]} == gone
+    monkeypatch.undo()
+    dashboard.publish(study)
+    assert get_plotly_graph_objects(system_attrs(study)) == before
 
 
 def test_nobody_can_write_a_note_while_it_is_written(tmp_path: Path) -> None:
