@@ -17,7 +17,7 @@ import sys
 import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 from torch import Tensor
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad import _optuna, dashboard
+from optuna_hypergrad import _optuna, dashboard, outer_telling
 from optuna_hypergrad.dashboard import artifacts, note, pictures, plots, publishing
 from optuna_hypergrad.dashboard.findings import find
 from optuna_hypergrad.dashboard.pace import Pace
 from optuna_hypergrad.stores import TensorStore, change_study_attributes
 from optuna_hypergrad.stores._published import is_published
+from optuna_hypergrad.studies import telling
 from optuna_hypergrad.trial_attributes import described, summaries_in, summary_of
 
 F64 = torch.float64
@@ -211,12 +212,24 @@ def test_products_and_estimator_of_a_solve() -> None:
         assert trial.user_attrs["estimator"] == "Implicit(Neumann(num_steps=7, alpha=0.5))"
 
 
+@dataclass(frozen=True)
+class Refusing:
+    """Its defaults are none that it takes."""
+
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError("rank must be at least 1.")
+
+
 def test_settings_in_short() -> None:
     assert (
         described(ohg.Implicit(ohg.CG(max_steps=5), damping=0.1))
         == "Implicit(CG(max_steps=5), damping=0.1)"
     )
     assert described(ohg.Unroll()) == "Unroll()"
+    assert described(Refusing(3)) == "Refusing(rank=3)"
     assert (
         len(
             described(
@@ -575,6 +588,21 @@ def test_a_trial_never_fails_by_publishing(
     monkeypatch.undo()
     publishing.PUBLISHER.flush()  # what failed is done later
     assert "**Trials**: 4 (4 complete)" in get_note(study)
+
+
+def test_a_trial_never_fails_by_what_it_would_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no numbers")
+
+    monkeypatch.setattr(outer_telling, "summaries_of", fail)
+    monkeypatch.setattr(telling, "summaries_of", fail)
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.optimize(objective, n_trials=2)
+    study.optimize(whole_run, n_trials=1)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+    assert not any(k.startswith("tensor:") for t in study.trials for k in t.user_attrs)
 
 
 def test_publishing_changes_nothing_that_is_computed(tmp_path: Path) -> None:

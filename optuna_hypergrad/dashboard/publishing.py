@@ -106,18 +106,24 @@ class Publisher:
         self._at_exit: Finalize | None = None
 
     def tell_trial(
-        self, study: Study, trial: FrozenTrial, attributes: Mapping[str, Any], *, anew: bool = False
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        attributes: Callable[[], Mapping[str, Any]],
+        *,
+        anew: bool = False,
     ) -> None:
         """Set user attributes of a running trial that it does not have.
 
         Args:
+            attributes: Called here, where an error of its own cannot fail the trial.
             anew: Also those that it has, as from a run that was cut off.
         """
-        missing = {k: v for k, v in attributes.items() if anew or k not in trial.user_attrs}
-        if not missing:
-            return
         try:
-            set_user_attributes(_optuna.storage_of(study), _optuna.trial_id_of(trial), missing)
+            known = () if anew else trial.user_attrs
+            missing = {k: v for k, v in attributes().items() if k not in known}
+            if missing:
+                set_user_attributes(_optuna.storage_of(study), _optuna.trial_id_of(trial), missing)
         except Exception as error:
             _say(f"Attributes of trial {trial.number}", error)
 
