@@ -627,6 +627,17 @@ def test_a_study_without_tensors_needs_no_place_for_them(
     assert set(get_plotly_graph_objects(system_attrs(study))) == {plots.TRAJECTORIES, plots.NORMS}
 
 
+def test_a_study_that_can_only_be_read_is_not_published(
+    study: optuna.Study, tmp_path: Path
+) -> None:
+    where = f"sqlite:///file:{tmp_path}/study.db?mode=ro&uri=true"
+    storage = optuna.storages.RDBStorage(where, skip_table_creation=True)
+    read = optuna.load_study(study_name=study.study_name, storage=storage)
+    with pytest.raises(ohg.StorageError, match=r"refuses to be written to .*readonly database"):
+        dashboard.publish(read)
+    storage.engine.dispose()
+
+
 def test_under_hyperband(tmp_path: Path) -> None:
     study = optuna.create_study(
         storage=open_storage("sqlite", tmp_path),
