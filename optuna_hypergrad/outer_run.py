@@ -132,10 +132,14 @@ class OuterRun:
     def _set_lr(self) -> None:
         if self._lr_lambda is None:
             return
-        factor = float(self._lr_lambda(self.step))
+        given: object = self._lr_lambda(self.step)
+        try:
+            factor = float(given)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):  # the last one by tensors
+            factor = math.nan
         if not 0.0 <= factor < math.inf:
             raise ValueError(
-                f"lr_lambda gives {factor} at outer step {self.step}; it must be finite and >= 0."
+                f"lr_lambda gives {given!r:.80} at outer step {self.step}; it must be a finite number >= 0."
             )
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
             group["lr"] = lr * factor

@@ -85,7 +85,7 @@ def publish_run(
     PUBLISHER.tell_trial(
         trial.study,
         _optuna.frozen_of(trial),
-        attributes_of(run, name, estimator, domains),
+        lambda: attributes_of(run, name, estimator, domains),
         anew=True,
     )
     if _optuna.find_sampler(trial.study.sampler, _Publishes) is None:

@@ -140,7 +140,7 @@ def _described(settings: object, depth: int) -> str:
         return type(settings).__name__
     try:
         usual: object = type(settings)()
-    except TypeError:
+    except Exception:  # somebody's own class, which needs arguments or refuses its defaults
         usual = None
     shown = []
     for name, field in fields.items():

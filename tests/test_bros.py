@@ -234,6 +234,23 @@ def test_a_state_whose_v_was_moved_is_gone_on_from_only_once() -> None:
         assert torch.equal(x, again.state.tensors[k])
 
 
+def test_a_state_whose_step_broke_off_is_not_gone_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ``v`` has been moved, or half of it."""
+    case = cases.case("quadratic")
+    args = case.problem, ONE, case.inner_params, case.outer_params
+    state = ohg.BROS(rank=0.5).estimate(*args).state
+    with monkeypatch.context() as broken:
+        broken.setattr(ohg.BROS, "_descended", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ohg.BROS(rank=0.5).estimate(*args, step=1, state=state)
+    with pytest.raises(ohg.RequirementError, match="after step 1, whose v is that of step 2"):
+        ohg.BROS(rank=0.5).estimate(*args, step=1, state=state)
+
+
+def interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_inner_params_in_any_order_of_memory() -> None:
     """A transposed matrix, as a module may hold it, moves as a copy of it does."""
     case = cases.case("logistic")

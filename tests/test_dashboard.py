@@ -275,6 +275,23 @@ def test_a_storage_without_a_place_for_tensors_is_refused() -> None:
     assert dashboard.wsgi(Elsewhere()) is not None
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"), [("sqlite:///{}/typo.db", "no file"), ("{}/typo.log", "no Journal file")]
+)
+def test_a_storage_that_is_not_there_is_not_made(typed: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ohg.StorageError, match=f"There is {said}"):
+        dashboard.wsgi(typed.format(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_a_storage_is_served_by_where_it_is(kind: str, tmp_path: Path) -> None:
+    optuna.create_study(study_name="here", storage=open_storage(kind, tmp_path))
+    where = url_of(kind, tmp_path) if kind == "sqlite" else str(tmp_path / "study.log")
+    status, answer = requested(dashboard.wsgi(where), "GET", "/api/studies")
+    assert (status[:3], b"here" in answer) == ("200", True)
+
+
 def test_without_the_package_the_server_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

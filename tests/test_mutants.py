@@ -60,6 +60,20 @@ RIDGE = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Impli
 
 MUTANTS = [
     Mutant(
+        "a figure that is not drawn any more stays as it was",
+        "dashboard/plots.py",
+        '        if text == NOTHING and not known.get(f"{PREFIX}{name}:0"):',
+        "        if text == NOTHING:",
+        f"{PUBLISHING}::test_a_figure_that_is_not_drawn_any_more_does_not_stay_as_it_was",
+    ),
+    Mutant(
+        "a note is read before SQLite is locked",
+        "stores/_optuna_tables.py",
+        "        connection.execute(_NO_UPDATE)",
+        "        pass",
+        f"{PUBLISHING}::test_nobody_can_write_a_note_while_it_is_written",
+    ),
+    Mutant(
         "flip the sign of the direct term",
         "hypergradients/_base.py",
         "parts[0] + parts[1]",

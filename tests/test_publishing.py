@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import inspect
 import io
@@ -10,10 +11,13 @@ import json
 import logging
 import math
 import re
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,13 @@ from optuna_dashboard._serializer import serialize_frozen_trial
 from torch import Tensor
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad import _optuna, dashboard
+from optuna_hypergrad import _optuna, dashboard, outer_telling
 from optuna_hypergrad.dashboard import artifacts, note, pictures, plots, publishing
+from optuna_hypergrad.dashboard.findings import find
 from optuna_hypergrad.dashboard.pace import Pace
-from optuna_hypergrad.stores import TensorStore
+from optuna_hypergrad.stores import TensorStore, change_study_attributes
 from optuna_hypergrad.stores._published import is_published
+from optuna_hypergrad.studies import telling
 from optuna_hypergrad.trial_attributes import described, summaries_in, summary_of
 
 F64 = torch.float64
@@ -219,12 +225,24 @@ def test_products_and_estimator_of_a_solve() -> None:
         assert trial.user_attrs["estimator"] == "Implicit(Neumann(num_steps=7, alpha=0.5))"
 
 
+@dataclass(frozen=True)
+class Refusing:
+    """Its defaults are none that it takes."""
+
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError("rank must be at least 1.")
+
+
 def test_settings_in_short() -> None:
     assert (
         described(ohg.Implicit(ohg.CG(max_steps=5), damping=0.1))
         == "Implicit(CG(max_steps=5), damping=0.1)"
     )
     assert described(ohg.Unroll()) == "Unroll()"
+    assert described(Refusing(3)) == "Refusing(rank=3)"
     assert (
         len(
             described(
@@ -585,6 +603,21 @@ def test_a_trial_never_fails_by_publishing(
     assert "**Trials**: 4 (4 complete)" in get_note(study)
 
 
+def test_a_trial_never_fails_by_what_it_would_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no numbers")
+
+    monkeypatch.setattr(outer_telling, "summaries_of", fail)
+    monkeypatch.setattr(telling, "summaries_of", fail)
+    study = study_in(open_storage("sqlite", tmp_path))
+    study.optimize(objective, n_trials=2)
+    study.optimize(whole_run, n_trials=1)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+    assert not any(k.startswith("tensor:") for t in study.trials for k in t.user_attrs)
+
+
 def test_publishing_changes_nothing_that_is_computed(tmp_path: Path) -> None:
     values = []
     for publish in (True, False):
@@ -605,6 +638,17 @@ def test_a_study_without_tensors_needs_no_place_for_them(
     study.optimize(ohg.differentiable(objective_value), n_trials=6)
     assert "**Trials**: 6 (6 complete)" in get_note(study)
     assert set(get_plotly_graph_objects(system_attrs(study))) == {plots.TRAJECTORIES, plots.NORMS}
+
+
+def test_a_study_that_can_only_be_read_is_not_published(
+    study: optuna.Study, tmp_path: Path
+) -> None:
+    where = f"sqlite:///file:{tmp_path}/study.db?mode=ro&uri=true"
+    storage = optuna.storages.RDBStorage(where, skip_table_creation=True)
+    read = optuna.load_study(study_name=study.study_name, storage=storage)
+    with pytest.raises(ohg.StorageError, match=r"refuses to be written to .*readonly database"):
+        dashboard.publish(read)
+    storage.engine.dispose()
 
 
 def test_under_hyperband(tmp_path: Path) -> None:
@@ -632,6 +676,46 @@ def test_threads_publish_one_note(tmp_path: Path) -> None:
     assert "**Trials**: 8 (8 complete)" in body
     assert len(files_of(study, study.best_trial)) == 3
     assert len(published_blobs(study)) == 3
+
+
+@pytest.mark.parametrize("why", ["too large", "no tensor"])
+def test_a_figure_that_is_not_drawn_any_more_does_not_stay_as_it_was(
+    study: optuna.Study, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = get_plotly_graph_objects(system_attrs(study))
+    assert set(before) == {plots.TRAJECTORIES, plots.NORMS, plots.TENSOR}
+    if why == "too large":
+        monkeypatch.setattr(plots, "MAX_BYTES", 10)
+    else:
+        monkeypatch.setattr(publishing, "find", lambda *a: replace(find(*a), summaries={}))
+    dashboard.publish(study)
+    after = get_plotly_graph_objects(system_attrs(study))
+    gone = set(before) if why == "too large" else {plots.TENSOR}
+    assert {name for name, text in after.items() if not json.loads(text)["data"]} == gone
+    monkeypatch.undo()
+    dashboard.publish(study)
+    assert get_plotly_graph_objects(system_attrs(study)) == before
+
+
+def test_nobody_can_write_a_note_while_it_is_written(tmp_path: Path) -> None:
+    """What somebody saves in the dashboard meanwhile would be overwritten."""
+    path = tmp_path / "study.db"
+    study = optuna.create_study(storage=f"sqlite:///{path}")
+    save_note(study, "mine")
+    refused = []
+
+    def change(known: Mapping[str, Any]) -> dict[str, Any]:
+        with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as other:
+            try:
+                other.execute("UPDATE study_system_attributes SET value_json = '\"theirs\"'")
+                other.commit()
+            except sqlite3.OperationalError as error:
+                refused.append(str(error))
+        return {key: f"{value} and ours" for key, value in known.items() if "str" in key}
+
+    change_study_attributes(study._storage, study._study_id, note.PREFIX, change)
+    assert refused == ["database is locked"]
+    assert get_note(study) == "mine and ours"
 
 
 def test_a_process_publishes_at_its_end(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from html import escape
 
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._png import to_png
 from .._terminal import plain
 
 _MOST_IMAGES = 64
@@ -57,19 +56,8 @@ def png_of(value: Tensor, log: bool) -> bytes:
         y, x = i // across * (h + 1), i % across * (w + 1)
         sheet[y : y + h, x : x + w] = image
     factor = max(1, _MOST_PIXELS // max(sheet.shape[:2]))
-    return _png(sheet.repeat(factor, axis=0).repeat(factor, axis=1))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    """Of ``(h, w, 1)`` (gray) or ``(h, w, 3)`` bytes. Format: W3C Portable Network Graphics, third edition."""
-    height, width, channels = pixels.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)  # each with filter 0: none
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 6)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    pixels = sheet.repeat(factor, axis=0).repeat(factor, axis=1)
+    return to_png(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def histograms_svg(tensors: Sequence[tuple[str, Tensor, bool]]) -> bytes:

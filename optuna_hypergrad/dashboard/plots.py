@@ -28,13 +28,17 @@ PREFIX = "dashboard:plot_data:"
 TRAJECTORIES, NORMS, TENSOR = "hypergrad-trajectories", "hypergrad-norms", "hypergrad-tensor"
 MAX_BYTES = 30_000
 """Of one figure; a larger one is left out."""
+NOTHING = (
+    '{"data": [], "layout": {"title": {"text": "Nothing to draw, or too much for this page"}}}'
+)
+"""In place of a figure that was there: it would go on to show the study as it once was."""
 _PIECE_LENGTH = MAX_ATTRIBUTE_BYTES // 2  # quotes are escaped where it is stored
 
 
 def drawn(
     study: Study, trials: Sequence[FrozenTrial], findings: Findings, store: TensorStore | None
 ) -> dict[str, str]:
-    """Those figures of a study that there is something in, as JSON by identifier; none without plotly.
+    """The figures of a study as JSON by identifier, :data:`NOTHING` where there is nothing in one; none without plotly.
 
     Args:
         trials: All of the study's, as they are to be shown.
@@ -42,7 +46,8 @@ def drawn(
     """
     if importlib.util.find_spec("plotly") is None:
         return {}
-    view, found = _optuna.ViewStudy.of(study, trials), {}
+    view = _optuna.ViewStudy.of(study, trials)
+    found = dict.fromkeys((TRAJECTORIES, NORMS, TENSOR), NOTHING)
     with _in_silence():
         for name, draw in _figures(view, findings, store).items():
             try:
@@ -91,9 +96,11 @@ def _in_silence() -> Iterator[None]:
 
 
 def changed(known: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str, Any]:
-    """The attributes that show ``figures``, and nothing else of ours."""
+    """The attributes that show ``figures``."""
     found: dict[str, Any] = {}
     for name, text in figures.items():
+        if text == NOTHING and not known.get(f"{PREFIX}{name}:0"):
+            continue
         pieces = [text[i : i + _PIECE_LENGTH] for i in range(0, len(text), _PIECE_LENGTH)]
         found |= {f"{PREFIX}{name}:{i}": piece for i, piece in enumerate(pieces)}
         found |= {k: "" for k in known if k.startswith(f"{PREFIX}{name}:") and k not in found}

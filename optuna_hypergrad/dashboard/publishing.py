@@ -19,7 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
-from .._errors import HypergradError
+from .._errors import HypergradError, StorageError
 from .._typing import Params
 from ..stores import (
     Pointer,
@@ -29,7 +29,9 @@ from ..stores import (
     set_user_attributes,
     unwrap_rdb,
 )
+from ..stores._full import is_of_storage
 from ..stores._identity import study_uuid
+from ..stores._opening import reason
 from ..stores._pointer import pointers_in
 from ..stores._published import ARTIFACT_ATTRIBUTES
 from ..studies.tensors import store_of
@@ -61,6 +63,7 @@ def publish(study: Study, *, tensor_store: TensorStore | None = None) -> None:
 
     Raises:
         HypergradError: if ``optuna-dashboard`` is not installed, or no trial of the study has had a hypergradient.
+        StorageError: if its storage cannot be written to.
     """
     if not _is_installed():
         raise HypergradError(
@@ -74,7 +77,15 @@ def publish(study: Study, *, tensor_store: TensorStore | None = None) -> None:
             "create_study(sampler=HypergradientSampler()), or minimize_bilevel(..., trial=trial)."
         )
     store = store_of if tensor_store is None else lambda _: tensor_store
-    _publish(study, trials, store)
+    try:
+        _publish(study, trials, store)
+    except Exception as error:
+        if isinstance(error, HypergradError) or not is_of_storage(error):
+            raise
+        raise StorageError(
+            f"Study {study.study_name!r} cannot be published, because its storage refuses to be written to "
+            f"({reason(error)}). The study itself is as it was: publish it where it can be written."
+        ) from error
 
 
 @dataclass(eq=False)
@@ -106,18 +117,24 @@ class Publisher:
         self._at_exit: Finalize | None = None
 
     def tell_trial(
-        self, study: Study, trial: FrozenTrial, attributes: Mapping[str, Any], *, anew: bool = False
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        attributes: Callable[[], Mapping[str, Any]],
+        *,
+        anew: bool = False,
     ) -> None:
         """Set user attributes of a running trial that it does not have.
 
         Args:
+            attributes: Called here, where an error of its own cannot fail the trial.
             anew: Also those that it has, as from a run that was cut off.
         """
-        missing = {k: v for k, v in attributes.items() if anew or k not in trial.user_attrs}
-        if not missing:
-            return
         try:
-            set_user_attributes(_optuna.storage_of(study), _optuna.trial_id_of(trial), missing)
+            known = () if anew else trial.user_attrs
+            missing = {k: v for k, v in attributes().items() if k not in known}
+            if missing:
+                set_user_attributes(_optuna.storage_of(study), _optuna.trial_id_of(trial), missing)
         except Exception as error:
             _say(f"Attributes of trial {trial.number}", error)
 

@@ -13,6 +13,7 @@ from optuna.study import Study
 from .. import _optuna
 from .._errors import HypergradError
 from ..stores import AtomicFileSystemArtifactStore, TensorStore, default_artifact_store
+from ..stores._opening import open_existing
 from .publishing import publish
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ def wsgi(
     Studies in memory are published as they are now: see :func:`~optuna_hypergrad.dashboard.publish`.
 
     Args:
-        storage: A study, its storage, or the URL of one.
+        storage: A study, its storage, the URL of a database, or the path of a Journal file. Nothing is created there.
         tensor_store: An artifact store, or a directory, if the tensors are not in the study's own database, memory, or
             beside its Journal file.
 
     Raises:
         HypergradError: if ``optuna-dashboard`` is not installed.
-        StorageError: if the storage has no place of its own for tensors, and none is given.
+        StorageError: if there is no such storage, or it has no place of its own for tensors, and none is given.
     """
     try:
         import optuna_dashboard
@@ -75,7 +76,7 @@ def run_server(
     says otherwise.
 
     Args:
-        storage: A study, its storage, or the URL of one.
+        storage: A study, its storage, the URL of a database, or the path of a Journal file. Nothing is created there.
         host: Address to listen at.
         port: 0 for any that is free.
         tensor_store: As for :func:`wsgi`.
@@ -83,7 +84,7 @@ def run_server(
 
     Raises:
         HypergradError: if ``optuna-dashboard`` is not installed.
-        StorageError: if the storage has no place of its own for tensors, and none is given.
+        StorageError: if there is no such storage, or it has no place of its own for tensors, and none is given.
         OSError: if the port is taken.
     """
     from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -102,7 +103,7 @@ def run_server(
 def _opened(storage: Storage) -> BaseStorage:
     if isinstance(storage, Study):
         return _optuna.storage_of(storage)
-    return optuna.storages.get_storage(storage)
+    return open_existing(storage) if isinstance(storage, str) else storage
 
 
 def _publish_all(storage: BaseStorage, artifacts: ArtifactStore) -> None:

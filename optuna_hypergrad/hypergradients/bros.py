@@ -191,6 +191,9 @@ class BROS(AbstractOneStep):
 
         eta = self._step_size(solver, outer_params, index, count)
         pace = paced("BROS", eta, self._measured(v, seen.product, sketches), state.numbers)
+        # Before v is moved: a step that breaks off here leaves a state that is refused.
+        written = state.tensors.get("written", torch.zeros((), dtype=torch.float64))
+        written.fill_(count + 1.0)
         for k, x in v.items():
             by = -pace.step_size * self._share(sketches, k)
             if self.damping:
@@ -210,8 +213,7 @@ class BROS(AbstractOneStep):
         )
         scale = float(_tree.norm(cotangent))
         residual = float(_tree.norm(_tree.sub(seen.product, cotangent)))
-        written = state.tensors.get("written", torch.zeros((), dtype=torch.float64))
-        tensors = {"written": written.fill_(count + 1.0), **{f"v/{k}": x for k, x in v.items()}}
+        tensors = {"written": written, **{f"v/{k}": x for k, x in v.items()}}
         tensors |= {f"velocity/{k}": x for k, x in velocity.items()} | average
         return HypergradientEstimate(
             value,

@@ -61,6 +61,7 @@ else:
         )
         .where(_trials.c.trial_id == _trial_id)
     )
+    _NO_UPDATE = _studies.update().where(sa.false()).values(study_id=_studies.c.study_id)
     _LOCKED_TRIAL = (
         sa.select(_trials.c.state).where(_trials.c.trial_id == _trial_id).with_for_update()
     )
@@ -133,8 +134,9 @@ def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
 
 
 def lock_study_attributes(connection: Connection, study_id: int, prefix: str) -> dict[str, Any]:
-    """System attributes of a study whose key starts with ``prefix``; on servers nobody else changes the study
-    until ``connection`` has committed. (SQLite refuses, or has the second one wait.)"""
+    """System attributes of a study whose key starts with ``prefix``; nobody else changes them until
+    ``connection`` has committed."""
+    lock_sqlite(connection)
     table = _study_system_attributes.c
     study = sa.select(_studies.c.study_id).where(_studies.c.study_id == study_id)
     connection.execute(study.with_for_update())
@@ -144,6 +146,13 @@ def lock_study_attributes(connection: Connection, study_id: int, prefix: str) ->
         )
     )
     return {str(key): json.loads(text) for key, text in found}
+
+
+def lock_sqlite(connection: Connection) -> None:
+    """Be the only one who writes until ``connection`` has committed, where that is a file of SQLite: it knows no FOR
+    UPDATE, and Python's driver begins no transaction before it writes. Nothing is written by this."""
+    if connection.dialect.name == "sqlite":
+        connection.execute(_NO_UPDATE)
 
 
 def write_study_attributes(
@@ -210,6 +219,7 @@ def write_attributes(
     Raises:
         UpdateFinishedTrialError: if it is not running.
     """
+    lock_sqlite(connection)
     trial = connection.execute(_LOCKED_TRIAL, {"of_trial": trial_id}).first()
     if trial is None or trial.state.is_finished():
         raise UpdateFinishedTrialError(f"Trial {trial_id} is not running any more.")

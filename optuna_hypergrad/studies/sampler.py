@@ -328,7 +328,9 @@ class HypergradientSampler(BaseSampler):
             PUBLISHER,  # a face: it looks at studies, and not they at it
         )
 
-        PUBLISHER.tell_trial(study, trial, attributes_of(plan, trial, _optuna.sign_of(study)))
+        PUBLISHER.tell_trial(
+            study, trial, lambda: attributes_of(plan, trial, _optuna.sign_of(study))
+        )
         PUBLISHER.tell_study(study, (trial.number, state, values), self.store_of)
 
     # What DifferentiableTrial and report_hypergradient need.

@@ -11,7 +11,7 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from .. import _optuna
+from .. import _optuna, trial_attributes
 from .._arguments import check_count, is_number
 from .._errors import MissingTensorError
 from ..stores import TensorStore
@@ -30,9 +30,8 @@ from ._tensors import Array, Values, chosen, has_tensors, heads, quantiles
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 40
-SUMMARY_PREFIX = "tensor:"
-"""User attribute of a trial, followed by a tensor's flat name: a summary of it, of which these are read:"""
-SUMMARY = ("min", "q05", "q25", "q50", "q75", "q95", "max")
+SUMMARY = ("min", *trial_attributes.QUANTILES, "max")
+"""The same, as they are called in a summary of a tensor among a trial's user attributes."""
 
 Mode = Literal["quantiles", "histogram"]
 _OWNER = "plot_tensor_evolution"
@@ -102,7 +101,10 @@ class _Places:
             return {}
         (key,) = values.entries
         flat = f"{self.head}/{key}" if key else self.head
-        rows = {x: _row(t.user_attrs.get(SUMMARY_PREFIX + flat)) for x, t in self.found.items()}
+        rows = {
+            x: _row(t.user_attrs.get(trial_attributes.SUMMARY_PREFIX + flat))
+            for x, t in self.found.items()
+        }
         return {x: row for x, row in rows.items() if row is not None}
 
 

@@ -20,6 +20,7 @@ from ..stores._pointer import checkpoint_attributes
 from ..studies.events import gradient_of
 from ..studies.tensors import store_of
 from ..studies.trajectory import Trajectory
+from ..trial_attributes import HYPERGRADIENT_NORM, OUTER_STEPS
 from ._curves import (
     LEAST_POINTS,
     OTHERS,
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
     import plotly
 
 TITLE, STEP, NORM = "Hypergradient Norms", "Outer step", "Norm of the hypergradient"
-ATTRIBUTE = "hypergradient_norm"
-"""User attribute of a trial: in internal coordinates, without entries that a bound holds back."""
-STEPS_OF_A_RUN = "outer_steps"
-"""User attribute of a trial that is a bilevel run: after so many steps it ended, with the norm of the last one."""
 
 _LARGEST_CHECKPOINT = 1 << 25
 
@@ -154,7 +151,7 @@ def _norms_of(curve: Curve, found: Curves, store: TensorStore | None) -> NormsOf
 
 def _of_step(trial: FrozenTrial, trajectory: Trajectory, sign: float) -> float | None:
     """As recorded; or of the gradient, where all of that is in the trial."""
-    recorded = trial.user_attrs.get(ATTRIBUTE)
+    recorded = trial.user_attrs.get(HYPERGRADIENT_NORM)
     if isinstance(recorded, float) and finite(recorded):
         return recorded
     gradient = gradient_of(trial)
@@ -172,7 +169,7 @@ def _of_step(trial: FrozenTrial, trajectory: Trajectory, sign: float) -> float |
 def _of_run(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, float]]:
     """The history in the newest checkpoint that is left; the last norm alone, where none is."""
     found = _of_checkpoint(trial, store)
-    recorded, steps = trial.user_attrs.get(ATTRIBUTE), trial.user_attrs.get(STEPS_OF_A_RUN)
+    recorded, steps = trial.user_attrs.get(HYPERGRADIENT_NORM), trial.user_attrs.get(OUTER_STEPS)
     if not found and isinstance(recorded, float) and finite(recorded) and type(steps) is int:
         return [(steps - 1, recorded)]
     return found
@@ -192,9 +189,9 @@ def _of_checkpoint(trial: FrozenTrial, store: TensorStore) -> list[tuple[int, fl
         history = numbers.get("history")
         records = history if isinstance(history, list) else []
         return [
-            (step, float(record[ATTRIBUTE]))
+            (step, float(record[HYPERGRADIENT_NORM]))
             for step, record in enumerate(records)
-            if isinstance(record, dict) and finite(record.get(ATTRIBUTE))
+            if isinstance(record, dict) and finite(record.get(HYPERGRADIENT_NORM))
         ]
     return []
 
