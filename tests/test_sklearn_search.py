@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -294,6 +295,29 @@ def test_trials_that_fail_are_left_out_and_all_of_them_are_an_error():
         search.fit(x, y)
     with pytest.raises(ValueError, match="max_depth"):
         search.set_params(error_score="raise").fit(x, y)
+
+
+def test_a_failed_trial_is_one_warning_and_no_traceback_unless_asked_for(caplog):
+    x, y = small(load_diabetes)
+    logger, before = logging.getLogger("optuna"), optuna.logging.get_verbosity()
+    logger.addHandler(caplog.handler)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        for verbose in (0, 1):
+            search = HypergradientSearchCV(
+                DecisionTreeRegressor(random_state=0),
+                {"max_depth": [-3, 2]},
+                n_trials=6,
+                random_state=0,
+                verbose=verbose,
+            )
+            with pytest.warns(FitFailedWarning, match="max_depth"):
+                search.fit(x, y)
+            assert ("Traceback" in caplog.text) == bool(verbose)
+    finally:
+        logger.removeHandler(caplog.handler)
+        optuna.logging.set_verbosity(before)
+    assert logging.getLogger("optuna.study").level == logging.NOTSET
 
 
 def test_the_fits_of_clones_are_studies_of_their_own(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -73,14 +74,20 @@ def was_stopped(study: Study) -> bool:
 
 @contextmanager
 def quiet(verbose: int) -> Iterator[None]:
-    """Optuna's messages about each trial, only where ``verbose`` asks for them."""
-    before = optuna.logging.get_verbosity()
+    """Optuna's messages about each trial, only where ``verbose`` asks for them.
+
+    Without, it also keeps its tracebacks of failed trials to itself: a search warns of each of them in one sentence.
+    """
+    before, trials = optuna.logging.get_verbosity(), logging.getLogger(optuna.study.__name__)
+    level = trials.level
     if not verbose:
         optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+        trials.setLevel(logging.ERROR)
     try:
         yield
     finally:
         optuna.logging.set_verbosity(before)
+        trials.setLevel(level)
 
 
 def _names(name: str | None) -> Iterator[str | None]:
