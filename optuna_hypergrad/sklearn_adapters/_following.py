@@ -266,6 +266,8 @@ def _defined(
     adapter: AbstractAdapter, loss: FollowedLoss, y: np.ndarray, splits: list[Split]
 ) -> FollowedLoss:
     """The loss, or one that is defined for targets that do not vary in a fold."""
+    if y.dtype.kind not in "biuf":  # for the adapter to decline
+        return loss
     if not loss.of_variation or all(np.ptp(y[test], axis=0).min() > 0 for _, test in splits):
         return loss
     other = adapter.followed_loss("neg_mean_squared_error")
