@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from typing import Any
 
@@ -15,7 +16,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
 from sklearn.metrics import get_scorer, log_loss, make_scorer, mean_squared_error, r2_score
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -477,3 +478,21 @@ def test_scorers_that_cannot_be_pickled_may_be_stored(tmp_path):
         random_state=0,
     ).fit(x, y)
     assert search.best_score_ == search.cv_results_["mean_test_score"].max()
+
+
+def test_a_check_counts_the_weights_that_the_score_has():
+    x, y = small(load_diabetes)
+    weights = np.random.default_rng(0).integers(0, 4, len(y)).astype(float)
+    search = HypergradientSearchCV(Ridge(), n_trials=2, random_state=0)
+    report = search.check_hypergradient(x, y, at={"alpha": 0.1}, sample_weight=weights)
+    loss, score = map(float, re.findall(r"-?\d+\.\d+", report.notes[0]))
+    assert report
+    assert 1 - loss == pytest.approx(score, rel=1e-6)
+
+
+def test_a_check_at_a_bound_stays_inside():
+    x, y = small(load_diabetes)
+    search = HypergradientSearchCV(ElasticNet(), n_trials=2, random_state=0)
+    report = search.check_hypergradient(x, y, at={"alpha": 0.1, "l1_ratio": 1.0})
+    assert report
+    assert "l1_ratio was compared 2 % of the range inside" in report.notes[-1]

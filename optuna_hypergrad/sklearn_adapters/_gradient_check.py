@@ -19,6 +19,9 @@ from ._following import Followed
 _SPREAD = 0.3
 """Of the entries of a vector around the tied solution, in the coordinate that is moved."""
 
+_MARGIN = 0.02
+"""Share of a range without a logarithm, at either end, in which differences would have one side only."""
+
 
 def checked(
     followed: Followed,
@@ -53,6 +56,7 @@ def checked(
     freedom = followed.freedom(chosen)
     start = followed.scanned(chosen, freedom)
     generator = torch.Generator().manual_seed(seed)
+    moved: list[str] = []
     point: Params = {}
     for name, domain in freedom.domains.items():
         if name in given:
@@ -69,6 +73,12 @@ def checked(
                 noise = torch.randn(freedom.sizes[name], generator=generator, dtype=torch.float64)
                 inside = domain.to_external(point[name] + _SPREAD * noise)
                 point[name] = domain.to_internal(inside)
+        if not domain.log:  # beyond a bound, there may be no fit to compare with
+            low, high = domain.internal_bounds()
+            margin = _MARGIN * (high - low)
+            kept = point[name].clamp(low + margin, high - margin)
+            moved += [name] if bool((kept != point[name]).any()) else []
+            point[name] = kept
 
     def loss(u: Mapping[str, Tensor]) -> Tensor:
         values = {  # not clamped: at a bound, a difference would have one side only
@@ -106,7 +116,13 @@ def checked(
     if followed.loss.is_score:
         score = followed.score_of(estimator, setting, scoring)
         note = f"The loss is {middle:.8g}; the score of scikit-learn's own fits is {score:.8g}."
-    return HypergradientReport(tuple(rows), said, rtol, (note,))
+    notes = [note]
+    if moved:
+        share = f"{100 * _MARGIN:g} % of the range"
+        notes.append(
+            f"At a bound, differences have one side only: {', '.join(moved)} was compared {share} inside."
+        )
+    return HypergradientReport(tuple(rows), said, rtol, tuple(notes))
 
 
 def _row(
