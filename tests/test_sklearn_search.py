@@ -33,6 +33,8 @@ from optuna_hypergrad.sklearn_adapters import (
     TensorDistribution,
 )
 from optuna_hypergrad.sklearn_adapters._adapter import AbstractAdapter, Fold, tensor
+from optuna_hypergrad.sklearn_adapters._following import one_thread
+from optuna_hypergrad.sklearn_adapters._study import quiet
 
 ALPHA = FloatDistribution(1e-4, 1e4, log=True)
 DIABETES = load_diabetes(return_X_y=True)
@@ -496,3 +498,26 @@ def test_a_check_at_a_bound_stays_inside():
     report = search.check_hypergradient(x, y, at={"alpha": 0.1, "l1_ratio": 1.0})
     assert report
     assert "l1_ratio was compared 2 % of the range inside" in report.notes[-1]
+
+
+def test_searches_that_overlap_leave_the_process_as_it_was():
+    def now() -> tuple[int, int, int]:
+        level = logging.getLogger("optuna.study").level
+        return torch.get_num_threads(), optuna.logging.get_verbosity(), level
+
+    threads, verbosity = torch.get_num_threads(), optuna.logging.get_verbosity()
+    torch.set_num_threads(2)
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        before = now()
+        for context in (one_thread, lambda: quiet(0)):
+            first, second = context(), context()
+            first.__enter__()
+            second.__enter__()
+            first.__exit__(None, None, None)
+            assert now() != before
+            second.__exit__(None, None, None)
+            assert now() == before
+    finally:
+        torch.set_num_threads(threads)
+        optuna.logging.set_verbosity(verbosity)

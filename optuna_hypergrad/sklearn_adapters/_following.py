@@ -27,8 +27,11 @@ from ._descent import scan
 from ._distributions import Space
 from ._folds import NoMatrixError, last_step
 from ._nested import Freedom
+from ._process_wide import ProcessWide
 from ._rows import FailedTrialError
 from ._vectors import SAMPLE_WEIGHT, Vectors, placed
+
+_THREADS = ProcessWide(torch.get_num_threads, torch.set_num_threads)
 
 
 class NotFollowedError(Exception):
@@ -296,9 +299,5 @@ def _weights(given: Any, num_samples: int) -> np.ndarray | None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Fits of this size are faster on one thread of torch (and BLAS) than on many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _THREADS.changed(lambda now: 1):
         yield
-    finally:
-        torch.set_num_threads(before)

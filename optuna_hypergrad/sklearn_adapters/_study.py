@@ -14,8 +14,14 @@ from optuna.storages import BaseStorage, InMemoryStorage, get_storage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from ._process_wide import ProcessWide
+
 FINGERPRINT = "hypergrad:search"
 """User attribute of a study: what its values are of, as a digest."""
+
+_TRIALS = logging.getLogger(optuna.study.__name__)
+_VERBOSITY = ProcessWide(optuna.logging.get_verbosity, optuna.logging.set_verbosity)
+_OF_TRIALS = ProcessWide(lambda: _TRIALS.level, _TRIALS.setLevel)
 
 
 def fingerprint(*things: Any) -> str:
@@ -78,16 +84,14 @@ def quiet(verbose: int) -> Iterator[None]:
 
     Without, it also keeps its tracebacks of failed trials to itself: a search warns of each of them in one sentence.
     """
-    before, trials = optuna.logging.get_verbosity(), logging.getLogger(optuna.study.__name__)
-    level = trials.level
-    if not verbose:
-        optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-        trials.setLevel(logging.ERROR)
-    try:
+    if verbose:
         yield
-    finally:
-        optuna.logging.set_verbosity(before)
-        trials.setLevel(level)
+        return
+    with (
+        _VERBOSITY.changed(lambda now: max(now, optuna.logging.WARNING)),
+        _OF_TRIALS.changed(lambda now: logging.ERROR),
+    ):
+        yield
 
 
 def _names(name: str | None) -> Iterator[str | None]:
