@@ -354,6 +354,35 @@ def test_vectors_that_do_not_fit_are_refused_before_any_fit(
         HypergradientSearchCV(estimator, space, n_trials=2, **more).fit(*diabetes())
 
 
+@pytest.mark.parametrize(
+    ("model", "space"),
+    [
+        (
+            LogisticRegression(**EXACT),
+            {"class_weight": TensorDistribution("per_class", 0.1, 10.0)},
+        ),
+        (
+            make_pipeline(StandardScaler(), LogisticRegression(**EXACT)),
+            {
+                "standardscaler": [StandardScaler(), StandardScaler(with_mean=False)],
+                "logisticregression__C": FloatDistribution(0.1, 10.0, log=True),
+                "sample_weight": TensorDistribution("per_group", 0.1, 1, groups=["b", "a"] * 89),
+            },
+        ),
+    ],
+    ids=["classes", "choices and groups"],
+)
+def test_a_check_takes_the_best_parameters_as_they_are(model, space):
+    x, y = load_wine(return_X_y=True)
+    x = StandardScaler().fit_transform(x)
+    search = HypergradientSearchCV(model, space, n_trials=4, cv=3, guard=None, random_state=0)
+    search.fit(x, y)
+    assert search.check_hypergradient(x, y, at=search.best_params_)
+    if "standardscaler" in space:
+        with pytest.raises(ValueError, match="the choices are"):
+            search.check_hypergradient(x, y, at={"standardscaler": "none"})
+
+
 def test_a_search_can_be_asked_whether_its_gradients_are_right(monkeypatch):
     x, y = load_wine(return_X_y=True)
     model = make_pipeline(StandardScaler(), FeatureWeights(), LogisticRegression(**EXACT))

@@ -48,6 +48,7 @@ def checked(
     unknown = given.keys() - {n for n, _ in followed.space.items()} - followed.space.vectors.keys()
     if unknown:
         raise ValueError(f"at= names {sorted(unknown)}, which the search does not search.")
+    given = {name: _as_searched(followed, name, value) for name, value in given.items()}
     chosen = {
         name: given.get(name, _first(distribution))
         for name, distribution in followed.space.items()
@@ -142,3 +143,32 @@ def _first(distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
     return distribution.low  # type: ignore[attr-defined]
+
+
+def _as_searched(followed: Followed, name: str, value: Any) -> Any:
+    """A value of ``best_params_`` as the search has it: a label for an object, an array for a dict, one entry per group.
+
+    Raises:
+        ValueError: for what is none of the choices.
+    """
+    vector = followed.vectors.by_name.get(name)
+    if vector is not None:
+        if isinstance(value, Mapping):
+            value = [value.get(label) for label in followed.vectors.classes.tolist()]
+        groups = vector.distribution.groups
+        if groups is not None and len(np.atleast_1d(value)) == len(groups):
+            _, first = np.unique(np.asarray(groups), return_index=True)
+            return np.asarray(value)[first]
+        return value
+    distribution = dict(followed.space.items())[name]
+    if not isinstance(distribution, CategoricalDistribution):
+        return value
+    objects = followed.space.choices.get(name, {})
+    found = [label for label, choice in objects.items() if repr(choice) == repr(value)]
+    if found:
+        return found[0]
+    if value not in distribution.choices:
+        raise ValueError(
+            f"at[{name!r}] is {value!r:.60}, and the choices are {distribution.choices!r:.200}."
+        )
+    return value
