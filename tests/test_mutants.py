@@ -804,6 +804,20 @@ MUTANTS = [
         "x_test=fold.x_test)",
         "tests/test_sklearn_vectors.py::test_members_of_a_group_have_one_weight",
     ),
+    Mutant(
+        "leave the process to the first of two searches that ends",
+        "sklearn_adapters/_process_wide.py",
+        "if not self._before:",
+        "if True:",
+        "tests/test_sklearn_search.py::test_searches_that_overlap_leave_the_process_as_it_was",
+    ),
+    Mutant(
+        "score a check without the weights that the score has",
+        "sklearn_adapters/_following.py",
+        "counted[SAMPLE_WEIGHT] = weights[test]",
+        "counted[SAMPLE_WEIGHT] = None",
+        "tests/test_sklearn_search.py::test_a_check_counts_the_weights_that_the_score_has",
+    ),
 ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
@@ -93,3 +94,22 @@ def test_what_an_estimator_alone_can_judge_is_left_to_it():
     }
     search = HypergradientSearchCV(LinearSVC(), space, n_trials=2, random_state=0).fit(*FLOWERS)
     assert search.best_score_ > 0.8
+
+
+def test_words_as_targets_of_a_regression_are_declined_in_words():
+    words = np.array(["low", "high"])[(Y > 100).astype(int)]
+    search = HypergradientSearchCV(Ridge(), n_trials=1, random_state=0)
+    with (
+        pytest.warns(FitFailedWarning),
+        pytest.raises(ValueError, match="could not convert string to float"),
+    ):
+        search.fit(X, words)
+    assert "the targets are <U4, not numbers" in search.followed_
+
+
+def test_data_that_may_not_be_written_are_read_without_a_warning():
+    x, y = X.copy(), Y.copy()
+    for array in (x, y):
+        array.setflags(write=False)
+    search = HypergradientSearchCV(Ridge(), n_trials=2, random_state=0).fit(x, y)
+    assert "by the hypergradients" in search.followed_

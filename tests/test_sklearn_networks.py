@@ -226,6 +226,7 @@ def test_modules_of_ones_own_in_pipelines() -> None:
         ({"decay_range": (0.0, 1.0)}, ValueError, "0 < low"),
         ({"hidden_layer_sizes": (0,)}, ValueError, "integers from 1 on"),
         ({"decay": "per_unit"}, ValueError, "'decay' parameter"),
+        ({"device": "cudaa"}, ValueError, "device='cudaa' cannot be used here"),
         ({"learning_rate_init": 1e200}, ohg.SolverError, "."),
     ],
     ids=lambda v: None if not isinstance(v, dict) else next(iter(v)),

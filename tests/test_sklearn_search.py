@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from typing import Any
 
@@ -14,7 +16,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
 from sklearn.metrics import get_scorer, log_loss, make_scorer, mean_squared_error, r2_score
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -31,6 +33,8 @@ from optuna_hypergrad.sklearn_adapters import (
     TensorDistribution,
 )
 from optuna_hypergrad.sklearn_adapters._adapter import AbstractAdapter, Fold, tensor
+from optuna_hypergrad.sklearn_adapters._following import one_thread
+from optuna_hypergrad.sklearn_adapters._study import quiet
 
 ALPHA = FloatDistribution(1e-4, 1e4, log=True)
 DIABETES = load_diabetes(return_X_y=True)
@@ -296,6 +300,29 @@ def test_trials_that_fail_are_left_out_and_all_of_them_are_an_error():
         search.set_params(error_score="raise").fit(x, y)
 
 
+def test_a_failed_trial_is_one_warning_and_no_traceback_unless_asked_for(caplog):
+    x, y = small(load_diabetes)
+    logger, before = logging.getLogger("optuna"), optuna.logging.get_verbosity()
+    logger.addHandler(caplog.handler)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        for verbose in (0, 1):
+            search = HypergradientSearchCV(
+                DecisionTreeRegressor(random_state=0),
+                {"max_depth": [-3, 2]},
+                n_trials=6,
+                random_state=0,
+                verbose=verbose,
+            )
+            with pytest.warns(FitFailedWarning, match="max_depth"):
+                search.fit(x, y)
+            assert ("Traceback" in caplog.text) == bool(verbose)
+    finally:
+        logger.removeHandler(caplog.handler)
+        optuna.logging.set_verbosity(before)
+    assert logging.getLogger("optuna.study").level == logging.NOTSET
+
+
 def test_the_fits_of_clones_are_studies_of_their_own(tmp_path):
     x, y = small(load_diabetes)
     storage = f"sqlite:///{tmp_path / 'study.db'}"
@@ -453,3 +480,44 @@ def test_scorers_that_cannot_be_pickled_may_be_stored(tmp_path):
         random_state=0,
     ).fit(x, y)
     assert search.best_score_ == search.cv_results_["mean_test_score"].max()
+
+
+def test_a_check_counts_the_weights_that_the_score_has():
+    x, y = small(load_diabetes)
+    weights = np.random.default_rng(0).integers(0, 4, len(y)).astype(float)
+    search = HypergradientSearchCV(Ridge(), n_trials=2, random_state=0)
+    report = search.check_hypergradient(x, y, at={"alpha": 0.1}, sample_weight=weights)
+    loss, score = map(float, re.findall(r"-?\d+\.\d+", report.notes[0]))
+    assert report
+    assert 1 - loss == pytest.approx(score, rel=1e-6)
+
+
+def test_a_check_at_a_bound_stays_inside():
+    x, y = small(load_diabetes)
+    search = HypergradientSearchCV(ElasticNet(), n_trials=2, random_state=0)
+    report = search.check_hypergradient(x, y, at={"alpha": 0.1, "l1_ratio": 1.0})
+    assert report
+    assert "l1_ratio was compared 2 % of the range inside" in report.notes[-1]
+
+
+def test_searches_that_overlap_leave_the_process_as_it_was():
+    def now() -> tuple[int, int, int]:
+        level = logging.getLogger("optuna.study").level
+        return torch.get_num_threads(), optuna.logging.get_verbosity(), level
+
+    threads, verbosity = torch.get_num_threads(), optuna.logging.get_verbosity()
+    torch.set_num_threads(2)
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        before = now()
+        for context in (one_thread, lambda: quiet(0)):
+            first, second = context(), context()
+            first.__enter__()
+            second.__enter__()
+            first.__exit__(None, None, None)
+            assert now() != before
+            second.__exit__(None, None, None)
+            assert now() == before
+    finally:
+        torch.set_num_threads(threads)
+        optuna.logging.set_verbosity(verbosity)

@@ -14,6 +14,7 @@ import torch
 from optuna.distributions import FloatDistribution, IntDistribution
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -243,6 +244,25 @@ def test_a_penalty_per_target():
     assert search.best_score_ > grid - 1e-3
 
 
+def test_a_kernel_penalty_per_target():
+    x, _ = sparse(60, 4)
+    noise = np.random.default_rng(1).normal(size=(60, 2))
+    y = np.sin(x[:, :2]) * 4.0 + noise * [0.1, 5.0]
+    space = {"alpha": TensorDistribution("per_target", 1e-4, 1e4)}
+    model = KernelRidge(kernel="rbf", gamma=0.1)
+    search = HypergradientSearchCV(model, space, n_trials=20, guard=None, random_state=0)
+    search.fit(x, y)
+    alpha = search.best_params_["alpha"]
+    assert alpha[1] > 20 * alpha[0]
+    best = max(
+        cross_val_score(clone(model).set_params(alpha=[a, b]), x, y).mean()
+        for a in np.logspace(-4, 1, 11)
+        for b in np.logspace(-2, 4, 13)
+    )
+    assert search.best_score_ > best - 1e-3
+    assert search.check_hypergradient(x, y, at={"alpha": [0.1, 2.0]})
+
+
 def test_vectors_and_discrete_choices_share_a_study():
     x, y = diabetes(120)
     model = make_pipeline(
@@ -302,7 +322,7 @@ def test_a_search_with_vectors_is_cloned_and_the_same_again(monkeypatch):
 
 LOGISTIC = make_pipeline(FeatureWeights(), LogisticRegression())
 BAD = [
-    (SCALED, {"standardscaler__with_mean": PER_FEATURE}, {}, "takes one as ridge__sample_weight"),
+    (SCALED, {"standardscaler__with_mean": PER_FEATURE}, {}, "takes one as ridge__sample_weight, ridge__alpha, or"),
     (SCALED, {WEIGHTS: TensorDistribution("per_class", 0.1, 1.0)}, {}, "one number per feature"),
     (SCALED, {WEIGHTS: TensorDistribution((9,), 0.1, 1.0)}, {}, "that of 9 features, and there are 10"),
     (SCALED, {WEIGHTS: TensorDistribution("per_group", 0.1, 1.0, groups=[0, 1])}, {}, "group of 2 features"),
@@ -332,6 +352,35 @@ def test_vectors_that_do_not_fit_are_refused_before_any_fit(
         monkeypatch.setattr(kind, "fit", fit)
     with pytest.raises(ValueError, match=message):
         HypergradientSearchCV(estimator, space, n_trials=2, **more).fit(*diabetes())
+
+
+@pytest.mark.parametrize(
+    ("model", "space"),
+    [
+        (
+            LogisticRegression(**EXACT),
+            {"class_weight": TensorDistribution("per_class", 0.1, 10.0)},
+        ),
+        (
+            make_pipeline(StandardScaler(), LogisticRegression(**EXACT)),
+            {
+                "standardscaler": [StandardScaler(), StandardScaler(with_mean=False)],
+                "logisticregression__C": FloatDistribution(0.1, 10.0, log=True),
+                "sample_weight": TensorDistribution("per_group", 0.1, 1, groups=["b", "a"] * 89),
+            },
+        ),
+    ],
+    ids=["classes", "choices and groups"],
+)
+def test_a_check_takes_the_best_parameters_as_they_are(model, space):
+    x, y = load_wine(return_X_y=True)
+    x = StandardScaler().fit_transform(x)
+    search = HypergradientSearchCV(model, space, n_trials=4, cv=3, guard=None, random_state=0)
+    search.fit(x, y)
+    assert search.check_hypergradient(x, y, at=search.best_params_)
+    if "standardscaler" in space:
+        with pytest.raises(ValueError, match="the choices are"):
+            search.check_hypergradient(x, y, at={"standardscaler": "none"})
 
 
 def test_a_search_can_be_asked_whether_its_gradients_are_right(monkeypatch):

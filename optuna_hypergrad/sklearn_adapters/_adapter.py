@@ -105,4 +105,6 @@ class AbstractAdapter(abc.ABC):
 
 
 def tensor(array: Any) -> Tensor:
-    return torch.as_tensor(np.ascontiguousarray(array, dtype=np.float64))
+    """Of float64; a copy of what may not be written, such as a view of a data frame or a memory map of joblib."""
+    found = np.ascontiguousarray(array, dtype=np.float64)
+    return torch.as_tensor(found if found.flags.writeable else found.copy())

@@ -16,8 +16,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 from sklearn.base import BaseEstimator, clone
-from sklearn.model_selection import cross_val_score
-from sklearn.utils import indexable
+from sklearn.metrics import check_scoring
+from sklearn.utils import _safe_indexing, indexable
 from torch import Tensor
 
 from ..search_space import Domain
@@ -27,8 +27,11 @@ from ._descent import scan
 from ._distributions import Space
 from ._folds import NoMatrixError, last_step
 from ._nested import Freedom
+from ._process_wide import ProcessWide
 from ._rows import FailedTrialError
 from ._vectors import SAMPLE_WEIGHT, Vectors, placed
+
+_THREADS = ProcessWide(torch.get_num_threads, torch.set_num_threads)
 
 
 class NotFollowedError(Exception):
@@ -204,19 +207,24 @@ class Followed:
         return scan(of, freedom.domains, freedom.more)
 
     def score_of(self, estimator: BaseEstimator, setting: Mapping[str, Any], scoring: Any) -> float:
-        """Of scikit-learn's own fits: the mean over the folds. (Weights of samples are those of the fits only.)"""
-        learned = self.vectors.of("samples")
+        """Of scikit-learn's own fits: the mean over the folds. (Weights of samples that are searched are of the fits only.)"""
+        learned, weights = self.vectors.of("samples"), self._data.weights
         params = {k: v for k, v in setting.items() if learned is None or k != learned.name}
-        weights = self._data.weights
+        of_fits = weights
         if learned is not None:
-            weights = setting[learned.name] * (1.0 if weights is None else weights)
-        fit_params = None if weights is None else {f"{self._prefix}{SAMPLE_WEIGHT}": weights}
+            of_fits = setting[learned.name] * (1.0 if weights is None else weights)
         model = clone(estimator).set_params(**clone(params, safe=False))
-        data = self._data.X, self._data.y
-        scores = cross_val_score(
-            model, *data, scoring=scoring, cv=self._splits, params=fit_params, error_score="raise"
-        )
-        return float(scores.mean())
+        scorer, scores = check_scoring(model, scoring), []
+        for train, test in self._splits:
+            given, counted = {}, {}
+            if of_fits is not None:
+                given[f"{self._prefix}{SAMPLE_WEIGHT}"] = of_fits[train]
+            if weights is not None and self._data.scored:
+                counted[SAMPLE_WEIGHT] = weights[test]
+            X, y = self._data.X, self._data.y
+            fitted = clone(model).fit(_safe_indexing(X, train), y[train], **given)
+            scores.append(float(scorer(fitted, _safe_indexing(X, test), y[test], **counted)))
+        return float(np.mean(scores))
 
     def _as_given(self, chosen: Mapping[str, Any]) -> dict[str, float]:
         """The hyperparameters of the estimator as the user gave it; weights of one."""
@@ -266,6 +274,8 @@ def _defined(
     adapter: AbstractAdapter, loss: FollowedLoss, y: np.ndarray, splits: list[Split]
 ) -> FollowedLoss:
     """The loss, or one that is defined for targets that do not vary in a fold."""
+    if y.dtype.kind not in "biuf":  # for the adapter to decline
+        return loss
     if not loss.of_variation or all(np.ptp(y[test], axis=0).min() > 0 for _, test in splits):
         return loss
     other = adapter.followed_loss("neg_mean_squared_error")
@@ -289,9 +299,5 @@ def _weights(given: Any, num_samples: int) -> np.ndarray | None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Fits of this size are faster on one thread of torch (and BLAS) than on many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _THREADS.changed(lambda now: 1):
         yield
-    finally:
-        torch.set_num_threads(before)

@@ -19,6 +19,9 @@ from ._following import Followed
 _SPREAD = 0.3
 """Of the entries of a vector around the tied solution, in the coordinate that is moved."""
 
+_MARGIN = 0.02
+"""Share of a range without a logarithm, at either end, in which differences would have one side only."""
+
 
 def checked(
     followed: Followed,
@@ -45,6 +48,7 @@ def checked(
     unknown = given.keys() - {n for n, _ in followed.space.items()} - followed.space.vectors.keys()
     if unknown:
         raise ValueError(f"at= names {sorted(unknown)}, which the search does not search.")
+    given = {name: _as_searched(followed, name, value) for name, value in given.items()}
     chosen = {
         name: given.get(name, _first(distribution))
         for name, distribution in followed.space.items()
@@ -53,6 +57,7 @@ def checked(
     freedom = followed.freedom(chosen)
     start = followed.scanned(chosen, freedom)
     generator = torch.Generator().manual_seed(seed)
+    moved: list[str] = []
     point: Params = {}
     for name, domain in freedom.domains.items():
         if name in given:
@@ -69,6 +74,12 @@ def checked(
                 noise = torch.randn(freedom.sizes[name], generator=generator, dtype=torch.float64)
                 inside = domain.to_external(point[name] + _SPREAD * noise)
                 point[name] = domain.to_internal(inside)
+        if not domain.log:  # beyond a bound, there may be no fit to compare with
+            low, high = domain.internal_bounds()
+            margin = _MARGIN * (high - low)
+            kept = point[name].clamp(low + margin, high - margin)
+            moved += [name] if bool((kept != point[name]).any()) else []
+            point[name] = kept
 
     def loss(u: Mapping[str, Tensor]) -> Tensor:
         values = {  # not clamped: at a bound, a difference would have one side only
@@ -106,7 +117,13 @@ def checked(
     if followed.loss.is_score:
         score = followed.score_of(estimator, setting, scoring)
         note = f"The loss is {middle:.8g}; the score of scikit-learn's own fits is {score:.8g}."
-    return HypergradientReport(tuple(rows), said, rtol, (note,))
+    notes = [note]
+    if moved:
+        share = f"{100 * _MARGIN:g} % of the range"
+        notes.append(
+            f"At a bound, differences have one side only: {', '.join(moved)} was compared {share} inside."
+        )
+    return HypergradientReport(tuple(rows), said, rtol, tuple(notes))
 
 
 def _row(
@@ -126,3 +143,32 @@ def _first(distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[0]
     return distribution.low  # type: ignore[attr-defined]
+
+
+def _as_searched(followed: Followed, name: str, value: Any) -> Any:
+    """A value of ``best_params_`` as the search has it: a label for an object, an array for a dict, one entry per group.
+
+    Raises:
+        ValueError: for what is none of the choices.
+    """
+    vector = followed.vectors.by_name.get(name)
+    if vector is not None:
+        if isinstance(value, Mapping):
+            value = [value.get(label) for label in followed.vectors.classes.tolist()]
+        groups = vector.distribution.groups
+        if groups is not None and len(np.atleast_1d(value)) == len(groups):
+            _, first = np.unique(np.asarray(groups), return_index=True)
+            return np.asarray(value)[first]
+        return value
+    distribution = dict(followed.space.items())[name]
+    if not isinstance(distribution, CategoricalDistribution):
+        return value
+    objects = followed.space.choices.get(name, {})
+    found = [label for label, choice in objects.items() if repr(choice) == repr(value)]
+    if found:
+        return found[0]
+    if value not in distribution.choices:
+        raise ValueError(
+            f"at[{name!r}] is {value!r:.60}, and the choices are {distribution.choices!r:.200}."
+        )
+    return value

@@ -204,7 +204,14 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
     def _device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+            raise ValueError(
+                f"device={self.device!r:.60} cannot be used here; try device='auto'. Torch says: {error!s:.200}"
+            ) from error
+        return device
 
     def _dtype(self) -> torch.dtype:
         if self.dtype == "auto":

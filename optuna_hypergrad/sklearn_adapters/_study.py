@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,8 +14,14 @@ from optuna.storages import BaseStorage, InMemoryStorage, get_storage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from ._process_wide import ProcessWide
+
 FINGERPRINT = "hypergrad:search"
 """User attribute of a study: what its values are of, as a digest."""
+
+_TRIALS = logging.getLogger(optuna.study.__name__)
+_VERBOSITY = ProcessWide(optuna.logging.get_verbosity, optuna.logging.set_verbosity)
+_OF_TRIALS = ProcessWide(lambda: _TRIALS.level, _TRIALS.setLevel)
 
 
 def fingerprint(*things: Any) -> str:
@@ -73,14 +80,18 @@ def was_stopped(study: Study) -> bool:
 
 @contextmanager
 def quiet(verbose: int) -> Iterator[None]:
-    """Optuna's messages about each trial, only where ``verbose`` asks for them."""
-    before = optuna.logging.get_verbosity()
-    if not verbose:
-        optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
-    try:
+    """Optuna's messages about each trial, only where ``verbose`` asks for them.
+
+    Without, it also keeps its tracebacks of failed trials to itself: a search warns of each of them in one sentence.
+    """
+    if verbose:
         yield
-    finally:
-        optuna.logging.set_verbosity(before)
+        return
+    with (
+        _VERBOSITY.changed(lambda now: max(now, optuna.logging.WARNING)),
+        _OF_TRIALS.changed(lambda now: logging.ERROR),
+    ):
+        yield
 
 
 def _names(name: str | None) -> Iterator[str | None]:

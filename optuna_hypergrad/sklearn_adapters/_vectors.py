@@ -156,10 +156,11 @@ def _placed(
     before, step = _step_before(estimator)
     if name == f"{step}__weights" and isinstance(before, FeatureWeights):
         return Vector(name, "features", what)
+    taken = [SAMPLE_WEIGHT] if has_fit_parameter(leaf, SAMPLE_WEIGHT) else []
+    taken += [a for a in ("class_weight", *adapter.vectors) if a in leaf.get_params()]
     raise ValueError(
-        f"param_distributions[{name!r}] is a vector, and {type(leaf).__name__} takes one as {prefix}sample_weight, "
-        f"{', '.join(prefix + a for a in (*adapter.vectors, 'class_weight'))}, or as the weights of a FeatureWeights step "
-        f"right before it (those of them that it has)."
+        f"param_distributions[{name!r}] is a vector, and {type(leaf).__name__} takes one as "
+        f"{', '.join(prefix + a for a in taken)}, or as the weights of a FeatureWeights step right before it."
     )
 
 

@@ -19,7 +19,8 @@ from ._losses import regression_loss
 
 
 class KernelRidgeAdapter(AbstractAdapter):
-    """``sklearn.kernel_ridge.KernelRidge``: its penalty, and ``gamma`` of its kernel, where it has one.
+    """``sklearn.kernel_ridge.KernelRidge``: its penalty, one or one per target, and ``gamma`` of its kernel, where it has
+    one.
 
     The kernels are linear, rbf, laplacian, polynomial (of a degree from 1 on) and sigmoid. Distances are kept per fold, and
     one factorization gives a fit and all its derivatives.
@@ -33,6 +34,7 @@ class KernelRidgeAdapter(AbstractAdapter):
         "alpha": FloatDistribution(1e-6, 1e3, log=True),
         "gamma": FloatDistribution(1e-4, 1e2, log=True),
     }
+    vectors: ClassVar[dict[str, str]] = {"alpha": "per_target"}
 
     def reason_to_decline(
         self, estimator: BaseEstimator, y: np.ndarray, splits: list[Split]

@@ -39,8 +39,8 @@ class HypergradientSearchCV(StudySearch):
     In place of ``GridSearchCV`` and its siblings: the same attributes after ``fit``, the same metadata routing, any
     estimator. The splits of ``cv`` are made once and are the same for all trials.
 
-    Where the last step is an estimator that an adapter knows (``Ridge``, ``LogisticRegression``), its continuous
-    hyperparameters (with a ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a
+    Where the last step is an estimator that an adapter knows (``Ridge``, ``KernelRidge``, ``Lasso``, ``ElasticNet``,
+    ``LogisticRegression``, ``LinearSVC``, ``SVC``, ``SVR``; of exactly this class), its continuous hyperparameters (with a ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a
     cross-validated *loss*: a trial is one evaluation of it with its gradient over all folds. A descent begins at the best of
     about four points that are spread over the space. Transformers before it are fitted once per fold and setting. Everything
     else is left to the sampler's base sampler, in the same study. At the end the best ``n_rescored`` settings are fitted by
@@ -49,7 +49,7 @@ class HypergradientSearchCV(StudySearch):
 
     *Vectors of hyperparameters* have a :class:`TensorDistribution`: the ``weights`` of a :class:`FeatureWeights` right before
     the last step (penalties or length scales per feature), its ``sample_weight`` (of the training samples in fits, not in
-    scores; the refit has them, too), its ``class_weight``, and an ``alpha`` per target of ``Ridge``. They are tensors of the
+    scores; the refit has them, too), its ``class_weight``, and an ``alpha`` per target of ``Ridge`` and ``KernelRidge``. They are tensors of the
     study, not parameters, and arrays in ``best_params_`` (``class_weight`` a dict). Many of them fit noise: with
     ``guard="nested"`` they are first tied, all entries of a vector equal, for up to half of the trials; then nested
     cross-validation says whether and how far they may depart from that, by a penalty on the logarithms of the
