@@ -114,15 +114,15 @@ def projected_norm(gradient: Params, values: Params, domains: Mapping[str, Domai
         gradient: by name.
         values: at which it was taken: external, with the same names and shapes.
     """
-    total = 0.0
+    norms = []
     for name, g in gradient.items():
         v, domain = values[name].detach(), domains[name]
         slope = domain.internal_gradient(g.detach(), v)
         low, high = domain.bounds_as(v)
         blocked = ((v <= low) & (slope > 0)) | ((v >= high) & (slope < 0))
         norm = torch.linalg.vector_norm(slope.masked_fill(blocked, 0.0), dtype=torch.float64)
-        total += float(norm) ** 2
-    return math.sqrt(total)
+        norms.append(float(norm))
+    return math.hypot(*norms)  # squares of finite numbers may overflow
 
 
 def described(settings: object) -> str:
