@@ -38,7 +38,7 @@ def study_of(storage: BaseStorage, directory: Path, **settings: Any) -> optuna.S
     return optuna.create_study(
         study_name="s",
         storage=storage,
-        sampler=ohg.HypergradientSampler(seed=3, **settings),
+        sampler=ohg.HypergradientSampler(seed=3, publish=False, **settings),
         load_if_exists=True,
     )
 

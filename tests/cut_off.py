@@ -102,7 +102,7 @@ def study_of(storage: BaseStorage) -> optuna.Study:
     return optuna.create_study(
         study_name="s",
         storage=storage,
-        sampler=ohg.HypergradientSampler(seed=7, **test_resume.HURRIED),
+        sampler=ohg.HypergradientSampler(seed=7, publish=False, **test_resume.HURRIED),
         load_if_exists=True,
     )
 

@@ -100,6 +100,7 @@ class Command:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.delenv(cli.STORAGE_VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")  # a worker of pytest-xdist has those of the terminal
     return Command(capsys)
 
 
@@ -251,7 +252,8 @@ def test_show_who_works_on_what(command: Command, url: str) -> None:
     running = study.ask()
     running.suggest_categorical("kind", ["a", "b"])  # the claim is written at the first suggestion
     process = f"process {os.getpid()} on "
-    assert f"trial {running.number} by {process}" in command("show", url)
+    text = command("show", url)
+    assert f"trial {running.number} by {process}" in text, text
     (worker,) = [
         w for t in json.loads(command("show", url, "--json"))["trajectories"] for w in t["workers"]
     ]

@@ -11,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 Run = dict[str, Any]
 _SHARES = (0.25, 0.5, 1.0)
@@ -100,7 +101,8 @@ def _draw(by_task: dict[str, dict[str, list[Run]]], path: Path) -> None:
             if column == 0:
                 axis.set_ylabel("test error, %")
             low = min(100 * m[3] for rs in found.values() for r in rs for m in r.get("moments", []))
-            axis.set_ylim(0.9 * low, min(100.0, 4 * low))
+            axis.set_ylim(0.95 * low, min(100.0, 2.2 * low))
+            axis.xaxis.set_major_locator(MaxNLocator(4))
     handles: dict[str, Any] = {}
     for axis in axes.flat:
         handles |= {t: h for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}

@@ -61,7 +61,7 @@ _SOFTMAX = {
     "F2SA": Method(ohg.F2SA(), _one, 1000.0),
     "PBGD": Method(ohg.PBGD(step_size=0.05), _one, 1000.0),
     "BOME": Method(ohg.BOME(step_size=0.05), _one, 1000.0),
-    "Implicit, Neumann-5": Method(ohg.Implicit(ohg.Neumann(5, alpha=0.1)), _ten, 1000.0),
+    "Implicit, Neumann-5": Method(ohg.Implicit(ohg.Neumann(5, alpha=0.02)), _ten, 1000.0),
     "Implicit, CG-5": Method(ohg.Implicit(ohg.CG(max_steps=5, rtol=0.0)), _ten, 1000.0),
     "Unroll, 10 steps": Method(ohg.Unroll(), _ten, 1000.0),
 }
