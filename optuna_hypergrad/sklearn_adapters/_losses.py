@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.nn.functional import huber_loss, nll_loss
 
@@ -47,6 +48,13 @@ _REGRESSION = {
         "Huber loss, nearly the absolute error", False, _huber
     ),
 }
+
+
+def reason_against_targets(y: np.ndarray) -> str | None:
+    """Why targets are not for a regression; ``None`` where they are."""
+    if not np.issubdtype(y.dtype, np.number):
+        return f"the targets are {y.dtype}, not numbers"
+    return None
 
 
 def regression_loss(scoring: Any) -> FollowedLoss:

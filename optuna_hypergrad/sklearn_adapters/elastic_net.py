@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _sparse_linear
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
 from ._kernels import remembered, with_zero_slopes
-from ._losses import regression_loss
+from ._losses import reason_against_targets, regression_loss
 
 
 class ElasticNetAdapter(AbstractAdapter):
@@ -46,9 +46,7 @@ class ElasticNetAdapter(AbstractAdapter):
             return f"{name}(l1_ratio={estimator.l1_ratio!r:.60}) is a ridge regression, and smooth: use Ridge"
         if estimator.positive and y.ndim > 1:
             return f"{name}(positive=True) is not defined for several targets"
-        if not np.issubdtype(y.dtype, np.number):
-            return f"the targets are {y.dtype}, not numbers"
-        return None
+        return reason_against_targets(y)
 
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return regression_loss(scoring)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..closed_form.kernel_ridge import kernel_ridge
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
 from ._kernels import KERNELS, of_fold, with_zero_slopes
-from ._losses import regression_loss
+from ._losses import reason_against_targets, regression_loss
 
 
 class KernelRidgeAdapter(AbstractAdapter):
@@ -48,9 +48,7 @@ class KernelRidgeAdapter(AbstractAdapter):
             return f"a polynomial kernel with coef0={estimator.coef0!r:.60} is not positive"
         if not np.min(estimator.alpha) > 0:
             return f"KernelRidge(alpha={estimator.alpha!r:.60}) may have no solution"
-        if not np.issubdtype(y.dtype, np.number):
-            return f"the targets are {y.dtype}, not numbers"
-        return None
+        return reason_against_targets(y)
 
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return regression_loss(scoring)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..closed_form.ridge import ridge
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
-from ._losses import regression_loss
+from ._losses import reason_against_targets, regression_loss
 from ._normal_equations import fit_and_predict
 
 
@@ -38,9 +38,7 @@ class RidgeAdapter(AbstractAdapter):
             return "Ridge(positive=True) has no closed form"
         if not (np.asarray(estimator.alpha) > 0).all():
             return f"Ridge(alpha={estimator.alpha!r}) has no penalty"
-        if not np.issubdtype(y.dtype, np.number):
-            return f"the targets are {y.dtype}, not numbers"
-        return None
+        return reason_against_targets(y)
 
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return regression_loss(scoring)
