@@ -10,12 +10,15 @@ from .outer_run import OuterRun
 from .search_space import Domain
 from .stores import TensorStore, saying_what_has_no_room
 from .trial_attributes import (
+    COLD_VALUE,
     ESTIMATOR,
     HYPERGRADIENT_NORM,
     NUM_HYPERPARAMETERS,
     NUM_PRODUCTS,
     OUTER_STEPS,
+    RETRAINED_VALUE,
     VALUE_KIND,
+    WARM_VALUE,
     described,
     summaries_of,
 )
@@ -60,9 +63,9 @@ def tell_values(
 ) -> None:
     with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
         trial.set_user_attr(VALUE_KIND, kind if retrained is None else "retrained")
-        trial.set_user_attr(f"{kind}_value", value)
+        trial.set_user_attr(COLD_VALUE if kind == "cold" else WARM_VALUE, value)
         if retrained is not None:
-            trial.set_user_attr("retrained_value", retrained)
+            trial.set_user_attr(RETRAINED_VALUE, retrained)
 
 
 def publish_run(

@@ -23,7 +23,9 @@ from ..trial_attributes import (
     ESTIMATOR,
     NUM_HYPERPARAMETERS,
     OUTER_STEPS,
+    RETRAINED_VALUE,
     VALUE_KIND,
+    WARM_VALUE,
     summaries_in,
 )
 
@@ -119,7 +121,7 @@ def best_of(trials: Sequence[FrozenTrial], sign: float) -> FrozenTrial | None:
 
 def gap_of(trial: FrozenTrial) -> tuple[float, float] | None:
     """The values of a bilevel run, warm-started and retrained."""
-    warm, retrained = trial.user_attrs.get("warm_value"), trial.user_attrs.get("retrained_value")
+    warm, retrained = trial.user_attrs.get(WARM_VALUE), trial.user_attrs.get(RETRAINED_VALUE)
     if not _is_finite(warm) or not _is_finite(retrained):
         return None
     return float(warm), float(retrained)  # type: ignore[arg-type]

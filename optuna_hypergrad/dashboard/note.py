@@ -12,6 +12,7 @@ from typing import Any
 
 from .._terminal import plain
 from ..studies.inspection import TrajectorySummary
+from ..trial_attributes import VALUE_KIND
 from .findings import Findings, count_of, outer_steps
 
 PREFIX = "dashboard:note_"
@@ -170,7 +171,7 @@ def _how_to_load(findings: Findings) -> Iterator[str]:
 
 
 def _kind(findings: Findings) -> str:
-    kind = None if findings.best is None else findings.best.user_attrs.get("value_kind")
+    kind = None if findings.best is None else findings.best.user_attrs.get(VALUE_KIND)
     return f" ({kind})" if kind in ("cold", "warm", "retrained") else ""
 
 

@@ -17,9 +17,19 @@ from .._words import shortened
 from ..stores._pointer import checkpoint_attributes, pointers_in
 from ..stores._retention import is_feasible
 from ..studies.trajectory import Ledger, Trajectory
+from ..trial_attributes import COLD_VALUE, WARM_VALUE
 
-VALUES_OF_A_RUN = ("warm_value", "cold_value")
+VALUES_OF_A_RUN = (WARM_VALUE, COLD_VALUE)
 """User attributes, of which a bilevel run leaves one at its end."""
+
+
+def with_gaps(lines: Iterable[Sequence[Sequence[Any]]]) -> tuple[list[Any], ...]:
+    """The coordinates of lines, ``(x, y, trials)`` each, as those of one trace that ends between two of them."""
+    columns: tuple[list[Any], ...] = [], [], []
+    for line in lines:
+        for column, entries in zip(columns, line, strict=True):
+            column += [*entries, None]
+    return columns
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from ._curves import (
     points_of_each,
     read_curves,
     thinned,
+    with_gaps,
 )
 from ._imports import go, imports
 from ._style import LIGHT, color, escaped, layout, value_axis, whole_axis
@@ -255,13 +256,9 @@ def _trace(line: NormsOfCurve, index: int) -> Any:
 def _rest(info: NormsInfo) -> list[Any]:
     if not info.rest:
         return []
-    x: list[int | None] = []
-    y: list[float | None] = []
-    trials: list[int | None] = []
-    for line in info.rest:
-        x += [*line.steps, None]
-        y += [*(n or None for n in line.norms), None]
-        trials += [*line.trials, None]
+    x, y, trials = with_gaps(
+        (line.steps, [n or None for n in line.norms], line.trials) for line in info.rest
+    )
     return [
         go.Scatter(
             x=x,

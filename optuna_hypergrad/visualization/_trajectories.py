@@ -23,6 +23,7 @@ from ._curves import (
     points_of_each,
     read_curves,
     thinned,
+    with_gaps,
 )
 from ._imports import go, imports
 from ._style import GRAY, INK, LIGHT, color, escaped, layout, value_axis, whole_axis
@@ -218,13 +219,7 @@ def _rest(info: TrajectoriesInfo) -> list[Any]:
     """All in one trace, with gaps."""
     if not info.rest:
         return []
-    x: list[int | None] = []
-    y: list[float | None] = []
-    trials: list[int | None] = []
-    for line in info.rest:
-        x += [*line.steps, None]
-        y += [*line.values, None]
-        trials += [*line.trials, None]
+    x, y, trials = with_gaps((line.steps, line.values, line.trials) for line in info.rest)
     return [
         go.Scatter(
             x=x,

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 
 from .. import _optuna
 from .._words import shortened
+from ..trial_attributes import RETRAINED_VALUE
 from ._curves import VALUES_OF_A_RUN, finite, is_run, number, thinned
 from ._imports import go, imports
 from ._style import BLUE, GRAY, escaped, layout
@@ -68,7 +69,7 @@ def read_pairs(study: Study) -> PairsInfo:
 
 
 def _pair(trial: FrozenTrial) -> list[tuple[str, Pair]]:
-    retrained = trial.user_attrs.get("retrained_value")
+    retrained = trial.user_attrs.get(RETRAINED_VALUE)
     for attribute in VALUES_OF_A_RUN:
         during = trial.user_attrs.get(attribute)
         if finite(during) and finite(retrained):
