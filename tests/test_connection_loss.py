@@ -340,7 +340,7 @@ def test_a_finished_trial_gets_no_attribute(through: Through) -> None:
 
     def save() -> None:
         try:
-            store.write_with_attributes({"b": (b"1",)}, trial_id, lambda: {"key": 1}, [])
+            store.write_with_attributes({"b": (b"1",)}, trial_id, ["key"], lambda: {"key": 1}, [])
         except Exception as error:
             failures.append(error)
 

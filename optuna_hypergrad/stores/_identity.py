@@ -34,6 +34,13 @@ def uuids_in(user_attrs: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(u for u in found if _UUID.fullmatch(u))
 
 
+def own_uuid(study_id: int, name: str, user_attrs: Mapping[str, Any]) -> str:
+    """The UUID in its user attributes that is the study's own, or ``""`` if none is."""
+    own = _ownership(study_id, name)
+    mine = (u for u in uuids_in(user_attrs) if user_attrs[ATTRIBUTE_PREFIX + u] == own)
+    return min(mine, default="")
+
+
 def study_uuid(storage: BaseStorage, study_id: int) -> str:
     """The study's own UUID, minted on first use."""
     if found := _find(storage, study_id)[0]:
@@ -54,12 +61,15 @@ def _short(name: str) -> str:
 
 
 def _find(storage: BaseStorage, study_id: int) -> tuple[str, dict[str, Any]]:
-    """The study's own UUID, or ``""``, and what says that a UUID is its own."""
+    """:func:`own_uuid`, and what says that a UUID is the study's own."""
     rdb = plain_rdb(storage)
     found = None if rdb is None else read_study(rdb, study_id)
     if found is None:
         name = storage.get_study_name_from_id(study_id)
         found = name, retry_while_busy(lambda: storage.get_study_user_attrs(study_id))
     name, attrs = found
-    own = {"study_id": study_id, "study_name": _short(name)}
-    return min((u for u in uuids_in(attrs) if attrs[ATTRIBUTE_PREFIX + u] == own), default=""), own
+    return own_uuid(study_id, name, attrs), _ownership(study_id, name)
+
+
+def _ownership(study_id: int, name: str) -> dict[str, Any]:
+    return {"study_id": study_id, "study_name": _short(name)}

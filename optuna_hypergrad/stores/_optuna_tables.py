@@ -8,7 +8,8 @@ transaction of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
@@ -51,15 +52,29 @@ else:
         )
         .where(_studies.c.study_id == _study_id)
     )
-    _TRIAL = (  # the same
-        sa.select(_trials.c.number, _trials.c.state, _attributes.c.key, _attributes.c.value_json)
+    _RUNNING = (  # for each attribute of the trial, a row for each of the study
+        sa.select(
+            _trials.c.number,
+            _trials.c.state,
+            _attributes.c.key,
+            _attributes.c.value_json,
+            _studies.c.study_name,
+            _study_attributes.c.key.label("study_key"),
+            _study_attributes.c.value_json.label("study_value_json"),
+        )
         .select_from(
-            _trials.outerjoin(
+            _trials.join(_studies, _studies.c.study_id == _trials.c.study_id)
+            .outerjoin(
                 _attributes,
                 (_attributes.c.trial_id == _trials.c.trial_id) & _attributes.c.key.in_(_keys),
             )
+            .outerjoin(
+                _study_attributes,
+                (_study_attributes.c.study_id == _trials.c.study_id)
+                & _study_attributes.c.key.startswith(sa.bindparam("prefix")),
+            )
         )
-        .where(_trials.c.trial_id == _trial_id)
+        .where(_trials.c.trial_id == _trial_id, _trials.c.study_id == _study_id)
     )
     _NO_UPDATE = _studies.update().where(sa.false()).values(study_id=_studies.c.study_id)
     _LOCKED_TRIAL = (
@@ -88,10 +103,27 @@ def plain_rdb(storage: BaseStorage) -> RDBStorage | None:
     return found if type(found) is RDBStorage else None
 
 
+@dataclass(frozen=True)
+class RunningTrial:
+    """What a save asks of the study and of a trial of it that runs.
+
+    Attributes:
+        number: Of the trial in its study.
+        attributes: System attributes of the trial: those asked for that it has.
+        study_name: The study's.
+        study_attributes: User attributes of the study: those asked for that it has.
+    """
+
+    number: int
+    attributes: dict[str, Any]
+    study_name: str
+    study_attributes: dict[str, Any]
+
+
 def read_running_trial(
-    rdb: RDBStorage, trial_id: int, keys: Collection[str]
-) -> tuple[int, dict[str, Any]] | None:
-    """Number of a running trial, and those of its system attributes ``keys`` that it has.
+    rdb: RDBStorage, study_id: int, trial_id: int, keys: Collection[str], prefix: str
+) -> RunningTrial | None:
+    """With system attributes ``keys`` of the trial, and user attributes of the study that start with ``prefix``.
 
     ``None`` for a trial that is finished or not there.
 
@@ -99,8 +131,8 @@ def read_running_trial(
         StorageError: if its number is none.
     """
 
-    mine = {"of_trial": trial_id, "keys": list(keys)}
-    rows = read(rdb, lambda connection: connection.execute(_TRIAL, mine).all())
+    wanted = {"of_study": study_id, "of_trial": trial_id, "keys": list(keys), "prefix": prefix}
+    rows = read(rdb, lambda connection: connection.execute(_RUNNING, wanted).all())
     if not rows or rows[0].state.is_finished():
         return None
     number = rows[0].number
@@ -109,18 +141,22 @@ def read_running_trial(
             f"The trial with id {trial_id} has the number {str(number)[:60]!r}, which is none. Something "
             "has changed the row in the table trials; restore it from a backup."
         )
-    return number, _decoded(rows)
+    own = {row.key: row.value_json for row in rows}
+    of_study = {row.study_key: row.study_value_json for row in rows}
+    return RunningTrial(number, _decoded(own), str(rows[0].study_name), _decoded(of_study))
 
 
 def read_study(rdb: RDBStorage, study_id: int) -> tuple[str, dict[str, Any]] | None:
     """Name of a study, and its user attributes; ``None`` if it is not there."""
     mine = {"of_study": study_id}
     rows = read(rdb, lambda connection: connection.execute(_STUDY, mine).all())
-    return (str(rows[0].study_name), _decoded(rows)) if rows else None
+    attributes = {row.key: row.value_json for row in rows}
+    return (str(rows[0].study_name), _decoded(attributes)) if rows else None
 
 
-def _decoded(rows: Sequence[Any]) -> dict[str, Any]:
-    return {str(row.key): json.loads(row.value_json) for row in rows if row.key is not None}
+def _decoded(attributes: Mapping[Any, str]) -> dict[str, Any]:
+    """Without the one that stands for none."""
+    return {str(key): json.loads(text) for key, text in attributes.items() if key is not None}
 
 
 def study_attribute_keys(rdb: RDBStorage, prefix: str) -> list[tuple[int, str]]:
@@ -220,10 +256,33 @@ def write_attributes(
         UpdateFinishedTrialError: if it is not running.
     """
     lock_sqlite(connection)
+    known = hold_trial(connection, trial_id, attributes, kind)
+    set_attributes(connection, trial_id, attributes, known, kind)
+
+
+def hold_trial(
+    connection: Connection, trial_id: int, keys: Collection[str], kind: Kind = "system"
+) -> Collection[str]:
+    """See to it that a running trial stays so until ``connection`` has committed, and which attributes it has of
+    ``keys``. To SQLite this transaction must have written already.
+
+    Raises:
+        UpdateFinishedTrialError: if it is not running.
+    """
     trial = connection.execute(_LOCKED_TRIAL, {"of_trial": trial_id}).first()
     if trial is None or trial.state.is_finished():
         raise UpdateFinishedTrialError(f"Trial {trial_id} is not running any more.")
-    known = _attributes_of(connection, trial_id, attributes, kind)  # no upsert is in all databases
+    return _attributes_of(connection, trial_id, keys, kind)
+
+
+def set_attributes(
+    connection: Connection,
+    trial_id: int,
+    attributes: Mapping[str, Any],
+    known: Collection[str],
+    kind: Kind = "system",
+) -> None:
+    """Set attributes of a trial that is held; it has those in ``known`` already (no upsert is in all databases)."""
     for key, value in attributes.items():
         text = json.dumps(value)
         if key in known:

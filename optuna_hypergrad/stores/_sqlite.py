@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 _TABLE, _COLUMN = "hypergrad_chunks", "data"
 _INSERT = f"INSERT INTO {_TABLE} (artifact_id, chunk, {_COLUMN}) VALUES (?, ?, zeroblob(?))"
-_CACHE = "-512"  # KiB
+_CACHE = "-1200"  # KiB: a chunk, and the pages that point to it
 
 
 @contextmanager

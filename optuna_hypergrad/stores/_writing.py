@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +22,7 @@ from ._attributes import check_attribute, set_trial_attribute
 from ._database import unwrap_rdb
 from ._encoding import Pieces, TensorSpec, check_text, encode_in_place
 from ._full import saying_what_has_no_room
-from ._identity import study_uuid
+from ._identity import ATTRIBUTE_PREFIX, own_uuid, study_uuid
 from ._optuna_tables import plain_rdb, read_running_trial
 from ._pointer import ROLE, Pointer, attribute_key, claimable, new_blob, shorten
 from ._retrying import patience_of, retry_while_busy
@@ -76,8 +78,8 @@ class Writer:
             TakenOverError: if the trial has finished.
             StorageError: if the names need more than an attribute holds, or there is no room left.
         """
-        study = study_uuid(self.storage, study_id)
-        number, previous = self._trial(trial_id, [attribute_key(*claim) for claim in blobs])
+        keys = [attribute_key(*claim) for claim in blobs]
+        study, number, previous = self._facts(study_id, trial_id, keys)
         bodies: dict[Pointer, Pieces] = {}
         for (name, role), (pieces, specs) in blobs.items():
             blob, size = new_blob(study), sum(map(len, pieces))
@@ -114,6 +116,7 @@ class Writer:
             database.write_with_attributes(
                 {claims.blob: pieces for claims, pieces in bodies.items()},
                 trial_id,
+                [claims.key for claims in bodies],
                 lambda: {p.key: p.to_json() for p in seal()},
                 [*itertools.chain(*replaced.values()), *expired],
             )
@@ -158,17 +161,26 @@ class Writer:
         for blob, data in contents.items():
             self.store.write(blob, io.BytesIO(data))
 
-    def _trial(self, trial_id: int, keys: list[str]) -> tuple[int, Mapping[str, Any]]:
-        """The trial's number, and of its system attributes at least those of ``keys`` it has."""
+    def _facts(
+        self, study_id: int, trial_id: int, keys: list[str]
+    ) -> tuple[str, int, Mapping[str, Any]]:
+        """The study's UUID, the trial's number, and of its system attributes at least those of ``keys`` it has."""
         if (rdb := plain_rdb(self.storage)) is not None:
-            found = read_running_trial(rdb, trial_id, keys)
+            found = read_running_trial(rdb, study_id, trial_id, keys, ATTRIBUTE_PREFIX)
             if found is not None:
-                return found
+                own = own_uuid(study_id, found.study_name, found.study_attributes)
+                study = own or study_uuid(self.storage, study_id)
+                return study, found.number, found.attributes
+        study = study_uuid(self.storage, study_id)
         number = self.storage.get_trial_number_from_id(trial_id)
         # Through _CachedStorage this would read the whole trial, parameter by parameter.
         storage = unwrap_rdb(self.storage) or self.storage
-        return number, retry_while_busy(
-            lambda: storage.get_trial_system_attrs(trial_id), patience=patience_of(storage)
+        return (
+            study,
+            number,
+            retry_while_busy(
+                lambda: storage.get_trial_system_attrs(trial_id), patience=patience_of(storage)
+            ),
         )
 
     def _common_database(self) -> RDBArtifactStore | None:
@@ -186,10 +198,17 @@ def _seal_soon(bodies: Bodies) -> Callable[[], list[Pointer]]:
     if sum(claims.size for claims in bodies) <= _HASHED_AT_ONCE:
         found = sealed()
         return lambda: found
-    executor = ThreadPoolExecutor(1, "hypergrad-sha256")
-    future = executor.submit(sealed)
-    executor.shutdown(wait=False)
-    return future.result
+    return _hashers().submit(sealed).result
+
+
+@functools.cache
+def _hashers() -> ThreadPoolExecutor:
+    """Kept: to start a thread takes longer than the queries of a small save."""
+    return ThreadPoolExecutor(thread_name_prefix="hypergrad-sha256")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hashers.cache_clear)  # a child has none of the threads
 
 
 def _sentence_start(number: int, step: int, blobs: Encoded) -> str:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, ClassVar
 
@@ -24,7 +25,7 @@ from .._errors import CorruptTensorError, StorageError
 from . import _schema as schema
 from ._database import read, transaction, unwrap_rdb, write
 from ._encoding import Pieces, cut
-from ._optuna_tables import write_attributes
+from ._optuna_tables import hold_trial, set_attributes
 from ._schema import has_tables, make_tables
 from ._sqlite import can_write_in_place, insert_in_place
 from .artifact_store import AbstractArtifactStore, StoredArtifact
@@ -44,8 +45,22 @@ _DELETE = tuple(
     for table in (schema.chunks, schema.blobs)
 )
 
-Chunks = Callable[[], Iterator[list[memoryview]]]
-"""The content of an artifact, from its beginning each time; each chunk as the parts it is made of."""
+
+@dataclass(frozen=True)
+class _Content:
+    """Of an artifact.
+
+    Attributes:
+        chunks: From its beginning each time; each chunk as the parts it is made of.
+        size: In bytes, where it is known.
+    """
+
+    chunks: Callable[[], Iterator[list[memoryview]]]
+    size: int | None = None
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> _Content:
+        return cls(partial(cut, pieces, CHUNK_BYTES), sum(map(len, pieces)))
 
 
 class RDBArtifactStore(AbstractArtifactStore):
@@ -137,20 +152,21 @@ class RDBArtifactStore(AbstractArtifactStore):
                 while data := body.read(CHUNK_BYTES):
                     yield [memoryview(data)]
 
-            self._write({artifact_id: chunks})
+            self._write({artifact_id: _Content(chunks)})
 
     def write_many(self, bodies: Mapping[str, bytes]) -> None:
         """One transaction for all of ``bodies``. Replaces artifacts of the same identifiers."""
-        self._write({name: partial(cut, (data,), CHUNK_BYTES) for name, data in bodies.items()})
+        self._write({name: _Content.of((data,)) for name, data in bodies.items()})
 
     def write_with_attributes(
         self,
         bodies: Mapping[str, Pieces],
         trial_id: int,
+        keys: Collection[str],
         attributes: Callable[[], Mapping[str, Any]],
         unneeded: Sequence[str],
     ) -> None:
-        """Store ``bodies``, set system attributes of a running trial, remove ``unneeded``.
+        """Store ``bodies``, set system attributes ``keys`` of a running trial, remove ``unneeded``.
 
         The identifiers must never have been used before: by them it is seen whether an attempt whose
         answer was lost was carried out. One transaction: all of it or nothing. ``attributes`` is called
@@ -162,9 +178,10 @@ class RDBArtifactStore(AbstractArtifactStore):
         """
 
         def action(connection: Connection) -> bool:
-            _insert(connection, {name: partial(cut, p, CHUNK_BYTES) for name, p in bodies.items()})
+            _insert(connection, {name: _Content.of(pieces) for name, pieces in bodies.items()})
             _delete(connection, unneeded)
-            write_attributes(connection, trial_id, attributes())
+            known = hold_trial(connection, trial_id, keys)
+            set_attributes(connection, trial_id, attributes(), known)
             return True
 
         def settle() -> bool | None:
@@ -208,7 +225,7 @@ class RDBArtifactStore(AbstractArtifactStore):
         # Asked for each time: a pickled RDBStorage comes back with a new one.
         return self._storage.engine
 
-    def _write(self, bodies: Mapping[str, Chunks]) -> None:
+    def _write(self, bodies: Mapping[str, _Content]) -> None:
         def replace(connection: Connection) -> None:
             _delete(connection, list(bodies))
             _insert(connection, bodies)
@@ -252,19 +269,23 @@ def _has_all(connection: Connection, artifact_ids: Collection[str]) -> bool:
     return connection.execute(query).scalar() == len(artifact_ids)
 
 
-def _insert(connection: Connection, bodies: Mapping[str, Chunks]) -> None:
+def _insert(connection: Connection, bodies: Mapping[str, _Content]) -> None:
     # All rows of a unique key first: what is there already is noticed before anything is read, and SQLite
     # waits for its turn here, and never in mid-transaction.
-    for artifact_id in bodies:
-        row = {"artifact_id": artifact_id, "num_bytes": 0, "written": int(time.time())}
+    for artifact_id, content in bodies.items():
+        size = content.size or 0
+        row = {"artifact_id": artifact_id, "num_bytes": size, "written": int(time.time())}
         connection.execute(_INSERT_BLOB, row)
-    for artifact_id, chunks in bodies.items():
-        _insert_chunks(connection, artifact_id, chunks())
+    for artifact_id, content in bodies.items():
+        size = _insert_chunks(connection, artifact_id, content.chunks())
+        if size != content.size:
+            connection.execute(_SET_SIZE, {"of_blob": artifact_id, "size": size})
 
 
 def _insert_chunks(
     connection: Connection, artifact_id: str, chunks: Iterator[list[memoryview]]
-) -> None:
+) -> int:
+    """Their bytes in all."""
     num_bytes = 0
     in_place = can_write_in_place(connection)
     for chunk, parts in enumerate(chunks):
@@ -275,7 +296,7 @@ def _insert_chunks(
         row = {"artifact_id": artifact_id, "chunk": chunk, "data": data}
         connection.execute(_INSERT_CHUNK, row)
         num_bytes += len(data)
-    connection.execute(_SET_SIZE, {"of_blob": artifact_id, "size": num_bytes})
+    return num_bytes
 
 
 def _delete(connection: Connection, artifact_ids: Sequence[str]) -> None:
