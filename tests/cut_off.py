@@ -20,10 +20,14 @@ from conftest import open_storage
 from lives import Life, Log, Striker
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+from optuna_dashboard._note import get_note
+from optuna_dashboard._serializer import serialize_frozen_trial
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.dashboard import publishing
 from optuna_hypergrad.stores import TensorStore
+from optuna_hypergrad.stores._published import is_published
 
 # What workers do. Each has to end with the same study, however often it is killed.
 
@@ -91,18 +95,21 @@ def long_run(study: optuna.Study, log: Log) -> None:
 
 
 RUN_STEPS = 12
+PUBLISHING = "publishing"
 WORKS: dict[str, tuple[Callable[[optuna.Study, Log], None], int]] = {
     "trials": (trials_with_tensors, 12),
     "run": (long_run, 1),
+    PUBLISHING: (trials_with_tensors, 12),
 }
-"""What does one trial, and how many of them make a study."""
+"""What does one trial, and how many of them make a study. Under ``PUBLISHING`` all is published at the end of each."""
 
 
-def study_of(storage: BaseStorage) -> optuna.Study:
+def study_of(storage: BaseStorage, name: str) -> optuna.Study:
+    publish = name == PUBLISHING
     return optuna.create_study(
         study_name="s",
         storage=storage,
-        sampler=ohg.HypergradientSampler(seed=7, publish=False, **test_resume.HURRIED),
+        sampler=ohg.HypergradientSampler(seed=7, publish=publish, **test_resume.HURRIED),
         load_if_exists=True,
     )
 
@@ -113,7 +120,8 @@ def live_once(kind: str, directory: Path, name: str, moment: int | None = None) 
     assert isinstance(storage, RDBStorage)
     striker = Striker(storage, moment)
     log, (work, trials) = Log(directory / "log"), WORKS[name]
-    study = study_of(storage)
+    publishing.SHARE = float("inf")
+    study = study_of(storage, name)
     while len(kept(study.get_trials(deepcopy=False))) < trials:
         work(study, log)
     log.write("moments", striker.moments)
@@ -179,6 +187,30 @@ def difference(whole: optuna.Study, other: optuna.Study) -> str | None:
     return None
 
 
+def badly_shown(study: optuna.Study) -> list[str]:
+    """What ``optuna-dashboard`` shows of a complete study that is not so."""
+    attributes = study._storage.get_study_system_attrs(study._study_id)
+    states = Counter(t.state for t in study.trials)
+    wanted = f"**Trials**: {len(study.trials)} ({states[TrialState.COMPLETE]} complete"
+    wrong = [] if wanted in get_note(study) else [f"the note does not say {wanted!r}"]
+    store = TensorStore.of_study(study).artifact_store
+    shown = {}
+    for trial in study.trials:
+        for meta in serialize_frozen_trial(study._study_id, trial, attributes)["artifacts"]:
+            shown[meta["artifact_id"]] = trial.number
+            with store.open_reader(meta["artifact_id"]) as file:
+                if not file.read():
+                    wrong.append(f"the artifact {meta['filename']} is empty")
+    if set(shown.values()) != {study.best_trial.number}:
+        wrong.append(f"artifacts are shown of the trials {set(shown.values())}")
+    stored = {a.artifact_id for a in store.stored() if is_published(a.artifact_id)}  # type: ignore[attr-defined]
+    if lost := TensorStore.of_study(study).sweep(min_age=-60, dry_run=True).orphans:
+        wrong += [f"{a.artifact_id} is an orphan" for a in lost if a.artifact_id in shown]
+    if missing := shown.keys() - stored:
+        wrong.append(f"artifacts {missing} are shown and not stored")
+    return wrong
+
+
 def _timeless(encoded: Tensor) -> Any:
     """Numbers of a checkpoint, but for how long things took."""
     numbers = json.loads(bytes(encoded.numpy()))
@@ -194,7 +226,7 @@ class Whole:
     def __init__(self, kind: str, directory: Path, name: str) -> None:
         directory.mkdir(parents=True)
         self.kind, self.name = kind, name
-        self.study = study_of(open_storage(kind, directory))
+        self.study = study_of(open_storage(kind, directory), name)
         with Life(live_once, kind, directory, name) as life:
             life.has_begun()
             begun = time.monotonic()
@@ -229,7 +261,7 @@ class Whole:
                 wrong.append(f"a worker fails with status {status}")
                 break
             killed += 1
-        study = study_of(storage)
+        study = study_of(storage, self.name)
         counts = _counts(directory)
         for what, most in (("stepped", 1), ("evaluated", 2 if self.name == "run" else 1)):
             extra = counts[what] - self.counts[what]
@@ -238,6 +270,8 @@ class Whole:
         left = [t for t in study.trials if not t.state.is_finished() and _has_lease(t)]
         if left:
             wrong.append(f"trials {[t.number for t in left]} of killed workers are not marked")
+        if self.name == PUBLISHING:
+            wrong += badly_shown(study)
         found = difference(self.study, study)
         return killed, wrong if found is None else [*wrong, found]
 

@@ -791,6 +791,8 @@ def test_words_of_plot(
     found = {(tmp_path / f"{name}.json").read_text() for name in "abcd"}
     assert len(found) == 1
     command("plot", "one", "two", "three", "trajectories", status=cli.FAILURE)
+    command("plot", url, "trajectories", "-o", "e.PNG")
+    assert (tmp_path / "e.PNG").read_bytes().startswith(b"\x89PNG")
     command("plot", url, "trajectories", "-o", "x.bmp", status=cli.FAILURE)
     assert ".svg" in command.error
 

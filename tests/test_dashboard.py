@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -273,6 +274,40 @@ def test_a_storage_without_a_place_for_tensors_is_refused() -> None:
     with pytest.raises(ohg.StorageError, match="no place of its own"):
         dashboard.wsgi(Proxy())  # type: ignore[abstract]
     assert dashboard.wsgi(Elsewhere()) is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [("300.1.1.1", "no address of this machine"), ("192.0.2.1", "no address of this machine")],
+)
+def test_an_address_that_is_none_of_this_machine_is_refused(host: str, said: str) -> None:
+    with pytest.raises(ohg.HypergradError, match=said):
+        dashboard.run_server(optuna.storages.InMemoryStorage(), host, 0)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ohg.HypergradError, match=f"Port {port} of 127.0.0.1 is taken"):
+            dashboard.run_server(optuna.storages.InMemoryStorage(), port=port)
+
+
+class _Served(Exception):
+    pass
+
+
+def test_an_address_of_ipv6_is_served() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+
+    def started(address: str) -> None:
+        assert re.fullmatch(r"http://\[::1\]:\d+/dashboard", address)
+        raise _Served
+
+    with pytest.raises(_Served):
+        dashboard.run_server(optuna.storages.InMemoryStorage(), "::1", 0, started=started)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import optuna_hypergrad as ohg
 from optuna_hypergrad.stores import TensorStore
 
-KILLS = 6
+KILLS = 4
 
 
 @pytest.mark.parametrize("name", cut_off.WORKS)

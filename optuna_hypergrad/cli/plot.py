@@ -90,7 +90,8 @@ def _place(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
     study = study_of(options.study, storage)
     path = Path(f"{options.kind}.html" if options.output is None else options.output)
-    if path.suffix not in _SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
         raise UsageError(f"-o needs the name of a file that ends with {', '.join(_SUFFIXES)}.")
     if path.exists() and not options.force:
         raise StorageError(
@@ -102,7 +103,7 @@ def run(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -
             f"No trial of study {study.study_name!r} has had a hypergradient, so there is nothing to draw. Optuna's own "
             "figures are in optuna.visualization."
         )
-    by_matplotlib = path.suffix in (".svg", ".png", ".pdf")
+    by_matplotlib = suffix in (".svg", ".png", ".pdf")
     draw = _function(options.kind, by_matplotlib)
     takes = inspect.signature(draw).parameters
     given = {"name": options.name, "tensor_store": store}
@@ -133,7 +134,7 @@ def _write(found: Any, path: Path, by_matplotlib: bool) -> None:
     if by_matplotlib:
         axes = found if hasattr(found, "figure") else found.flat[0]
         axes.figure.savefig(path, bbox_inches="tight", dpi=150)
-    elif path.suffix == ".json":
+    elif path.suffix.lower() == ".json":
         path.write_text(found.to_json())
     else:
         found.write_html(path)

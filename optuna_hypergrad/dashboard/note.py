@@ -190,7 +190,7 @@ def _setting(trajectory: TrajectorySummary) -> str:
 
 def _state(trajectory: TrajectorySummary) -> str:
     if trajectory.stop is None:
-        return "goes on"
+        return "open"
     return "over: " + _escaped(_cut(trajectory.stop, 120)).replace("|", "\\|")
 
 

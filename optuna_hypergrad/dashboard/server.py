@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -83,21 +85,42 @@ def run_server(
         started: Is told the address, once it can be opened.
 
     Raises:
-        HypergradError: if ``optuna-dashboard`` is not installed.
+        HypergradError: if ``optuna-dashboard`` is not installed, ``host`` is no address of this machine, or ``port`` cannot
+            be had.
         StorageError: if there is no such storage, or it has no place of its own for tensors, and none is given.
-        OSError: if the port is taken.
     """
-    from wsgiref.simple_server import WSGIRequestHandler, make_server
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
     class Quiet(WSGIRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             _optuna.logger.debug(format % args)
 
+    class Server(WSGIServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
     application = wsgi(storage, tensor_store)
-    with make_server(host, port, application, handler_class=Quiet) as server:
+    try:
+        made = make_server(host, port, application, Server, Quiet)
+    except OSError as error:
+        raise HypergradError(_refusal(host, port, error)) from error
+    with made as server:
         shown = f"[{host}]" if ":" in host else host
         started(f"http://{shown}:{server.server_port}/dashboard")
         server.serve_forever()
+
+
+def _refusal(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"Port {port} of {host} is taken, maybe by another dashboard. Choose another one, or 0 for any that is "
+            "free."
+        )
+    if error.errno == errno.EACCES:
+        return f"Port {port} may not be used by this user. Choose one from 1024 on."
+    return (
+        f"{host!r} is no address of this machine at which a server can listen ({error.strerror or error}). "
+        f"{HOST!r} is for this machine alone, '0.0.0.0' for all of its networks."
+    )
 
 
 def _opened(storage: Storage) -> BaseStorage:
