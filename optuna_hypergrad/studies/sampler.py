@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, BruteForceSampler, TPESampler
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from .. import _optuna
-from .._errors import HyperparameterError
 from .._typing import Params
 from ..checkpoint import INTERRUPTED
 from ..step_rules import AbstractStepRule, make_step_rule
 from ..stores import AtomicFileSystemArtifactStore, Retention, TensorStore
+from .definitions import check_definition
 from .events import (
     CLAIM,
     GRADIENT,
@@ -32,9 +32,10 @@ from .events import (
 )
 from .leases import LeaseKeeper
 from .plan import Memory, Plan, Planner, StartFrom
-from .points import Definition, domain_of
+from .points import Definition
 from .racing import Race
 from .recording import Recorder
+from .settings import check_settings
 from .stored_state import LostTrajectoryError
 from .succession import keep_given_params, succeed
 from .telling import attributes_of
@@ -107,6 +108,8 @@ class HypergradientSampler(BaseSampler):
             a trial runs. ``math.inf``: only processes that are known to have ended. ``None``: none; a
             trial is kept until it is told, by whichever process, also when the one that asked for it
             has ended.
+        publish: Whether the study tells ``optuna-dashboard`` about itself as it goes on: attributes of
+            trials, a note, plots, artifacts of the best trial; see :func:`optuna_hypergrad.dashboard.publish`.
 
     A trial that was asked for and is not told blocks its trajectory: the others wait for its outcome as
     long as its process lives, or for good with ``lease=None``. Give it up with
@@ -135,38 +138,13 @@ class HypergradientSampler(BaseSampler):
         lease: float | None = 120.0,
         publish: bool = True,
     ) -> None:
-        if base_sampler is not None and not isinstance(base_sampler, BaseSampler):
-            raise TypeError(
-                f"base_sampler={base_sampler!r} is not an Optuna sampler; give e.g. TPESampler()."
-            )
+        check_settings(
+            base_sampler, start, slice_steps, reduction, max_steps, patience, lease, publish, seed
+        )
         if isinstance(base_sampler, HypergradientSampler):
             raise TypeError(
                 "base_sampler is a HypergradientSampler itself; give e.g. TPESampler()."
             )
-        if isinstance(base_sampler, BruteForceSampler):
-            raise ValueError(
-                "BruteForceSampler reads every trial of a study as one branch of its tree, and this sampler "
-                "shows one trial per trajectory. Use GridSampler, or TPESampler()."
-            )
-        if start not in ("best", "base", "init"):
-            raise ValueError(f'start={start!r} is not "best", "base" or "init".')
-        for name, number, least in (
-            ("slice_steps", slice_steps, 1),
-            ("reduction", reduction, 2),
-            ("max_steps", max_steps, 1),
-            ("patience", patience, 1),
-        ):
-            if number is not None and (type(number) is not int or number < least):
-                raise ValueError(f"{name}={number!r} must be an integer of at least {least}.")
-        is_number = isinstance(lease, (int, float)) and not isinstance(lease, bool)
-        if lease is not None and not (is_number and lease > 0):
-            raise ValueError(
-                f"lease={lease!r} must be a positive number of seconds, math.inf or None."
-            )
-        if not isinstance(publish, bool):
-            raise ValueError(f"publish={publish!r} must be True or False.")
-        if seed is not None and (type(seed) is not int or seed < 0):
-            raise ValueError(f"seed={seed!r} must be a non-negative integer or None.")
         if base_sampler is None:
             base_sampler = TPESampler(seed=seed, n_startup_trials=_STARTUP_TRAJECTORIES)
         self._base = base_sampler
@@ -368,7 +346,8 @@ class HypergradientSampler(BaseSampler):
             if plan.claim is None:
                 self._claim_start(memory, plan, study, trial)
             assert plan.claim is not None
-            self._check_definition(memory, plan, definition, trial)
+            space = None if plan.trajectory is None else plan.trajectory.space
+            check_definition(memory.ledger, space, definition, trial.number)
             plan.definitions[definition.name] = definition
             if definition.kind == "float":
                 if init is not None:
@@ -459,31 +438,3 @@ class HypergradientSampler(BaseSampler):
         source = "enqueued" if enqueued else "init" if first else "base"
         plan.claim = Claim(trial.number, None, source)
         write_event(study, trial, CLAIM, plan.claim.to_json())
-
-    def _check_definition(
-        self, memory: Memory, plan: Plan, definition: Definition, trial: FrozenTrial
-    ) -> None:
-        ledger = memory.ledger
-        if definition.kind == "float":
-            old = ledger.distributions.get(definition.name)
-            if definition.name not in ledger.owned or old is None:
-                before = ledger.definitions.get(definition.name)
-            else:
-                before = Definition.of_float(definition.name, domain_of(definition.name, old))
-            shapes = False
-        else:
-            before = ledger.definitions.get(definition.name)
-            if before is None and definition.name in ledger.distributions:
-                raise HyperparameterError(
-                    f"Hyperparameter {definition.name!r} is a number in earlier trials of this study and a "
-                    f"tensor in trial {trial.number}; give it another name."
-                )
-            shapes = plan.trajectory is not None
-            if plan.trajectory is not None:
-                before = plan.trajectory.space.tensors.get(definition.name, before)
-        difference = None if before is None else before.difference(definition, shapes)
-        if difference is not None:
-            raise HyperparameterError(
-                f"Hyperparameter {definition.name!r} is defined otherwise than in earlier trials of this "
-                f"study: {difference}. Give it another name, or start another study."
-            )
