@@ -1494,3 +1494,34 @@ def test_the_loser_of_a_deadlock_tries_again(code: Any, name: str) -> None:
     errors = [KeyError(1213)]
     with pytest.raises(KeyError):
         _retrying.retry_while_busy(action)
+
+
+_LATE = """
+import atexit, sys, threading
+import optuna, torch
+import optuna_hypergrad as ohg
+
+study = optuna.create_study(storage=sys.argv[1], sampler=ohg.HypergradientSampler(seed=0))
+store = ohg.TensorStore.of_study(study)
+
+def save():
+    trial = study.ask()
+    large = {"": torch.ones(300_000)}
+    pointer = store.save(study._study_id, trial._trial_id, "x", "value", 0, large)
+    [later] = store.save_all_soon(study._study_id, trial._trial_id, 1, {("y", "value"): large}).result()
+    assert all(torch.equal(store.load(p)[""], large[""]) for p in (pointer, later))
+    print("saved")
+
+def when_main_has_ended():
+    threading.main_thread().join()
+    save()
+
+atexit.register(save)
+threading.Thread(target=when_main_has_ended).start()
+"""
+
+
+def test_tensors_are_saved_when_the_main_thread_has_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _LATE, f"sqlite:///{tmp_path / 'study.db'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "saved\n" * 2, done.stderr

@@ -195,10 +195,11 @@ def _seal_soon(bodies: Bodies) -> Callable[[], list[Pointer]]:
     def sealed() -> list[Pointer]:
         return [replace(claims, sha256=claims.digest(*pieces)) for claims, pieces in bodies.items()]
 
-    if sum(claims.size for claims in bodies) <= _HASHED_AT_ONCE:
-        found = sealed()
-        return lambda: found
-    return _hashers().submit(sealed).result
+    if sum(claims.size for claims in bodies) > _HASHED_AT_ONCE:
+        with suppress(RuntimeError):  # no thread is started any more once the main one has ended
+            return _hashers().submit(sealed).result
+    found = sealed()
+    return lambda: found
 
 
 @functools.cache

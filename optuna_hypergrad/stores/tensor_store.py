@@ -318,12 +318,7 @@ class TensorStore:
 
     def _soon(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         if not is_for_threads(self._storage):
-            done: Future[T] = Future()
-            try:
-                done.set_result(function(*arguments))
-            except Exception as error:
-                done.set_exception(error)
-            return done
+            return _done(function, *arguments)
 
         def on_thread() -> T:
             try:
@@ -333,7 +328,10 @@ class TensorStore:
 
         if self._thread is None or self._thread[0] != os.getpid():  # threads do not survive a fork
             self._thread = os.getpid(), ThreadPoolExecutor(1, "hypergrad-tensors")
-        return self._thread[1].submit(on_thread)
+        try:
+            return self._thread[1].submit(on_thread)
+        except RuntimeError:  # no thread is started any more once the main one has ended
+            return _done(function, *arguments)
 
     def _read(self, pointer: Pointer) -> bytes:
         parts: list[bytes] = []
@@ -376,6 +374,16 @@ class TensorStore:
         if isinstance(self.artifact_store, AbstractArtifactStore):
             gone = find_gone(self._storage, study_id, self.artifact_store)
         return self._gone.setdefault(study_id, gone)
+
+
+def _done(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """What it returns or raises, as a future."""
+    done: Future[T] = Future()
+    try:
+        done.set_result(function(*arguments))
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 _REMEDY = "Use an earlier trial, or a backup of the storage."
