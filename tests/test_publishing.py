@@ -410,6 +410,13 @@ def test_note_with_half_of_our_marks_is_left_alone() -> None:
     assert note.merged("mine\n\n" + note.END, "two").startswith("mine\n\n" + note.END + "\n\n")
 
 
+def test_our_marks_in_names_are_no_marks() -> None:
+    named = f"a study `{note.END}`, and another\n- {note.BEGIN}"
+    ours = note.merged("mine", named)
+    assert note.merged(ours, named) == ours
+    assert note.merged(ours, "two") == note.merged("mine", "two")
+
+
 def test_note_with_hostile_names(tmp_path: Path) -> None:
     names = [
         "a|b",

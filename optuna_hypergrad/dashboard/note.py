@@ -20,8 +20,8 @@ _VERSION, _PIECE = "dashboard:note_ver", "dashboard:note_str:"
 _PIECE_LENGTH = 2045
 BEGIN = '[//]: # "optuna-hypergrad: begin; what follows is written anew as the study goes on"'
 END = '[//]: # "optuna-hypergrad: end"'
-_OURS = re.compile(
-    rf"(?:\n\n)?{re.escape(BEGIN)}\n(?:(?!{re.escape(BEGIN)}).)*?{re.escape(END)}", re.S
+_OURS = re.compile(  # a mark is a line; a name that says the same stands within one
+    rf"(?:\n\n)?^{re.escape(BEGIN)}\n(?:(?!^{re.escape(BEGIN)}$).)*?^{re.escape(END)}$", re.S | re.M
 )
 _MOST_ROWS = 12
 _LONGEST = 60
