@@ -63,10 +63,11 @@ def of_ours(task: Task, name: str, seed: int, seconds: float) -> Run:
             num_steps=num_steps,
         )
 
-    run(method.estimator, task.problem(seed), 2)  # what torch does once in a process
+    problem = task.problem(seed, going_round=method.going_round)
+    run(method.estimator, problem, 2)  # what torch does once in a process
     record = Record(seconds, MOMENTS)
     with contextlib.suppress(OutOfTime):
-        run(Recorded(method.estimator, record), record.counting(task.problem(seed)), 10**9)
+        run(Recorded(method.estimator, record), record.counting(problem), 10**9)
     return _curve(task, record)
 
 

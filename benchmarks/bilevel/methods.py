@@ -18,12 +18,14 @@ class Method:
     """Args:
     estimator, solver: As for ``minimize_bilevel``.
     lr, lr_lambda: Of plain SGD on the weights.
+    going_round: Whether batches go round.
     """
 
     estimator: AbstractHypergradientEstimator
     solver: AbstractInnerSolver
     lr: float
     lr_lambda: Callable[[int], float] | None = None
+    going_round: bool = False
 
     @property
     def optimizer(self) -> functools.partial[torch.optim.Optimizer]:
@@ -51,10 +53,14 @@ def _at_most(lam: object, step: int) -> float:
 
 
 _one = ohg.GradientDescent(_falling, max_steps=1)
+_constant = ohg.GradientDescent(0.03, max_steps=1)
 _ten = ohg.GradientDescent(_at_most, max_steps=10)
 _SOFTMAX = {
     "SOBA": Method(ohg.SOBA(), _one, 1000.0),
     "MA-SOBA": Method(ohg.MASOBA(theta=0.1), _one, 1000.0),
+    "SABA": Method(
+        ohg.SABA(num_inner_batches=313, num_outer_batches=79), _constant, 1000.0, going_round=True
+    ),
     "BROS": Method(ohg.BROS(rank=0.25, theta=0.1), _one, 1000.0),
     "SAMA": Method(ohg.SAMA(), _one, 1000.0),
     "T1-T2": Method(ohg.T1T2(step_size=0.1), _one, 1000.0),

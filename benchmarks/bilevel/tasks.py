@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from draws import drawn
+from draws import GoingRound, drawn
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
@@ -58,9 +58,16 @@ class Task:
     def outer_objective(self, w: Params, lam: Params, batch: Batch) -> Tensor:
         return cross_entropy(self.predict(w, batch[0]), batch[1])
 
-    def problem(self, seed: int, train: Batch | None = None) -> ohg.BilevelProblem:
-        """With ``train`` in place of the training samples."""
+    def problem(
+        self, seed: int, train: Batch | None = None, going_round: bool = False
+    ) -> ohg.BilevelProblem:
+        """With ``train`` in place of the training samples; batches that go round, or are drawn anew each time."""
         given = (self.train if train is None else train, self.validation)
+        if going_round:
+            inner, outer = (
+                GoingRound(part, self.batch_size, (seed, salt)) for salt, part in enumerate(given)
+            )
+            return ohg.BilevelProblem(self.inner_objective, self.outer_objective, inner, outer)
         parts = (
             functools.partial(drawn, part, self.batch_size, (seed, salt))
             for salt, part in enumerate(given)
