@@ -470,6 +470,51 @@ def test_note_warns(tmp_path: Path) -> None:
     assert "100 % of t are at their upper bound" in get_note(bounded).replace("\\", "")
 
 
+@pytest.fixture
+def warnings(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """What Optuna's loggers warn of."""
+    caplog.set_level(logging.WARNING, logger="optuna")
+    monkeypatch.setattr(logging.getLogger("optuna"), "propagate", True)
+    return caplog
+
+
+def test_infeasible_trials_are_said_to_be_so(
+    tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    best = {}
+    for name, feasible in (("some", 2), ("none", -1)):
+
+        @ohg.differentiable
+        def constrained(trial: Any, feasible: int = feasible) -> Tensor:
+            trial.set_constraint("c", 0.0 if trial.number == feasible else 1.0)
+            return (
+                (trial.suggest_tensor("t", (4,), 0.0, 1.0, init=0.9, dtype=F64) - 0.2).pow(2).sum()
+            )
+
+        study = study_in(open_storage("sqlite", tmp_path), name, retention=ohg.Retention(every=1))
+        study.optimize(constrained, n_trials=4)
+        warnings.clear()
+        tensors = ohg.load_tensors(study)["t"]
+        body = get_note(study)
+        [trial] = (t for t in study.trials if f", in trial {t.number} (" in body)
+        assert torch.equal(tensors, ohg.load_tensors(trial, study=study)["t"])
+        assert "**Best trajectory**: 0" in body
+        assert ("No trial is feasible" in body) == (feasible < 0)
+        assert ("is feasible: each violates" in warnings.text) == (feasible < 0)
+        best[name] = trial.number
+    assert best == {"some": 2, "none": min(study.trials, key=lambda t: t.values[0]).number}
+
+
+def test_a_bilevel_run_has_hypergradients_of_its_own(warnings: pytest.LogCaptureFixture) -> None:
+    study = study_in(InMemoryStorage())
+    study.optimize(whole_run, n_trials=2)
+    assert "No hypergradient was reported" not in warnings.text
+    study.optimize(lambda trial: trial.suggest_float("y", 0.0, 1.0), n_trials=1)
+    assert "No hypergradient was reported" in warnings.text
+
+
 def _to_the_bound(trial: Any) -> Tensor:
     return (trial.suggest_tensor("t", (4,), 0.0, 1.0, init=0.9, dtype=F64) - 5.0).pow(2).sum()
 

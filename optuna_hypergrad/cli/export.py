@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from .. import _optuna
 from .._errors import StorageError
 from ..stores import TensorStore
 from ..studies.exporting import export_tensors
-from ..studies.tensors import best_with_tensors
+from ..studies.tensors import best_with_tensors, say_infeasible
 from ._opened import sizes_in, study_of
 from ._parsing import Parser, UsageError, examples
 from ._text import show_lines
@@ -69,10 +68,13 @@ def _chosen_trial(number: int | None, study: Study, store: TensorStore) -> Froze
             )
         return trials[number]
     chosen = best_with_tensors(study, store, sizes_in(store))
-    with contextlib.suppress(ValueError):
+    try:
         best = study.best_trial
-        if best.number != chosen.number and best.value != chosen.value:
-            _optuna.logger.warning(
-                f"Trial {best.number} is better, but not all of its tensors are in the store (any more)."
-            )
+    except ValueError:
+        say_infeasible(study, chosen)
+        return chosen
+    if best.number != chosen.number and best.value != chosen.value:
+        _optuna.logger.warning(
+            f"Trial {best.number} is better, but not all of its tensors are in the store (any more)."
+        )
     return chosen

@@ -18,6 +18,7 @@ from .._errors import StorageError
 from ..stores import Pointer
 from ..stores._pointer import pointers_in
 from ..stores._retention import is_feasible
+from ..studies.events import Claim
 from ..studies.inspection import TrajectorySummary, trajectories_of
 from ..trial_attributes import (
     ESTIMATOR,
@@ -68,10 +69,11 @@ class Findings:
 
     @property
     def best_trajectory(self) -> TrajectorySummary | None:
-        if self.best is None:
+        """The one that the best trial is a step of."""
+        claim = None if self.best is None else Claim.of(self.best)
+        if claim is None:
             return None
-        found = (t for t in self.trajectories if t.best_trial == self.best.number)
-        return next(found, None)
+        return next((t for t in self.trajectories if t.id == claim.trajectory), None)
 
 
 def find(study: Study, trials: Sequence[FrozenTrial]) -> Findings:
@@ -153,6 +155,11 @@ def _warnings(
     summaries: dict[str, dict[str, Any]],
 ) -> list[str]:
     found = []
+    if best is not None and not is_feasible(best):
+        found.append(
+            "No trial is feasible: each violates a constraint. The best trial here is the best of them, and "
+            "study.best_trial has none to give."
+        )
     failed = sum(t.state is TrialState.FAIL for t in trials)
     if failed:
         found.append(f"{failed} of {len(trials)} trials failed; their steps were taken back.")

@@ -21,6 +21,7 @@ from .._typing import Params
 from ..checkpoint import INTERRUPTED
 from ..step_rules import AbstractStepRule, make_step_rule
 from ..stores import AtomicFileSystemArtifactStore, Retention, TensorStore
+from ..stores._pointer import pointers_in
 from .definitions import check_definition
 from .events import (
     CLAIM,
@@ -286,7 +287,12 @@ class HypergradientSampler(BaseSampler):
         if claim is not None:
             return
         self._base.after_trial(study, trial, state, values)
-        if state == TrialState.COMPLETE and continuous_names(trial):
+        # Tensors without a claim are those of a bilevel run, which has hypergradients of its own.
+        if (
+            state == TrialState.COMPLETE
+            and continuous_names(trial)
+            and not pointers_in(trial.system_attrs)
+        ):
             memory.say_once(
                 "base",
                 f"No hypergradient was reported in trial {trial.number}, so the parameters are chosen by "

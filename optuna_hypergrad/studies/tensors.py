@@ -94,13 +94,13 @@ def _of_best(
     try:
         best = study.best_trial
     except ValueError as error:
-        cause = str(error).rstrip(".")
         if not any(t.state is TrialState.COMPLETE for t in _optuna.all_trials(study)):
-            cause = "no trial is completed yet"
-        raise MissingTensorError(
-            f"Study {study.study_name!r} has no best trial whose tensors could be loaded: {cause}. Give the "
-            "trial that you want: load_tensors(study.trials[0], study=study)."
-        ) from error
+            raise MissingTensorError(
+                f"Study {study.study_name!r} has no best trial whose tensors could be loaded: no trial is completed "
+                "yet. Give the trial that you want: load_tensors(study.trials[0], study=study)."
+            ) from error
+        best = best_with_tensors(study, store, stored_in(store))
+        say_infeasible(study, best)
     if step is not None:
         return _of_step(study, best, name, step, store)
     pointers = store.pointers(best, None, "value")
@@ -212,6 +212,14 @@ def _why_no_step(steps: Collection[int], step: int) -> str:
     if step > max(steps):
         return f"the last one is step {max(steps)}"
     return "it failed, or was cut off"
+
+
+def say_infeasible(study: Study, best: FrozenTrial) -> None:
+    """Warn that ``best`` stands for a best trial that there is none of."""
+    _optuna.logger.warning(
+        f"No trial of study {study.study_name!r} is feasible: each violates a constraint. These are the tensors of "
+        f"trial {best.number} (value {best.value:.6g}), the best of them that has any."
+    )
 
 
 def best_with_tensors(
