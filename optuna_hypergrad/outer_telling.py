@@ -62,9 +62,10 @@ def tell_values(
     trial: optuna.Trial, kind: ValueKind, value: float, retrained: float | None
 ) -> None:
     with saying_what_has_no_room(f"The values that trial {trial.number} ended with"):
-        trial.set_user_attr(VALUE_KIND, kind if retrained is None else "retrained")
         trial.set_user_attr(COLD_VALUE if kind == "cold" else WARM_VALUE, value)
-        if retrained is not None:
+        if retrained is None:
+            trial.set_user_attr(VALUE_KIND, kind)
+        else:  # which of the two will be the trial's value is up to the objective
             trial.set_user_attr(RETRAINED_VALUE, retrained)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from ._typing import Params
@@ -29,7 +30,7 @@ TRAJECTORY = "trajectory"
 TRAJECTORY_STEP = "trajectory_step"
 """Outer steps before this one on its trajectory: 0 at the start."""
 VALUE_KIND = "value_kind"
-"""``cold``, ``warm`` or ``retrained``."""
+"""``cold`` or ``warm``; not set by a bilevel run that was trained again at its end: see :func:`value_kind_of`."""
 COLD_VALUE, WARM_VALUE, RETRAINED_VALUE = "cold_value", "warm_value", "retrained_value"
 """Of a bilevel run inside the trial: the first or the second, and the third where it was trained again at its end."""
 ESTIMATOR = "estimator"
@@ -47,6 +48,18 @@ _MAX_SORTED = 1 << 17
 _ROUNDING = 1e-5
 _MAX_NAME = 100
 _MAX_DESCRIPTION = 120
+
+
+def value_kind_of(trial: FrozenTrial) -> str | None:
+    """Whether a trial's value is ``"cold"``, ``"warm"`` or ``"retrained"``; ``None`` where that is not known."""
+    attributes = trial.user_attrs
+    if RETRAINED_VALUE not in attributes:
+        kind = attributes.get(VALUE_KIND)
+        return kind if kind in ("cold", "warm") else None
+    named = {"retrained": RETRAINED_VALUE, "warm": WARM_VALUE, "cold": COLD_VALUE}
+    values = trial.values or (None,)
+    found = (kind for kind, key in named.items() if attributes.get(key) == values[0])
+    return None if values[0] is None else next(found, None)
 
 
 def summary_of(value: Tensor, domain: Domain) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -10,6 +11,7 @@ import pty
 import shlex
 import shutil
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -31,9 +33,9 @@ from servers import SERVERS
 from torch import Tensor
 
 import optuna_hypergrad as ohg
-from optuna_hypergrad import _terminal, cli
+from optuna_hypergrad import _files, _terminal, cli
 from optuna_hypergrad.stores import RDBArtifactStore, TensorStore, _verifying
-from optuna_hypergrad.studies import events, exporting, leases
+from optuna_hypergrad.studies import events, leases
 from optuna_hypergrad.studies.inspection import summarize
 
 HOSTILE = [
@@ -459,7 +461,7 @@ def test_an_export_is_whole_or_not_there(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting.os, fails, full)
+    monkeypatch.setattr(_files.os, fails, full)
     output = tmp_path / "out"
     if fails == "link":  # a file system without hard links
         command("export", url, "-o", str(output))
@@ -476,7 +478,7 @@ def test_an_export_is_whole_or_not_there(
 def test_an_export_does_not_replace_a_file_that_appears_meanwhile(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious")
     with pytest.raises(ohg.StorageError, match="already"):
-        exporting._write(tmp_path / "out", b"data", overwrite=False)
+        _files.write_file(tmp_path / "out", b"data", overwrite=False)
     assert (tmp_path / "out").read_text() == "precious"
     assert set(snapshot(tmp_path)) == {"out"}
 
@@ -790,9 +792,18 @@ def test_words_of_plot(
     command("plot", "--study", "decays", url, "trajectories", "-o", "d.json")
     found = {(tmp_path / f"{name}.json").read_text() for name in "abcd"}
     assert len(found) == 1
+    (tmp_path / "j.log").touch()
+    command("plot", "j.log", "trajectories", status=cli.FAILURE)
+    assert "There is no study in this storage" in command.error
     command("plot", "one", "two", "three", "trajectories", status=cli.FAILURE)
     command("plot", url, "trajectories", "-o", "e.PNG")
     assert (tmp_path / "e.PNG").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "kept.json").write_text("kept")
+    command("plot", url, "trajectories", "-o", "kept.json", status=cli.FAILURE)
+    assert "--force" in command.error
+    assert (tmp_path / "kept.json").read_text() == "kept"
+    command("plot", url, "trajectories", "-o", "nowhere/x.html", status=cli.FAILURE)
+    assert "Cannot write 'nowhere/x.html': No such file or directory." in command.error
     command("plot", url, "trajectories", "-o", "x.bmp", status=cli.FAILURE)
     assert ".svg" in command.error
 
@@ -838,6 +849,20 @@ def _is_gone(store: TensorStore, trial: optuna.trial.FrozenTrial) -> bool:
     except ohg.MissingTensorError:
         return True
     return False
+
+
+def test_a_database_that_another_process_holds(
+    command: Command, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *args, **kw: connect(*args, **{**kw, "timeout": 0.1})
+    )
+    with contextlib.closing(connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        command("show", url, status=cli.FAILURE)
+    assert "Another process has been writing" in command.error
+    command("show", url)
 
 
 def test_a_database_that_can_only_be_read(command: Command, url: str, tmp_path: Path) -> None:
@@ -950,4 +975,4 @@ def test_a_port_that_is_taken(command: Command, url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command("dashboard", url, "--port", port, status=cli.FAILURE)
-        assert "in use" in command.error
+        assert f"Port {port} of 127.0.0.1 is taken" in command.error

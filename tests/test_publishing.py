@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import inspect
 import io
@@ -43,7 +44,7 @@ from optuna_hypergrad.dashboard.pace import Pace
 from optuna_hypergrad.stores import TensorStore, change_study_attributes
 from optuna_hypergrad.stores._published import is_published
 from optuna_hypergrad.studies import telling
-from optuna_hypergrad.trial_attributes import described, summaries_in, summary_of
+from optuna_hypergrad.trial_attributes import described, summaries_in, summary_of, value_kind_of
 
 F64 = torch.float64
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
@@ -292,7 +293,10 @@ def test_attributes_of_a_bilevel_run() -> None:
     )
     assert found["hypergradient_norm"] == found["norms"][-1]
     assert found["estimator"] == "Implicit(Neumann(num_steps=4, alpha=0.2))"
-    assert found["value_kind"] == "retrained"
+    assert "value_kind" not in found
+    assert value_kind_of(trial) == "warm"
+    assert value_kind_of(_told(trial, found["retrained_value"])) == "retrained"
+    assert value_kind_of(_told(trial, 123.0)) is None
     final = ohg.load_tensors(study)["bilevel"]["decay"]
     summary = summaries_in(found)["bilevel/decay"]
     assert summary["max"] == pytest.approx(float(final.max()), rel=1e-3)
@@ -300,11 +304,17 @@ def test_attributes_of_a_bilevel_run() -> None:
     assert found["lengths"][0] == pytest.approx(0.1 * math.sqrt(3), rel=1e-6)  # Adam's first step
 
 
+def _told(trial: optuna.trial.FrozenTrial, value: float) -> optuna.trial.FrozenTrial:
+    told = copy.deepcopy(trial)
+    told.values = [value]
+    return told
+
+
 def test_a_bilevel_run_that_is_not_to_publish() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     study.optimize(lambda trial: whole_run(trial, publish=False), n_trials=1)
     assert study.trials[0].user_attrs.keys() == {
-        "value_kind", "warm_value", "retrained_value", "norms", "lengths",
+        "warm_value", "retrained_value", "norms", "lengths",
     }  # fmt: skip
 
 
@@ -417,6 +427,12 @@ def test_our_marks_in_names_are_no_marks() -> None:
     assert note.merged(ours, "two") == note.merged("mine", "two")
 
 
+def test_note_that_was_saved_with_other_line_ends() -> None:
+    ours = note.merged("mine\n\nand more", "one")
+    again = note.merged(ours.replace("\n", "\r\n"), "two")
+    assert again == note.merged("mine\r\n\r\nand more", "two")
+
+
 def test_note_with_hostile_names(tmp_path: Path) -> None:
     names = [
         "a|b",
@@ -462,6 +478,10 @@ def test_note_warns(tmp_path: Path) -> None:
     dashboard.publish(study)
     body = get_note(study)
     assert "1 of 3 trials failed" in body
+    assert (
+        f"**Best value**: {study.best_value:.6g}, in trial {study.best_trial.number} (warm)" in body
+    )
+    assert "return retrained_value" in body.replace("\\", "")
     warm, retrained = (study.best_trial.user_attrs[f"{k}_value"] for k in ("warm", "retrained"))
     assert f"{warm:.6g} at the end of the best trial" in body
     assert f"{retrained:.6g} trained again from scratch" in body

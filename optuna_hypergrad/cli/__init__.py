@@ -84,7 +84,8 @@ def _run(options: argparse.Namespace) -> int:
                 raise StorageError(sentence) from None
             show_lines([f"Damaged: {sentence}"])
             status = DAMAGE
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before this began
+            sys.stdout.flush()
         return status
 
 

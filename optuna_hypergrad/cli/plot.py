@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from optuna.storages import BaseStorage
 
 from .. import _optuna
 from .._errors import HypergradError, StorageError
+from .._files import target_of, write_file
 from ..dashboard.findings import find
 from ..stores import TensorStore
 from ._opened import study_of
@@ -68,7 +70,7 @@ def _place(options: argparse.Namespace) -> None:
     if (
         (options.storage_option is None and (len(before) == 2 or (before and options.study)))
         or (options.storage_option is None and len(before) == 1 and not options.storage)
-        or (options.storage_option is None and len(before) == 1 and "://" in before[0])
+        or (options.storage_option is None and len(before) == 1 and _is_storage(before[0]))
     ):
         options.storage = before.pop(0)
     if before and options.study is None:
@@ -87,16 +89,17 @@ def _place(options: argparse.Namespace) -> None:
         )
 
 
+def _is_storage(word: str) -> bool:
+    return "://" in word or Path(word).is_file()
+
+
 def run(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -> int:
     study = study_of(options.study, storage)
     path = Path(f"{options.kind}.html" if options.output is None else options.output)
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise UsageError(f"-o needs the name of a file that ends with {', '.join(_SUFFIXES)}.")
-    if path.exists() and not options.force:
-        raise StorageError(
-            f"There is a file {str(path)!r} already. Choose another name (-o), or overwrite it (--force)."
-        )
+    target = target_of(path, options.force)
     findings = find(study, _optuna.all_trials(study))
     if not findings.is_ours:
         raise StorageError(
@@ -117,7 +120,7 @@ def run(options: argparse.Namespace, storage: BaseStorage, store: TensorStore) -
         raise HypergradError(
             f"{error}".splitlines()[0].rstrip(".") + ". Install plotly and matplotlib."
         ) from error
-    _write(found, path, by_matplotlib)
+    write_file(target, _encoded(found, suffix), options.force)
     show_lines([f"Wrote {options.kind} of study {study.study_name!r} to {path}."])
     return 0
 
@@ -130,11 +133,12 @@ def _function(kind: str, by_matplotlib: bool) -> Callable[..., Any]:
     return found
 
 
-def _write(found: Any, path: Path, by_matplotlib: bool) -> None:
-    if by_matplotlib:
-        axes = found if hasattr(found, "figure") else found.flat[0]
-        axes.figure.savefig(path, bbox_inches="tight", dpi=150)
-    elif path.suffix.lower() == ".json":
-        path.write_text(found.to_json())
-    else:
-        found.write_html(path)
+def _encoded(found: Any, suffix: str) -> bytes:
+    if suffix == ".html":
+        return str(found.to_html()).encode()
+    if suffix == ".json":
+        return str(found.to_json()).encode()
+    axes = found if hasattr(found, "figure") else found.flat[0]
+    written = io.BytesIO()
+    axes.figure.savefig(written, format=suffix[1:], bbox_inches="tight", dpi=150)
+    return written.getvalue()

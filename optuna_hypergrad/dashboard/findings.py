@@ -25,9 +25,9 @@ from ..trial_attributes import (
     NUM_HYPERPARAMETERS,
     OUTER_STEPS,
     RETRAINED_VALUE,
-    VALUE_KIND,
     WARM_VALUE,
     summaries_in,
+    value_kind_of,
 )
 
 _AT_A_BOUND = 0.2
@@ -176,10 +176,10 @@ def _warnings(
             f"The best trial is worse when it is trained again from scratch ({gap[1]:.6g}) than it was at the end of "
             f"its warm-started run ({gap[0]:.6g}). Compare retrained values."
         )
-    elif best is not None and gap is None and best.user_attrs.get(VALUE_KIND) == "warm":
+    elif best is not None and value_kind_of(best) == "warm":
         found.append(
-            "The best value is that of a warm-started run, which flatters: minimize_bilevel(final_eval='retrain') "
-            "gives the honest one."
+            "The best value is that of a warm-started run, which flatters: have the objective return retrained_value "
+            "of minimize_bilevel(final_eval='retrain')."
         )
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .._terminal import plain
 from ..studies.inspection import TrajectorySummary
-from ..trial_attributes import VALUE_KIND
+from ..trial_attributes import value_kind_of
 from .findings import Findings, count_of, outer_steps
 
 PREFIX = "dashboard:note_"
@@ -21,7 +21,8 @@ _PIECE_LENGTH = 2045
 BEGIN = '[//]: # "optuna-hypergrad: begin; what follows is written anew as the study goes on"'
 END = '[//]: # "optuna-hypergrad: end"'
 _OURS = re.compile(  # a mark is a line; a name that says the same stands within one
-    rf"(?:\n\n)?^{re.escape(BEGIN)}\n(?:(?!^{re.escape(BEGIN)}$).)*?^{re.escape(END)}$", re.S | re.M
+    rf"(?:\r?\n\r?\n)?^{re.escape(BEGIN)}\r?\n(?:(?!^{re.escape(BEGIN)}\r?$).)*?^{re.escape(END)}(?=\r?$)",
+    re.S | re.M,
 )
 _MOST_ROWS = 12
 _LONGEST = 60
@@ -171,8 +172,8 @@ def _how_to_load(findings: Findings) -> Iterator[str]:
 
 
 def _kind(findings: Findings) -> str:
-    kind = None if findings.best is None else findings.best.user_attrs.get(VALUE_KIND)
-    return f" ({kind})" if kind in ("cold", "warm", "retrained") else ""
+    kind = None if findings.best is None else value_kind_of(findings.best)
+    return "" if kind is None else f" ({kind})"
 
 
 def _start(trajectory: TrajectorySummary) -> str:

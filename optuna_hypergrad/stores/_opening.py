@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from .._errors import StorageError
-from ._retrying import causes
+from ._retrying import causes, is_busy
 from ._secrets import Secrets, without_password
 
 _TABLES = ("studies", "trials")
@@ -110,6 +110,11 @@ def _open_database(url: str) -> BaseStorage:
             raise
         if is_damaged_file(error):
             raise StorageError(how_to_recover(shown)) from None
+        if is_busy(error):
+            raise StorageError(
+                f"Another process has been writing to {shown!r} for so long that it cannot be opened. Nothing is wrong "
+                "with it: try again."
+            ) from None
         is_file = parsed.get_backend_name() == "sqlite"
         advice = "Check the file" if is_file else "Check the URL, and that the server runs"
         problem = f"{secrets.hide(reason(error))}. {advice}"

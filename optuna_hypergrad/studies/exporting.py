@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,8 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from .._errors import HyperparameterError, StorageError
+from .._errors import HyperparameterError
+from .._files import target_of, write_file
 from .._typing import Params
 from ..stores import TensorStore
 from ..stores._encoding import encode
@@ -46,7 +44,7 @@ def export_tensors(
         HyperparameterError: if two tensors would have the same name in the file.
         StorageError: if the file exists, is a directory or a device, or cannot be written.
     """
-    target = _target(path, overwrite)
+    target = target_of(path, overwrite)
     found: dict[str, Any] = {}
     wanted: list[str | None] = [*names] or [None]
     for name in wanted:
@@ -65,28 +63,8 @@ def export_tensors(
     if trial.values is not None:
         metadata["value"] = ", ".join(map(repr, trial.values))
     data, _ = encode(tensors)
-    _write(target, _with_metadata(data, metadata), overwrite)
+    write_file(target, _with_metadata(data, metadata), overwrite)
     return tensors
-
-
-def _target(path: Path, overwrite: bool) -> Path:
-    """What is written for ``path``: for a link, what it leads to."""
-    try:
-        if path.is_dir():
-            raise StorageError(f"{str(path)!r} is a directory. Give the name of a file in it.")
-        if not overwrite and (path.exists() or path.is_symlink()):
-            raise _exists(path)
-        target = path.resolve() if path.is_symlink() else path
-        if target.exists() and not target.is_file():
-            raise StorageError(
-                f"{str(path)!r} is no regular file but a device, a pipe or a socket, and is not replaced. "
-                "Give the name of a file."
-            )
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, StorageError):
-            raise
-        raise _cannot_write(path, error) from error
-    return target
 
 
 def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -96,49 +74,3 @@ def _with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-def _write(path: Path, data: bytes, overwrite: bool) -> None:
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        try:
-            with open(unfinished, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                os.replace(unfinished, path)
-            else:
-                _move(unfinished, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                unfinished.unlink()
-    except FileExistsError as error:
-        raise _exists(path) from error
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename, but never over a file that another process has made meanwhile."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        if target.exists():
-            raise FileExistsError(target) from None
-        os.replace(source, target)
-
-
-def _cannot_write(path: Path, error: Exception) -> StorageError:
-    cause = getattr(error, "strerror", None) or error
-    return StorageError(
-        f"Cannot write {str(path)!r}: {cause}. Nothing was left there; choose another place, or make room."
-    )
-
-
-def _exists(path: Path) -> StorageError:
-    return StorageError(
-        f"There is a file {str(path)!r} already. Choose another name, or overwrite it (--force)."
-    )
