@@ -141,7 +141,7 @@ MUTANTS = [
     ),
     Mutant(
         "forget the curvature of the decay in K-FAC",
-        "ihvp/kfac.py",
+        "ihvp/_network.py",
         "undamped(operator)[1] + own",
         "undamped(operator)[1]",
         f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
