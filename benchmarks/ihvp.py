@@ -135,13 +135,13 @@ class Watched(AbstractLinearOperator):
         self.num_built = 0
         self._x: Tensor | None = None
 
-    def follow(self, b: Tensor, exact: Tensor, damping: float) -> None:
-        self._x, self._r, self._exact, self._damping = (
-            torch.zeros_like(b),
-            b.clone(),
-            exact,
-            damping,
-        )
+    def follow(
+        self, b: Tensor, exact: Tensor, damping: float, weights: Tensor | None = None
+    ) -> None:
+        """Errors from now on are those of ``weights * x``."""
+        self._x, self._r, self._damping = torch.zeros_like(b), b.clone(), damping
+        self._weights = torch.ones_like(b) if weights is None else weights
+        self._exact = self._weights * exact
         self.errors, self.num_built = [1.0], 0
 
     def stop(self) -> None:
@@ -154,7 +154,7 @@ class Watched(AbstractLinearOperator):
             alpha = torch.dot(self._r, vector) / torch.dot(vector, damped)
             self._x += alpha * vector
             self._r -= alpha * damped
-            self.errors.append(relative(self._x, self._exact))
+            self.errors.append(relative(self._weights * self._x, self._exact))
         return product
 
     def _apply_many(self, vectors: Tensor) -> Tensor:

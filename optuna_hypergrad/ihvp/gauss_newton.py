@@ -32,10 +32,12 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
     is the inverse of a matrix of ``rank`` rows. ``U`` is never formed: a layer's part of ``u`` is the outer product of its
     gradient and its input.
 
-    ``D`` is the damping plus the mean curvature of the terms that are left out. With ``targets``, it also has what the
-    Gauss-Newton matrix lacks, the layers' second derivatives weighted by the residuals, in the leading direction of each
-    layer's inputs, one number per output: estimated with random signs that are drawn for each sample, from one
-    backward pass through the gradients by the layers' outputs. Numbers below 0 count as 0.
+    ``D`` is the damping (the mean curvature of a term that is left out where there is none, and never less than what
+    rounding leaves). With ``targets``, it also has what the Gauss-Newton matrix lacks, the layers' second derivatives
+    weighted by the residuals, in the leading direction of each layer's inputs, one number per output: estimated with
+    random signs that are drawn for each sample, from one backward pass through the gradients by the layers' outputs.
+    Numbers below 0 count as 0, and those of directions of which the terms hold a half or more (a narrow layer's), too.
+    On an MLP with 512 units a layer that took 13 steps to 9, where CG needs 49; on a ConvNet with 8 and 16 channels 18 to 19.
 
     Covers ``Linear`` and ``Conv2d`` layers, applied once or several times. Samples are taken as independent of each
     other (batch normalization in ``train()`` mode makes them not so, and costs steps). It pays where a model of many more
@@ -44,11 +46,11 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
 
     No products: one forward pass, one backward pass for each direction of the outputs that is looked at (as many
     as hold 95 % of the loss's curvature), two with ``targets`` (``gauss_newton_passes`` in the stats), and
-    ``rank^2`` inner products of gradients. Applying it costs about the share of the samples that have a term
-    times a forward and half of a backward pass.
+    ``rank^2`` inner products of gradients. Applying it costs about two forward passes of the samples that have a
+    term.
 
     References: Ren & Goldfarb (2019), "Efficient subsampled Gauss-Newton and natural gradient methods for training
-    neural networks", section 4; the terms as in Dangel, Tatzel & Hennig (2022), "ViViT: Curvature access
+    neural networks" (the inverse among samples, without ``U``); the terms as in Dangel, Tatzel & Hennig (2022), "ViViT: Curvature access
     through the generalized Gauss-Newton's low-rank structure".
 
     Args:
@@ -57,7 +59,8 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         inputs: ``batch -> the model's input`` (or a tuple of its arguments), of the inner batch.
         loss: ``"cross_entropy"`` (of class scores, one row per sample) or ``"squared"``
             (``0.5 |outputs - y|^2``), the mean over samples.
-        targets: ``batch -> y``, as the loss takes them; ``None`` to do without the second derivatives of layers.
+        targets: ``batch -> y``, as the loss takes them; ``None`` to do without the second derivatives of layers,
+            as for the ``GaussNewton`` curvature, which has none.
         weights: ``(outer_params, batch) -> (n,)``, numbers ``>= 0`` that the samples' losses are multiplied with;
             ``None`` for 1.
         scale: The inner objective's loss in units of that: ``len(x)`` for sums, ``2 / k`` for

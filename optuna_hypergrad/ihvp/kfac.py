@@ -30,7 +30,7 @@ class KFAC(AbstractNetworkPreconditioner):
 
     One layer with a squared loss is exact; otherwise correlations between layers, and between inputs and
     gradients, are left out. It pays where there are more samples than parameters and inputs of different scales; for
-    deep networks with more parameters than samples it may save nothing, and ``NystromPreconditioner`` is the one to try.
+    deep networks with more parameters than samples it may save nothing, and ``GaussNewtonPreconditioner`` is the one to try.
 
     No products: one forward and ``num_samples`` backward passes (``kfac_passes`` in the stats counts
     them, forward included), and the eigenvectors of matrices of the layers' widths.
