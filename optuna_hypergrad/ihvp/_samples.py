@@ -54,7 +54,7 @@ class SampledLayer(Layer):
                     f"that it cannot be said which row belongs to which sample. Keep the samples as the first dimension "
                     f"inside of the model, or use NystromPreconditioner."
                 )
-        return torch.cat(self.seen, 1)
+        return _joined(self.seen)
 
     def slopes(self, gradients: Sequence[Tensor]) -> Tensor:
         """``(samples, places, outputs)`` of gradients by the outputs of all calls."""
@@ -62,7 +62,7 @@ class SampledLayer(Layer):
             self.rows_of(g).reshape(len(a), -1, self.shape[0])
             for g, a in zip(gradients, self.seen, strict=True)
         ]
-        return torch.cat(rows, 1).to(self.dtype)
+        return _joined(rows).to(self.dtype)
 
     def outputs_like(self, rows: Tensor) -> list[Tensor]:
         """``(samples, places, outputs)`` in the shapes of the calls' outputs: the inverse of :meth:`slopes`."""
@@ -73,6 +73,10 @@ class SampledLayer(Layer):
                 part = part.mT
             found.append(part.reshape(output.shape).to(output.dtype))
         return found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def squared_lengths(inputs: Tensor, slopes: Tensor) -> Tensor:

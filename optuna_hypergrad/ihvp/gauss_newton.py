@@ -128,19 +128,17 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         kept = largest(lengths, self.rank)
         order, ranks, counts = ordered(kept)
         left = max(total - float(lengths[kept].sum()), 0.0)
-        axes = [leading(a) for a in inputs]
-        if self.targets is None:
-            beyond = [a.new_zeros(layer.shape[0]) for layer, a in zip(layers, axes, strict=True)]
-        else:
-            value = self._value(graph, outputs, weights)
-            beyond = rest(value, layers, axes, inputs, slopes, self.seed)
         tensors: Params = {"counts": torch.tensor(counts)}
         gram = torch.zeros(())
-        for layer, a, d, axis, own in zip(layers, inputs, slopes, axes, beyond, strict=True):
+        for layer, a, d in zip(layers, inputs, slopes, strict=True):
             found = Gradients.of(a[order[: counts[0]]], d[ranks, order], counts)
             gram = gram.to(d) + found.gram()
-            own_tensors = {**found.tensors(), "axis": axis, "rest": own}
-            tensors |= {f"{layer.name}/{k}": v for k, v in own_tensors.items()}
+            tensors |= {f"{layer.name}/{k}": v for k, v in found.tensors().items()}
+        if self.targets is not None:
+            value, axes = self._value(graph, outputs, weights), [leading(a) for a in inputs]
+            own = rest(value, layers, axes, inputs, slopes, self.seed)
+            tensors |= {f"{layer.name}/axis": a for layer, a in zip(layers, axes, strict=True)}
+            tensors |= {f"{layer.name}/rest": c for layer, c in zip(layers, own, strict=True)}
         covered = sum(layer.size for layer in layers)
         wide = gram if gram.device.type == "mps" else gram.double()
         tensors |= {
@@ -180,11 +178,11 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
                 for k in ("inputs", "slopes", "written", "axis", "rest")
                 if f"{layer.name}/{k}" in found
             }
-            block = _Block(layer, Gradients.again(own, counts), own["axis"])
-            if bool(own["rest"].any()):
-                core += block.stiffen(own["rest"], rho, plain).to(core)
+            block = _Block(layer, Gradients.again(own, counts))
+            if "rest" in own and bool(own["rest"].any()):
+                core += block.stiffen(own["axis"], own["rest"], rho, plain).to(core)
             blocks.append(block)
-        if any(block.along is not None for block in blocks):
+        if any(block.stiff is not None for block in blocks):
             factor = _cholesky(core)
         mean = float(found["mean"]) + rho
 
@@ -275,17 +273,15 @@ class _Block:
     """One layer's part of ``U``, and of ``D = rho I + diag(c) (x) a a^T``.
 
     Attributes:
-        along: ``(r, outputs)``: the terms times the axis ``a``; ``None`` where ``c`` is 0.
-        weights: ``1 / (rho + c) - 1 / rho``, ``(outputs,)``.
+        stiff: Where ``c`` is not 0: ``a``, the terms times ``a`` ``(r, outputs)``, and ``1 / (rho + c) - 1 / rho``,
+            ``(outputs,)``.
     """
 
     layer: SampledLayer
     gradients: Gradients
-    axis: Tensor
-    along: Tensor | None = None
-    weights: Tensor | None = None
+    stiff: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def stiffen(self, rest: Tensor, rho: float, factor: Tensor) -> Tensor:
+    def stiffen(self, axis: Tensor, rest: Tensor, rho: float, factor: Tensor) -> Tensor:
         """Take ``rest`` as ``c``, less of it the more of ``e_j a^T`` the terms hold, nothing from one half on.
 
         Where the terms hold a direction, soft ones that share in it are left to ``rho``, and ``c`` would make them
@@ -294,25 +290,29 @@ class _Block:
         Returns:
             What that adds to ``U^T D^-1 U``.
         """
-        self.along = self.gradients.times(self.axis)
-        solved = torch.linalg.solve_triangular(factor, self.along.to(factor), upper=False)
+        along = self.gradients.times(axis)
+        solved = torch.linalg.solve_triangular(factor, along.to(factor), upper=False)
         held = solved.square().sum(0).div_(rho).to(rest)
-        self.weights = 1 / (rho + rest * (1 - 2 * held).clamp_min_(0.0)) - 1 / rho
-        return (self.along * self.weights) @ self.along.mT
+        weights = 1 / (rho + rest * (1 - 2 * held).clamp_min_(0.0)) - 1 / rho
+        self.stiff = axis, along, weights
+        added: Tensor = (along * weights) @ along.mT
+        return added
 
     def dot(self, v: Tensor, rho: float) -> Tensor:
         """``U^T D^-1 v``, ``(r,)``."""
         found = self.gradients.dot(v).div_(rho)
-        if self.along is not None and self.weights is not None:
-            found.addmv_(self.along, self.weights * (v @ self.axis))
+        if self.stiff is not None:
+            axis, along, weights = self.stiff
+            found.addmv_(along, weights * (v @ axis))
         return found
 
     def solve(self, v: Tensor, y: Tensor, rho: float) -> Tensor:
         """``D^-1 (v - U y)``, ``(outputs, inputs)``."""
         v = v - self.gradients.sum(y, (v.shape[0], v.shape[1]))
         x = v / rho
-        if self.weights is not None:
-            x.addr_(self.weights * (v @ self.axis), self.axis)
+        if self.stiff is not None:
+            axis, _, weights = self.stiff
+            x.addr_(weights * (v @ axis), axis)
         return x
 
 
