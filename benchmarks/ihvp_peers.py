@@ -2,7 +2,7 @@
 
 An MLP 784-512-512-10 (tanh) near convergence on MNIST images, one decay per weight, all of them decay plus damping of that
 task: the same linear system, and the hypergradient is its solution times decays and weights. Every peer gets as many
-steps as CG in float64 needs to an error of 1e-2 (Neumann the same number, which is not enough), the row with
+steps as CG needs to an error of 1e-2 (Neumann the same number, which is not enough), the row with
 the preconditioner as many as it needs. What is measured runs in float32, as training does; the error is against the
 hypergradient from a solve to a residual of 1e-9 in float64. Cost is CPU time, as a whole and divided by that of one gradient
 evaluation.
@@ -81,13 +81,21 @@ def prepare(options: argparse.Namespace, path: Path) -> tuple[int, int]:
     damped = DampedOperator(operator, task.damping)
     b = task.right_hand_side(operator)
     solved = ohg.linear_solve(ohg.CG(6000, 1e-9, True), damped, b).x
-    weights = torch.cat([v.detach().flatten() for v in task.inner_params.values()])
+    narrow = ihvp.Task(
+        task.model, *(_narrow(d) for d in (task.train, task.valid)), task.decay, task.damping
+    )
+    narrow.model.float()
+    narrow.inner_params = {k: v.detach().float() for k, v in task.inner_params.items()}
+    single = narrow.operator()
+    weights = torch.cat([v.flatten() for v in narrow.inner_params.values()])
     steps = []
-    for preconditioner in (None, task.gauss_newton(500, True)):
-        operator.follow(b, solved, task.damping, weights)
-        ohg.linear_solve(ohg.CG(100, 0.0, preconditioner=preconditioner), damped, b)
-        errors = operator.errors
-        operator.stop()
+    for preconditioner in (None, narrow.gauss_newton(500, True)):
+        right = narrow.right_hand_side(single)
+        single.follow(right, solved.float(), task.damping, weights)
+        solver = ohg.CG(150, 1e-5, preconditioner=preconditioner)
+        ohg.linear_solve(solver, DampedOperator(single, task.damping), right)
+        errors = single.errors
+        single.stop()
         steps.append(next(k for k, e in enumerate(errors) if e <= 0.97 * ihvp.TARGET))
     decay = task.decay + task.damping
     names = {k: f"{NAMES[k.split('.')[0]]}.{k.split('.')[1]}" for k in task.inner_params}
@@ -115,6 +123,10 @@ def prepare(options: argparse.Namespace, path: Path) -> tuple[int, int]:
         **{f"neumann/{k}": v for k, v in exact.items()},
     )
     return steps[0], steps[1]
+
+
+def _narrow(data: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return data[0].float(), data[1]
 
 
 def with_products(path: Path, count: int) -> Path:

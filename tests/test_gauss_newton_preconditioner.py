@@ -61,11 +61,18 @@ def convolutions() -> nn.Module:
     )  # fmt: skip
 
 
+def normalized() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.BatchNorm1d(6).eval(), nn.Linear(6, 3)
+    )
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "perceptron": perceptron,
     "convolutions": convolutions,
     "twice": Twice,
     "places": Places,
+    "normalized": normalized,
 }
 ROWS = 13
 WEIGHTS = torch.linspace(0.0, 2.0, ROWS, dtype=F64)
@@ -81,7 +88,13 @@ class Net:
         self.weights = WEIGHTS if weighted else torch.ones(ROWS, dtype=F64)
         self.scale = scale
         self.w = {k: v.detach() for k, v in self.model.named_parameters()}
-        self.settings = {"model": self.model, "inputs": lambda _: self.x, "loss": loss}
+        self.settings: dict[str, object] = {
+            "model": self.model,
+            "inputs": lambda _: self.x,
+            "loss": loss,
+        }
+        if name == "normalized":
+            self.settings["uncovered"] = "per_sample"
         if weighted:
             self.settings["weights"] = lambda lam, _: lam["weights"]
         if scale != 1.0:
@@ -340,6 +353,10 @@ def of(model: nn.Module, **settings: object) -> Callable[[], object]:
         (of(Tied()), "'a' and 'b' share a weight.*Call one module twice"),
         (of(Folded()), "'a' is applied to 12 rows where the model returns 6"),
         (of(Normed()), "does not cover the inner parameter 'norm.weight': LayerNorm 'norm'"),
+        (
+            of(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), uncovered="per_sample"),
+            r"could not run the model on single samples.*'1.weight'.*eval\(\) mode",
+        ),
         (of(nn.Linear(5, 3), memory_budget=1e3), r"would hold 3\.46e\+03 bytes.*Lower rank"),
         (of(nn.Linear(5, 3), weights=lambda lam, _: -torch.ones(6)), "one finite number >= 0"),
         (of(nn.Linear(5, 3), weights=lambda lam, _: torch.ones(5)), r"shape \(6,\); it returned \(5"),
@@ -353,6 +370,23 @@ def of(model: nn.Module, **settings: object) -> Callable[[], object]:
 def test_what_it_cannot_see_is_refused_in_words(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ohg.RequirementError, match=f"(?s)GaussNewtonPreconditioner.*{message}"):
         make()
+
+
+def test_a_parameter_that_the_model_lacks_is_refused() -> None:
+    net = Net("perceptron", "squared")
+    net.settings["uncovered"] = "per_sample"
+    w = net.w | {"offset": torch.zeros(3, dtype=F64)}
+    graph = InnerGraph(
+        lambda w, lam, _: (
+            net.inner({k: v for k, v in w.items() if k != "offset"}, lam, None)
+            + w["offset"].sum() ** 2
+        ),
+        w,
+        {"weights": net.weights},
+        None,
+    )
+    with pytest.raises(ohg.RequirementError, match="'offset' is none"):
+        ohg.GaussNewtonPreconditioner(**net.settings).build(HessianOperator(graph))
 
 
 def test_other_layers_may_be_scaled_by_the_mean_curvature() -> None:

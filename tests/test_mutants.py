@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     Mutant(
         "make soft directions stiff that the Gauss-Newton terms share in",
-        "ihvp/gauss_newton.py",
+        "ihvp/_terms.py",
         "(1 - 2 * held)",
         "(1 - 0 * held)",
         f"{TERMS}::test_targets_add_the_second_derivatives_of_layers[squared]",

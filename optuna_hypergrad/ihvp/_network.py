@@ -24,13 +24,15 @@ class AbstractNetworkPreconditioner(AbstractPreconditioner):
     """A preconditioner that runs the model of an inner objective on its batch."""
 
     takes_one_batch: ClassVar[bool] = True
+    ways: ClassVar[tuple[str, ...]] = ("refuse", "identity")
+    """What may be done with parameters that are not covered."""
     model: nn.Module
     inputs: Callable[[Batch], Any]
     loss: Loss
     scale: float
     damping: float | Callable[[Params], float | Tensor]
     prefix: str
-    uncovered: Literal["refuse", "identity"]
+    uncovered: str
 
     def check_settings(self) -> None:
         """Refuse settings that mean nothing.
@@ -48,7 +50,7 @@ class AbstractNetworkPreconditioner(AbstractPreconditioner):
             )
         for label, value, known in (
             ("loss", self.loss, ("cross_entropy", "squared")),
-            ("uncovered", self.uncovered, ("refuse", "identity")),
+            ("uncovered", self.uncovered, self.ways),
         ):
             if value not in known:
                 raise ValueError(f"{owner} needs {label} to be one of {known}, got {value!r:.80}.")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ._network import Loss
-from ._samples import SampledLayer
+from .._results import Status
+from ._network import Loss, failure
+from ._samples import Gradients, SampledLayer
+from ._strays import Strays
 
 _SHARE = 0.95
 """Of the loss's curvature in the outputs: what the directions looked at hold together."""
@@ -140,3 +144,68 @@ def leading(inputs: Tensor) -> Tensor:
         found = torch.nn.functional.normalize(found, dim=0)
         found = rows.mT @ (rows @ found)
     return torch.nn.functional.normalize(found, dim=0)
+
+
+@dataclass
+class Block:
+    """One layer's part of ``U``, and of ``D = rho I + diag(c) (x) a a^T``.
+
+    Attributes:
+        stiff: Where ``c`` is not 0: ``a``, the terms times ``a`` ``(r, outputs)``, and ``1 / (rho + c) - 1 / rho``,
+            ``(outputs,)``.
+    """
+
+    layer: SampledLayer | Strays
+    gradients: Gradients
+    stiff: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def stiffen(self, axis: Tensor, rest: Tensor, rho: float, factor: Tensor) -> Tensor:
+        """Take ``rest`` as ``c``, less of it the more of ``e_j a^T`` the terms hold, nothing from one half on.
+
+        Where the terms hold a direction, soft ones that share in it are left to ``rho``, and ``c`` would make them
+        stiff.
+
+        Returns:
+            What that adds to ``U^T D^-1 U``.
+        """
+        along = self.gradients.times(axis)
+        solved = torch.linalg.solve_triangular(factor, along.to(factor), upper=False)
+        held = solved.square().sum(0).div_(rho).to(rest)
+        weights = 1 / (rho + rest * (1 - 2 * held).clamp_min_(0.0)) - 1 / rho
+        self.stiff = axis, along, weights
+        added: Tensor = (along * weights) @ along.mT
+        return added
+
+    def dot(self, v: Tensor, rho: float) -> Tensor:
+        """``U^T D^-1 v``, ``(r,)``."""
+        found = self.gradients.dot(v).div_(rho)
+        if self.stiff is not None:
+            axis, along, weights = self.stiff
+            found.addmv_(along, weights * (v @ axis))
+        return found
+
+    def solve(self, v: Tensor, y: Tensor, rho: float) -> Tensor:
+        """``D^-1 (v - U y)``, ``(outputs, inputs)``."""
+        v = v - self.gradients.sum(y, (v.shape[0], v.shape[1]))
+        x = v / rho
+        if self.stiff is not None:
+            axis, _, weights = self.stiff
+            x.addr_(weights * (v @ axis), axis)
+        return x
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """The factor of a symmetric positive definite matrix.
+
+    Raises:
+        SolverError: if rounding has made it indefinite.
+    """
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
+    if int(info):
+        raise failure(
+            Status.STALLED,
+            "GaussNewtonPreconditioner: rounding leaves no positive definite matrix of samples. Add damping, or lower "
+            "rank.",
+        )
+    return factor

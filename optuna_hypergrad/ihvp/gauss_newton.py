@@ -18,7 +18,8 @@ from ._layers import run_model
 from ._network import AbstractNetworkPreconditioner, Loss, failure
 from ._preconditioner import Factors, Inverse
 from ._samples import Gradients, SampledLayer, squared_lengths, writes_out
-from ._terms import columns, largest, leading, ordered, rest, slopes_of
+from ._strays import Strays
+from ._terms import Block, cholesky, columns, largest, leading, ordered, rest, slopes_of
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,15 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         rank: Terms to keep, at most.
         prefix: In front of the model's names in the inner parameters' names.
         seed: Of the signs.
-        uncovered: ``"refuse"`` parameters outside of covered layers, or ``"identity"``: give them the mean curvature
-            of the covered ones (``preconditioner_uncovered`` in the stats is their share).
+        uncovered: ``"refuse"`` parameters outside of covered layers; or ``"identity"``: give them the mean curvature
+            of the covered ones (``preconditioner_uncovered`` in the stats is their share); or ``"per_sample"``: cover them by
+            gradients that are written out (``torch.func.vmap``), for few such parameters, as those of normalizations.
         memory_budget: Bytes that the terms may take; a solve that needs more is refused.
         refresh_every: Outer steps for which factors are kept.
     """
 
     name: ClassVar[str] = "gauss_newton"
+    ways: ClassVar[tuple[str, ...]] = ("refuse", "identity", "per_sample")
     model: nn.Module
     inputs: Callable[[Batch], Any]
     loss: Loss
@@ -87,7 +90,7 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
     rank: int = 500
     prefix: str = ""
     seed: int = 0
-    uncovered: Literal["refuse", "identity"] = "refuse"
+    uncovered: Literal["refuse", "identity", "per_sample"] = "refuse"
     memory_budget: float = 2e9
     refresh_every: int = 1
 
@@ -114,10 +117,15 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         weights = self._weights_of(graph, outputs) * (self.scale / samples)
         room = self.rank >= outputs.numel()
         cotangents = columns(outputs.detach(), weights, self.loss, every=room)
-        self._check_memory(layers, inputs, len(cotangents))
+        strays = self._strays(graph, layers)
+        self._check_memory(layers, strays, inputs, len(cotangents))
         slopes = slopes_of(layers, outputs, cotangents)
         pairs = zip(inputs, slopes, strict=True)
         lengths = torch.stack([squared_lengths(a, d) for a, d in pairs]).sum(0)  # (k, n)
+        written = None
+        if strays is not None:
+            written = strays.gradients(self, graph, cotangents)
+            lengths = lengths + written.square().sum(2)
         total = float(lengths.sum())
         if not total < float("inf"):
             raise failure(
@@ -134,12 +142,16 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
             found = Gradients.of(a[order[: counts[0]]], d[ranks, order], counts)
             gram = gram.to(d) + found.gram()
             tensors |= {f"{layer.name}/{k}": v for k, v in found.tensors().items()}
+        if strays is not None and written is not None:
+            rows = written[ranks, order]
+            gram = gram + rows @ rows.mT
+            tensors[f"{strays.name}/written"] = rows
         if self.targets is not None:
             value, axes = self._value(graph, outputs, weights), [leading(a) for a in inputs]
             own = rest(value, layers, axes, inputs, slopes, self.seed)
             tensors |= {f"{layer.name}/axis": a for layer, a in zip(layers, axes, strict=True)}
             tensors |= {f"{layer.name}/rest": c for layer, c in zip(layers, own, strict=True)}
-        covered = sum(layer.size for layer in layers)
+        covered = sum(layer.size for layer in layers) + (strays.size if strays else 0)
         wide = gram if gram.device.type == "mps" else gram.double()
         tensors |= {
             "gram": wide,
@@ -157,7 +169,7 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
 
     def inverse(self, factors: Factors, operator: AbstractLinearOperator) -> Inverse:
         found, layout = factors.tensors, self.graph_of(operator).layout
-        layers = self.layers(self.graph_of(operator), SampledLayer)
+        layers = self._layers_and_strays(self.graph_of(operator))
         gram, top = found["gram"], float(found["top"])
         rho = self.damping_of(operator) or float(found["tail"])
         rho = max(rho, 100 * float(torch.finfo(layout.dtype).eps) * top)
@@ -170,20 +182,20 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         counts = tuple(int(c) for c in found["counts"])
         core = gram / rho
         core.diagonal().add_(1.0)
-        plain = factor = _cholesky(core)
-        blocks: list[_Block] = []
+        plain = factor = cholesky(core)
+        blocks: list[Block] = []
         for layer in layers:
             own = {
                 k: found[f"{layer.name}/{k}"]
                 for k in ("inputs", "slopes", "written", "axis", "rest")
                 if f"{layer.name}/{k}" in found
             }
-            block = _Block(layer, Gradients.again(own, counts))
+            block = Block(layer, Gradients.again(own, counts))
             if "rest" in own and bool(own["rest"].any()):
                 core += block.stiffen(own["axis"], own["rest"], rho, plain).to(core)
             blocks.append(block)
         if any(block.stiff is not None for block in blocks):
-            factor = _cholesky(core)
+            factor = cholesky(core)
         mean = float(found["mean"]) + rho
 
         def apply(vector: Tensor) -> Tensor:
@@ -201,6 +213,14 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
             )
 
         return apply
+
+    def _strays(self, graph: InnerGraph, layers: list[SampledLayer]) -> Strays | None:
+        return Strays.of(graph, layers) if self.uncovered == "per_sample" else None
+
+    def _layers_and_strays(self, graph: InnerGraph) -> list[SampledLayer | Strays]:
+        layers = self.layers(graph, SampledLayer)
+        strays = self._strays(graph, layers)
+        return [*layers, *([strays] if strays is not None else [])]
 
     def _value(self, graph: InnerGraph, outputs: Tensor, weights: Tensor) -> Tensor:
         """The loss, as the inner objective has it."""
@@ -236,7 +256,11 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         return given.detach().to(outputs)
 
     def _check_memory(
-        self, layers: list[SampledLayer], inputs: list[Tensor], directions: int
+        self,
+        layers: list[SampledLayer],
+        strays: Strays | None,
+        inputs: list[Tensor],
+        directions: int,
     ) -> None:
         terms, numbers = min(self.rank, directions * len(inputs[0])), 0
         for layer, a in zip(layers, inputs, strict=True):
@@ -245,6 +269,8 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
             numbers += directions * samples * places * outputs
             each = outputs * width if writes_out(a.shape, outputs) else places * outputs
             numbers += terms * each
+        if strays is not None:
+            numbers += (directions * len(inputs[0]) + terms) * strays.size
         needed = (numbers + terms**2) * inputs[0].element_size()
         if needed > self.memory_budget:
             raise RequirementError(
@@ -266,63 +292,3 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
                         f"GaussNewtonPreconditioner: {before!r} and {name!r} share a weight, and only what the first is fed "
                         f"would be seen. Call one module twice, or use NystromPreconditioner."
                     )
-
-
-@dataclass
-class _Block:
-    """One layer's part of ``U``, and of ``D = rho I + diag(c) (x) a a^T``.
-
-    Attributes:
-        stiff: Where ``c`` is not 0: ``a``, the terms times ``a`` ``(r, outputs)``, and ``1 / (rho + c) - 1 / rho``,
-            ``(outputs,)``.
-    """
-
-    layer: SampledLayer
-    gradients: Gradients
-    stiff: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def stiffen(self, axis: Tensor, rest: Tensor, rho: float, factor: Tensor) -> Tensor:
-        """Take ``rest`` as ``c``, less of it the more of ``e_j a^T`` the terms hold, nothing from one half on.
-
-        Where the terms hold a direction, soft ones that share in it are left to ``rho``, and ``c`` would make them
-        stiff.
-
-        Returns:
-            What that adds to ``U^T D^-1 U``.
-        """
-        along = self.gradients.times(axis)
-        solved = torch.linalg.solve_triangular(factor, along.to(factor), upper=False)
-        held = solved.square().sum(0).div_(rho).to(rest)
-        weights = 1 / (rho + rest * (1 - 2 * held).clamp_min_(0.0)) - 1 / rho
-        self.stiff = axis, along, weights
-        added: Tensor = (along * weights) @ along.mT
-        return added
-
-    def dot(self, v: Tensor, rho: float) -> Tensor:
-        """``U^T D^-1 v``, ``(r,)``."""
-        found = self.gradients.dot(v).div_(rho)
-        if self.stiff is not None:
-            axis, along, weights = self.stiff
-            found.addmv_(along, weights * (v @ axis))
-        return found
-
-    def solve(self, v: Tensor, y: Tensor, rho: float) -> Tensor:
-        """``D^-1 (v - U y)``, ``(outputs, inputs)``."""
-        v = v - self.gradients.sum(y, (v.shape[0], v.shape[1]))
-        x = v / rho
-        if self.stiff is not None:
-            axis, _, weights = self.stiff
-            x.addr_(weights * (v @ axis), axis)
-        return x
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(0.5 * (matrix + matrix.mT))
-    if int(info):
-        raise failure(
-            Status.STALLED,
-            "GaussNewtonPreconditioner: rounding leaves no positive definite matrix of samples. Add damping, or lower "
-            "rank.",
-        )
-    return factor
