@@ -185,6 +185,9 @@ def main() -> None:
     options = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, int] = {}
+    setting = f"MLP 784-512-512-10 (tanh), 669,706 decays, {options.samples} MNIST images"
+    text = options.output.read_text() if options.output.exists() else ""
+    reading = text.partition("## Reading")[2]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sure.npz"
         plain, fewer = prepare(options, path)
@@ -194,12 +197,8 @@ def main() -> None:
             steps[row.label] = fewer if quick else plain
             found[row.label] = measured(row, short if quick else path, options)
             print(row.label, steps[row.label], found[row.label], flush=True)
-    setting = f"MLP 784-512-512-10 (tanh), 669,706 decays, {options.samples} MNIST images"
-    text = table(found, steps, setting)
-    reading = (
-        options.output.read_text().partition("## Reading")[2] if options.output.exists() else ""
-    )
-    options.output.write_text(text + (f"\n## Reading{reading}" if reading else ""))
+            text = table(found, steps, setting)
+            options.output.write_text(text + (f"\n## Reading{reading}" if reading else ""))
     print(text)
 
 
