@@ -445,7 +445,22 @@ def kfac(network: networks.Network, **settings: object) -> ohg.KFAC:
     return ohg.KFAC(network.model, lambda batch: network.x, **given)  # type: ignore[arg-type]
 
 
+def gauss_newton(network: networks.Network, **settings: object) -> ohg.GaussNewtonPreconditioner:
+    given = {"loss": "squared", "damping": lambda lam: lam["decay"], **settings}
+    return ohg.GaussNewtonPreconditioner(network.model, lambda batch: network.x, **given)  # type: ignore[arg-type]
+
+
 PRECONDITIONERS = [
+    PreconditionerRow(gauss_newton(networks.layer()), "layer", most=1 / 6),
+    PreconditionerRow(gauss_newton(networks.perceptron()), "perceptron", most=1 / 3),
+    PreconditionerRow(
+        gauss_newton(networks.perceptron(), targets=lambda batch: networks.perceptron().y),
+        "perceptron",
+        most=1 / 3,
+    ),
+    PreconditionerRow(
+        gauss_newton(networks.layer()), "scales", message="use NystromPreconditioner"
+    ),
     *(
         PreconditionerRow(ohg.NystromPreconditioner(rank), "power_law", most=1.15 * steps / 260)
         for rank, steps in ((10, 152), (30, 87), (60, 52))

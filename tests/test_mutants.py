@@ -43,6 +43,7 @@ OUTER = "tests/test_minimize_bilevel.py"
 EQUILIBRIA = "tests/test_fixed_point.py"
 FIRST_ORDER = "tests/test_first_order.py"
 EPISODES = "tests/test_episodes.py"
+TERMS = "tests/test_gauss_newton_preconditioner.py"
 SHAPES = f"{TABLES}::test_estimator_matches_the_truth_or_names_the_mismatch[Implicit-CG-LBFGS-{{}}]"
 FORWARD = "tests/test_forward.py::test_forward_mode_equals_plain_autograd"
 DIRECTIONS = "tests/test_forward_gradient.py"
@@ -141,10 +142,31 @@ MUTANTS = [
     ),
     Mutant(
         "forget the curvature of the decay in K-FAC",
-        "ihvp/kfac.py",
+        "ihvp/_network.py",
         "undamped(operator)[1] + own",
         "undamped(operator)[1]",
         f"{IHVP}::test_kfac_of_one_layer_with_squared_loss_is_the_inverse[0.1-0.3]",
+    ),
+    Mutant(
+        "make soft directions stiff that the Gauss-Newton terms share in",
+        "ihvp/_terms.py",
+        "(1 - 2 * held)",
+        "(1 - 0 * held)",
+        f"{TERMS}::test_targets_add_the_second_derivatives_of_layers[squared]",
+    ),
+    Mutant(
+        "count the Gauss-Newton terms among the second derivatives of layers",
+        "ihvp/_terms.py",
+        "own = bend - (d * shares[:, :, None, None]).sum(0)",
+        "own = bend",
+        f"{TERMS}::test_targets_add_the_second_derivatives_of_layers[cross_entropy]",
+    ),
+    Mutant(
+        "keep the last Gauss-Newton term of a sample only",
+        "ihvp/_samples.py",
+        "rows[: len(d)].addcmul_(d, c[:, None, None])",
+        "rows[: len(d)] = d * c[:, None, None]",
+        f"{TERMS}::test_all_terms_are_the_damped_gauss_newton_matrix[perceptron-squared-0.3]",
     ),
     Mutant(
         "begin the next linear solve from the solution's negative",

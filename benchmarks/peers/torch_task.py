@@ -25,6 +25,12 @@ def mlp(w: Params, x: Tensor) -> Tensor:
     return linear(x, w["2.weight"], w["2.bias"])
 
 
+def tanh_mlp(w: Params, x: Tensor) -> Tensor:
+    x = linear(x, w["0.weight"], w["0.bias"]).tanh()
+    x = linear(x, w["1.weight"], w["1.bias"]).tanh()
+    return linear(x, w["2.weight"], w["2.bias"])
+
+
 def convnet(w: Params, x: Tensor) -> Tensor:
     x = avg_pool2d(relu(conv2d(x, w["0.weight"], w["0.bias"], padding=1)), 2)
     x = avg_pool2d(relu(conv2d(x, w["1.weight"], w["1.bias"], padding=1)), 2)
@@ -34,7 +40,7 @@ def convnet(w: Params, x: Tensor) -> Tensor:
 MOMENTUM = 0.9
 """Of the inner solver "momentum"."""
 
-MODELS = {"softmax": softmax_regression, "mlp": mlp, "convnet": convnet}
+MODELS = {"softmax": softmax_regression, "mlp": mlp, "convnet": convnet, "sure": tanh_mlp}
 
 
 def objectives(name: str) -> tuple[Objective, Objective]:

@@ -11,6 +11,7 @@ from ._preconditioner import AbstractPreconditioner, Factors, Inverse
 from .cg import CG
 from .diagonal import DiagonalPreconditioner
 from .direct import Direct
+from .gauss_newton import GaussNewtonPreconditioner
 from .gmres import GMRES
 from .identity import Identity
 from .kfac import KFAC
@@ -34,6 +35,7 @@ __all__ = [
     "DiagonalPreconditioner",
     "Direct",
     "Factors",
+    "GaussNewtonPreconditioner",
     "Identity",
     "Inverse",
     "LinearSolution",

@@ -1,10 +1,10 @@
-"""Which layers of a network a Kronecker factorization covers, and what they are fed."""
+"""Which layers of a network a preconditioner covers, and what they are fed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,23 +88,31 @@ class Layer:
         return {self.weight: matrix[:, :-1].reshape(self.shape), self.bias: matrix[:, -1]}
 
 
-class _Settings(Protocol):
+class Settings(Protocol):
+    """What a preconditioner has to say about the network."""
+
     @property
     def model(self) -> nn.Module: ...
     @property
     def inputs(self) -> Callable[[Batch], Any]: ...
     @property
     def prefix(self) -> str: ...
+    @property
+    def uncovered(self) -> str: ...
 
 
-def covered_layers(model: nn.Module, layout: Flattener, prefix: str, uncovered: str) -> list[Layer]:
+AnyLayer = TypeVar("AnyLayer", bound=Layer)
+
+
+def covered_layers(settings: Settings, layout: Flattener, kind: type[AnyLayer]) -> list[AnyLayer]:
     """The layers whose weights are inner parameters.
 
     Raises:
         RequirementError: naming a layer or parameter that is not covered, if those are refused.
     """
+    model, prefix, owner = settings.model, settings.prefix, type(settings).__name__
     shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    layers: list[Layer] = []
+    layers: list[AnyLayer] = []
     owners: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=True):
         own = {
@@ -115,7 +123,7 @@ def covered_layers(model: nn.Module, layout: Flattener, prefix: str, uncovered: 
         reason = _refusal(module, ours)
         if ours and reason is None:
             weight, bias = ours["weight"], ours.get("bias")
-            layers.append(Layer(name, module, weight, bias, shapes[weight], layout.dtype))
+            layers.append(kind(name, module, weight, bias, shapes[weight], layout.dtype))
         owners |= {
             v: f"{type(module).__name__} {name!r} ({reason})" for v in ours.values() if reason
         }
@@ -124,14 +132,14 @@ def covered_layers(model: nn.Module, layout: Flattener, prefix: str, uncovered: 
     if not layers:
         known = [prefix + k for k, _ in model.named_parameters()][:3]
         raise RequirementError(
-            f"KFAC covers none of the inner parameters {list(shapes)[:3]}: the model's Linear and Conv2d layers "
+            f"{owner} covers none of the inner parameters {list(shapes)[:3]}: the model's Linear and Conv2d layers "
             f"have parameters such as {known}. Name the inner parameters as dict(model.named_parameters()) does, or set "
             f"prefix=."
         )
-    if missing and uncovered == "refuse":
+    if missing and settings.uncovered == "refuse":
         whose = owners.get(missing[0], "no parameter of the model")
         raise RequirementError(
-            f"KFAC does not cover the inner parameter {missing[0]!r}: {whose}. Use KFAC(uncovered='identity'), which "
+            f"{owner} does not cover the inner parameter {missing[0]!r}: {whose}. Use {owner}(uncovered='identity'), which "
             f"scales it by the mean curvature, or NystromPreconditioner, which covers any model."
         )
     return layers
@@ -149,13 +157,13 @@ def _refusal(module: nn.Module, ours: dict[str, str]) -> str | None:
     return None
 
 
-def run_model(settings: _Settings, graph: InnerGraph, layers: list[Layer]) -> Tensor:
+def run_model(settings: Settings, graph: InnerGraph, layers: Sequence[Layer]) -> Tensor:
     """The model's outputs on the inner batch at the inner parameters, with each layer watched.
 
     Raises:
         RequirementError: if the model does not run, or a layer is not reached.
     """
-    model, prefix = settings.model, settings.prefix
+    model, prefix, owner = settings.model, settings.prefix, type(settings).__name__
     given = settings.inputs(graph.batch)
     arguments = given if isinstance(given, tuple) else (given,)
     known = {prefix + k: k for k, _ in model.named_parameters()}
@@ -167,7 +175,7 @@ def run_model(settings: _Settings, graph: InnerGraph, layers: list[Layer]) -> Te
             outputs = torch.func.functional_call(model, (values, buffers), arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise RequirementError(
-            f"KFAC could not run the model on inputs(batch): {type(error).__name__}: {error}. Return what the model "
+            f"{owner} could not run the model on inputs(batch): {type(error).__name__}: {error}. Return what the model "
             f"takes, in the dtype of the inner parameters."
         ) from error
     finally:
@@ -175,13 +183,13 @@ def run_model(settings: _Settings, graph: InnerGraph, layers: list[Layer]) -> Te
             hook.remove()
     if not isinstance(outputs, Tensor):
         raise RequirementError(
-            f"KFAC needs a model that returns one tensor; this one returned a {type(outputs).__name__}. Wrap it in a "
+            f"{owner} needs a model that returns one tensor; this one returned a {type(outputs).__name__}. Wrap it in a "
             f"module that returns the tensor which the loss is taken of."
         )
     for layer in layers:
         if not layer.outputs:
             raise RequirementError(
-                f"KFAC: the layer {layer.name!r} has inner parameters, but the model does not use it (or not by calling "
+                f"{owner}: the layer {layer.name!r} has inner parameters, but the model does not use it (or not by calling "
                 f"it). Take them out of the inner parameters, or use NystromPreconditioner."
             )
     return outputs

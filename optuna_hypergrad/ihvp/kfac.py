@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -10,19 +9,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .._arguments import check_count, is_number
-from .._errors import RequirementError, SolverError
-from .._results import Result, Status
+from .._arguments import check_count
+from .._results import Status
 from .._typing import Batch, Params
-from ..operators import AbstractLinearOperator, InnerGraph, undamped
-from ._layers import Layer, covered_layers, run_model
-from ._preconditioner import AbstractPreconditioner, Factors, Inverse
-
-Loss = Literal["cross_entropy", "squared"]
+from ..operators import AbstractLinearOperator
+from ._layers import Layer, run_model
+from ._network import AbstractNetworkPreconditioner, Loss, failure
+from ._preconditioner import Factors, Inverse
 
 
 @dataclass(frozen=True)
-class KFAC(AbstractPreconditioner):
+class KFAC(AbstractNetworkPreconditioner):
     """Each layer's Gauss-Newton block as ``A (x) S``, inverted with the damping in its eigenbasis.
 
     ``A = E[a a^T]`` over a layer's inputs, a 1 appended for the bias; ``S = E[d d^T]`` over the loss's
@@ -33,7 +30,7 @@ class KFAC(AbstractPreconditioner):
 
     One layer with a squared loss is exact; otherwise correlations between layers, and between inputs and
     gradients, are left out. It pays where there are more samples than parameters and inputs of different scales; for
-    deep networks with more parameters than samples it may save nothing, and ``NystromPreconditioner`` is the one to try.
+    deep networks with more parameters than samples it may save nothing, and ``GaussNewtonPreconditioner`` is the one to try.
 
     No products: one forward and ``num_samples`` backward passes (``kfac_passes`` in the stats counts
     them, forward included), and the eigenvectors of matrices of the layers' widths.
@@ -64,7 +61,6 @@ class KFAC(AbstractPreconditioner):
     """
 
     name: ClassVar[str] = "kfac"
-    takes_one_batch: ClassVar[bool] = True
     model: nn.Module
     inputs: Callable[[Batch], Any]
     loss: Loss
@@ -77,37 +73,15 @@ class KFAC(AbstractPreconditioner):
     refresh_every: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise ValueError(f"KFAC needs a torch.nn.Module as model, got {self.model!r:.80}.")
-        if not callable(self.inputs):
-            raise ValueError(
-                f"KFAC needs inputs= to be a function batch -> the model's input, such as lambda batch: x, got "
-                f"{self.inputs!r:.80}."
-            )
-        for label, value, known in (
-            ("loss", self.loss, ("cross_entropy", "squared")),
-            ("uncovered", self.uncovered, ("refuse", "identity")),
-        ):
-            if value not in known:
-                raise ValueError(f"KFAC needs {label} to be one of {known}, got {value!r:.80}.")
-        if not (is_number(self.scale) and 0 < self.scale < math.inf):
-            raise ValueError(f"KFAC needs scale > 0, finite, got {self.scale!r}.")
-        if not callable(self.damping):
-            self._check_damping(self.damping)
+        self.check_settings()
         check_count("KFAC", "num_samples", self.num_samples, 1, none=True)
         check_count("KFAC", "seed", self.seed, 0)
-        self.check_refresh()
 
     def factorize(self, operator: AbstractLinearOperator) -> Factors:
-        graph = self._graph(operator)
-        layers = self._layers(graph)
+        graph = self.graph_of(operator)
+        layers = self.layers(graph, Layer)
         outputs = run_model(self, graph, layers)
-        if not bool(torch.isfinite(outputs).all()):
-            raise _failure(
-                Status.NONFINITE,
-                "KFAC: the model returned NaN or infinite entries at the inner solution; check that inputs(batch) is what "
-                "it is trained on.",
-            )
+        self.check_outputs(outputs)
         rows = len(outputs)
         tensors: Params = {}
         for layer in layers:
@@ -128,13 +102,13 @@ class KFAC(AbstractPreconditioner):
         for name, s in squares.items():
             tensors |= _eigen(f"{name}/slopes", s)
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise _failure(
+            raise failure(
                 Status.NONFINITE,
                 "KFAC met NaN or infinite activations or gradients inside of the model at the inner solution.",
             )
         covered = sum(layer.size for layer in layers)
         curvatures = [_curvature(tensors, layer) for layer in layers]
-        damping = self._damping_of(operator, graph)
+        damping = self.damping_of(operator)
         least = _least(curvatures, damping)
         clamped = sum(float((c + damping < least).sum()) for c in curvatures) / covered
         stats = {
@@ -145,14 +119,14 @@ class KFAC(AbstractPreconditioner):
         return Factors(tensors, stats)
 
     def inverse(self, factors: Factors, operator: AbstractLinearOperator) -> Inverse:
-        graph = self._graph(operator)
-        damping = self._damping_of(operator, graph)
-        layers, found, layout = self._layers(graph), factors.tensors, graph.layout
+        graph = self.graph_of(operator)
+        damping = self.damping_of(operator)
+        layers, found, layout = self.layers(graph, Layer), factors.tensors, graph.layout
         curvatures = [_curvature(found, layer) for layer in layers]
         covered = sum(c.numel() for c in curvatures)
         mean = sum(float(c.sum()) for c in curvatures) / covered + damping
         if not mean > 0:
-            raise _failure(
+            raise failure(
                 Status.STALLED,
                 "KFAC found no curvature at all: every layer's inputs or gradients are zero at the inner solution. Add "
                 "damping, or leave the preconditioner out.",
@@ -183,11 +157,6 @@ class KFAC(AbstractPreconditioner):
 
     def _slopes(self, outputs: Tensor) -> Sequence[Tensor]:
         """Cotangents whose outer products average to the Hessian of the loss by the outputs."""
-        if outputs.ndim != 2 and not (self.loss == "squared" and outputs.ndim > 1):
-            raise RequirementError(
-                f"KFAC(loss={self.loss!r}) needs one row of outputs per sample; the model returned a tensor of shape "
-                f"{tuple(outputs.shape)}."
-            )
         flat = outputs.reshape(len(outputs), -1)
         width, count = flat.shape[1], self.num_samples
         if self.loss == "squared":
@@ -203,32 +172,6 @@ class KFAC(AbstractPreconditioner):
         signs = torch.randint(2, (count, width, len(flat), 1), generator=generator).to(flat) * 2 - 1
         mixed = (signs * columns).sum(1) / count**0.5
         return list(mixed.reshape(count, *outputs.shape))
-
-    def _graph(self, operator: AbstractLinearOperator) -> InnerGraph:
-        graph = getattr(undamped(operator)[0], "graph", None)
-        if not isinstance(graph, InnerGraph):
-            raise RequirementError(
-                "KFAC preconditions the Hessian or GaussNewton operator of an inner objective, whose batch and "
-                "parameters it runs the model with; for another operator use NystromPreconditioner or "
-                "DiagonalPreconditioner."
-            )
-        return graph
-
-    def _layers(self, graph: InnerGraph) -> list[Layer]:
-        return covered_layers(self.model, graph.layout, self.prefix, self.uncovered)
-
-    def _damping_of(self, operator: AbstractLinearOperator, graph: InnerGraph) -> float:
-        own = self.damping
-        if callable(own):
-            with torch.no_grad():
-                own = self._check_damping(float(own(graph.outer_params)))
-        return undamped(operator)[1] + own
-
-    @staticmethod
-    def _check_damping(value: float) -> float:
-        if not (is_number(value) and 0 <= value < math.inf):
-            raise ValueError(f"KFAC needs damping >= 0, finite, got {value!r:.80}.")
-        return value
 
 
 def _eigen(name: str, matrix: Tensor) -> Params:
@@ -250,7 +193,3 @@ def _least(curvatures: list[Tensor], damping: float) -> float:
     """What rounding leaves of a zero eigenvalue; smaller ones are raised to it."""
     top = max(float(c.max()) for c in curvatures) + damping
     return float(torch.finfo(curvatures[0].dtype).eps) * top
-
-
-def _failure(status: Status, message: str) -> SolverError:
-    return SolverError(message, Result(status, message))
