@@ -203,7 +203,7 @@ class HypergradientSearchCV(StudySearch):
             raise AttributeError(
                 f"nested_ is what nested cross-validation has found, in a search over vectors with guard='nested'; {why}."
             )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return object.__getattribute__(self, name)  # once more, for what it says
 
     def check_hypergradient(
         self,
