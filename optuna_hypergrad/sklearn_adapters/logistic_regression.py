@@ -41,7 +41,8 @@ _IGNORED = {
 class LogisticRegressionAdapter(AbstractAdapter):
     """``sklearn.linear_model.LogisticRegression`` with the L2 penalty, of any number of classes.
 
-    Each fit starts from the fold's last one.
+    Each fit starts from the fold's last ones. Above 200 unknowns (features times classes), the Hessian is no matrix but products
+    with it, preconditioned by its blocks of each class as far as they take 32 MB, else by its diagonal.
 
     Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient".
     """
