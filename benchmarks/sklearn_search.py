@@ -4,7 +4,7 @@
 
 Every method runs once per seed, on one thread, on the same folds and ranges, with its own defaults; the loss of what it has
 found so far is measured outside of its time. What has been run is in ``results/sklearn_search.json`` and is not run
-again (but for ``--again``); ``results/sklearn_search.md`` is written from it. Twenty minutes on one core.
+again (but for ``--again``); ``results/sklearn_search.md`` is written from it. Forty minutes on one core.
 """
 
 from __future__ import annotations
@@ -322,7 +322,9 @@ def report() -> None:
         "RidgeCV leaves out one sample at a time. For groups, himalaya's random search over their weights (version 0.4.11, where it",
         "is installed); for ARD, the marginal likelihood of GaussianProcessRegressor. sparse-ho is not on PyPI. Vectors are searched",
         "with `guard=None` and 60 trials: what is measured here is how fast a loss is minimized, not whether that is wise.",
-        "Fits of ours are all fits of a fold until then, those of the scan for a start among them.",
+        "Of CMA-ES without vectors, and of others than ours for SVR friedman, C per feature and ARD, one seed.",
+        "Fits of ours are all fits of a fold until then, those of the scan for a start among them. Other methods than ours ran on a busy",
+        "machine in rows with vectors and SVR friedman: their seconds may be a third too high.",
         "All on the same folds and ranges (`sklearn_rows.py`). What counts is the lower of the loss of the method's own fits (iterative",
         "solvers stop early) and that of exact ones. By `sklearn_search.py`.",
         "",
