@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,51 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from scipy.optimize import minimize
 from sklearn.base import clone
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_wine,
+    make_friedman1,
+)
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.model_selection import KFold, StratifiedKFold
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 
+from optuna_hypergrad import FeatureWeights, TensorDistribution
 from optuna_hypergrad.sklearn_adapters import Fold, adapter_of
 
 Data = tuple[np.ndarray, np.ndarray]
 NUM_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Weights of features that are searched, beside numbers: by :class:`FeatureWeights` before the estimator.
+
+    Attributes:
+        low, high: Of each of them.
+        groups: Of features, ``0, 1, ...``; of one weight each by default.
+    """
+
+    low: float
+    high: float
+    groups: tuple[int, ...] | None = None
+
+    def size(self, num_features: int) -> int:
+        return num_features if self.groups is None else 1 + max(self.groups)
+
+    def spread(self, weights: Any) -> Any:
+        return weights if self.groups is None else weights[list(self.groups)]
+
+    @property
+    def distribution(self) -> TensorDistribution:
+        if self.groups is None:
+            return TensorDistribution("per_feature", self.low, self.high)
+        return TensorDistribution("per_group", self.low, self.high, groups=self.groups)
 
 
 @dataclass(frozen=True)
@@ -36,6 +70,7 @@ class Row:
         grid: Points per continuous parameter in a grid search.
         scoring: ``None`` is the smoothed hinge.
         trials: Of samplers; ``gp`` of the Gaussian process, whose trials are slow.
+        vector: Of weights, in the place of a number; parameters ``w0``, ``w1``, ... for those that know of numbers only.
     """
 
     label: str
@@ -46,7 +81,7 @@ class Row:
     scoring: str | None = "neg_mean_squared_error"
     trials: int = 150
     gp: int = 60
-    settings: dict[str, Any] = field(default_factory=dict)
+    vector: Vector | None = None
 
     @functools.cached_property
     def data(self) -> Data:
@@ -71,6 +106,24 @@ class Row:
             found.append(Fold(*parts, None, share))
         return found
 
+    @property
+    def all_numbers(self) -> dict[str, Any]:
+        """What is searched, for those that know of numbers only."""
+        if self.vector is None:
+            return self.space
+        one = FloatDistribution(self.vector.low, self.vector.high, log=True)
+        size = self.vector.size(self.data[0].shape[1])
+        return {**self.space, **{f"w{i}": one for i in range(size)}}
+
+    def model(self, params: dict[str, Any]) -> Any:
+        """scikit-learn's own, at values of :attr:`all_numbers`."""
+        numbers = {k: v for k, v in params.items() if k in self.space}
+        model = clone(self.estimator).set_params(**numbers)
+        if self.vector is None:
+            return model
+        weights = np.array([params[k] for k in self.all_numbers if k not in self.space])
+        return make_pipeline(FeatureWeights(self.vector.spread(weights)), model)
+
     def loss(self, params: dict[str, Any], logs: torch.Tensor | None = None) -> torch.Tensor:
         """The cross-validated loss of exact fits, whoever found ``params``; of their logarithms, with a graph, where given."""
         chosen = {k: v for k, v in params.items() if isinstance(v, str)}
@@ -81,17 +134,32 @@ class Row:
         adapter = adapter_of(estimator)
         assert adapter is not None
         function = adapter.followed_loss(self.scoring).function
-        given = dict(zip(names, logs.exp().unbind(), strict=True))
+        values = dict(zip(names, logs.exp().unbind(), strict=True))
+        fixed = {k: estimator.get_params()[k] for k in adapter.usual if k not in self.space}
+        given = {
+            k: torch.tensor(v, dtype=torch.float64)
+            for k, v in fixed.items()
+            if isinstance(v, (int, float))
+        }
+        given |= {k: v for k, v in values.items() if k in self.space}
+        folds = self.folds
+        if self.vector is not None:
+            each = self.vector.spread(
+                torch.stack([v for k, v in values.items() if k not in self.space])
+            )
+            folds = [replace(f, x_train=f.x_train * each, x_test=f.x_test * each) for f in folds]
         losses = [
             function(*adapter.predict(estimator, given, fold, {}), fold.test_weights)
-            for fold in self.folds
+            for fold in folds
         ]
         return torch.stack(losses).mean()
 
-    def best_known(self) -> float:
-        """By L-BFGS-B along exact gradients from many starts, for each choice."""
-        num_starts = 12 if len(self.space) > 1 else 2
-        floats = {k: d for k, d in self.space.items() if isinstance(d, FloatDistribution)}
+    def best_known(self, more: Sequence[dict[str, Any]] = ()) -> float:
+        """By L-BFGS-B along exact gradients from many starts, for each choice, and from ``more``."""
+        num_starts = 12 if len(self.all_numbers) > 1 else 2
+        if len(self.all_numbers) > 20:
+            num_starts = 3
+        floats = {k: d for k, d in self.all_numbers.items() if isinstance(d, FloatDistribution)}
         choices = [{k: c} for k, d in self.space.items() if k not in floats for c in d.choices] or [
             {}
         ]
@@ -101,6 +169,9 @@ class Row:
         for choice in choices:
             points = [low + rng.random(len(low)) * (high - low) for _ in range(8 * num_starts)]
             points = sorted(points, key=lambda p: self._safe(choice, floats, p)[0])[:num_starts]
+            if self.vector is not None:
+                points += [low + share * (high - low) for share in (0.3, 0.5, 0.7)]
+                points += [np.log([m[k] for k in floats]).clip(low, high) for m in more]
             for point in points:
                 found = minimize(
                     lambda p: self._safe(choice, floats, p),  # noqa: B023
@@ -108,6 +179,7 @@ class Row:
                     jac=True,
                     method="L-BFGS-B",
                     bounds=bounds,
+                    options={"maxiter": 300},
                 )
                 best = min(best, float(found.fun))
         return best
@@ -142,6 +214,22 @@ def _log(low: float, high: float) -> FloatDistribution:
     return FloatDistribution(low, high, log=True)
 
 
+def _friedman(num_samples: int) -> Data:
+    x, y = make_friedman1(num_samples, 10, noise=1.0, random_state=0)
+    x = StandardScaler().fit_transform(x)
+    return x, (y - y.mean()) / y.std()
+
+
+def _grouped() -> Data:
+    """Ten groups of ten features each, whose coefficients are of other sizes, most of them zero."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 100))
+    y = x @ (rng.normal(size=100) * np.repeat([3, 1, 0.3, 0.1, 0, 0, 0, 0, 0, 0], 10))
+    y = y / y.std() + rng.normal(size=300)
+    return x, (y - y.mean()) / y.std()
+
+
+WEIGHTS = Vector(1e-3, 1e2)
 ALPHA, L1 = _log(1e-4, 1e1), FloatDistribution(0.05, 1.0)
 ROWS = {
     "ridge": Row(
@@ -174,5 +262,26 @@ ROWS = {
     ),
     "kernels": Row(
         "kernel type x (alpha, gamma), diabetes", lambda: _standard(load_diabetes), KernelRidge(), {"kernel": CategoricalDistribution(["linear", "rbf", "laplacian"]), "alpha": _log(1e-4, 1e2), "gamma": _log(1e-5, 1e1)}, 10
+    ),
+    "svr-friedman": Row(
+        "SVR friedman 200x10 (3)", lambda: _friedman(200), SVR(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1), "epsilon": _log(1e-3, 1e0)}, 7
+    ),
+    "ridge-features": Row(
+        "Ridge per feature diabetes (10)", lambda: _standard(load_diabetes), Ridge(), {}, 0, trials=300, vector=WEIGHTS
+    ),
+    "ridge-features-many": Row(
+        "Ridge per feature 300x100 (100)", lambda: _linear(300, 100, 10, 1.0), Ridge(), {}, 0, trials=150, gp=40, vector=WEIGHTS
+    ),
+    "ridge-groups": Row(
+        "Ridge 10 groups 300x100 (10)", _grouped, Ridge(), {}, 0, trials=300, vector=replace(WEIGHTS, groups=tuple(np.repeat(range(10), 10).tolist()))
+    ),
+    "lasso-features": Row(
+        "weighted Lasso 300x100 (100)", lambda: _linear(300, 100, 10, 1.0), Lasso(alpha=0.05), {}, 0, trials=150, gp=40, vector=Vector(1e-2, 1e2)
+    ),
+    "logistic-features": Row(
+        "LogisticRegression C per feature breast_cancer (30)", lambda: _standard(load_breast_cancer), LogisticRegression(max_iter=1000), {}, 0, "neg_log_loss", trials=200, vector=Vector(1e-3, 1e2)
+    ),
+    "ard": Row(
+        "ARD KernelRidge friedman 200x10 (11)", lambda: _friedman(200), KernelRidge(kernel="rbf", gamma=0.1), {"alpha": _log(1e-4, 1e2)}, 0, trials=200, vector=Vector(1e-3, 1e1)
     ),
 }  # fmt: skip

@@ -840,6 +840,27 @@ MUTANTS = [
         "counted[SAMPLE_WEIGHT] = None",
         "tests/test_sklearn_search.py::test_a_check_counts_the_weights_that_the_score_has",
     ),
+    Mutant(
+        "take a logistic Hessian for that of each class alone",
+        "sklearn_adapters/_newton_cg.py",
+        "found: Tensor = self.x.mT @ (z - self.probabilities * z.sum(1, keepdim=True))",
+        "found: Tensor = self.x.mT @ (z - self.probabilities * z)",
+        "tests/test_sklearn_speed.py::test_products_with_the_hessian_find_what_the_whole_hessian_finds[4-True-True]",
+    ),
+    Mutant(
+        "keep a decomposition of samples whose weights are others",
+        "sklearn_adapters/_spectral.py",
+        'remembered(memory, "spectrum", (*given, intercept), made)',
+        'remembered(memory, "spectrum", (fold.x_train is None,), made)',
+        "tests/test_sklearn_speed.py::test_a_decomposition_is_that_of_the_samples_it_is_asked_for",
+    ),
+    Mutant(
+        "let the worse half of the starts go on",
+        "sklearn_adapters/_descent.py",
+        "left, first = sorted(ranked[: (len(left) + 1) // 2]), last",
+        "left, first = sorted(ranked[-((len(left) + 1) // 2) :]), last",
+        "tests/test_sklearn_speed.py::test_starts_race_over_the_folds[5-10]",
+    ),
 ]
 
 

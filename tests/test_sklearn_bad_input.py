@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.svm import LinearSVC
 
-from optuna_hypergrad import HypergradientSearchCV, TensorDistribution
+from optuna_hypergrad import FeatureWeights, HypergradientSearchCV, TensorDistribution
 
 ALPHA = FloatDistribution(1e-3, 1e3, log=True)
 X, Y = load_diabetes(return_X_y=True)
@@ -44,6 +44,10 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "a float for an integer": (
         PIPELINE, {"param_distributions": {"polynomialfeatures__degree": FloatDistribution(1.0, 3.0)}}, (X, Y),
         "PolynomialFeatures takes"),
+    "a pair that may be a range": (
+        Ridge(), {"param_distributions": {"alpha": (1e-3, 1e2)}}, (X, Y),
+        r"write FloatDistribution\(0.001, 100.0, log=True\) .* or the list \[0.001, 100.0\] for two choices"),
+    "a file for a URL": (Ridge(), {"storage": "x.db"}, (X, Y), r"x.db' is not the URL .* 'sqlite:///x.db'"),
     "an integer out of range": (
         LogisticRegression(), {"param_distributions": {"max_iter": IntDistribution(-5, 10)}}, FLOWERS, "takes"),
     "a number for a word": (
@@ -113,3 +117,22 @@ def test_data_that_may_not_be_written_are_read_without_a_warning():
         array.setflags(write=False)
     search = HypergradientSearchCV(Ridge(), n_trials=2, random_state=0).fit(x, y)
     assert "by the hypergradients" in search.followed_
+
+
+def test_pairs_of_other_things_are_choices():
+    space = {"fit_intercept": (True, False), "solver": ("svd", "cholesky"), "alpha": [1e-3, 1e2]}
+    search = HypergradientSearchCV(Ridge(), space, n_trials=2, random_state=0).fit(X, Y)
+    assert search.best_params_["alpha"] in (1e-3, 1e2)
+
+
+def test_a_search_without_a_guard_says_why_there_is_no_nested_estimate():
+    space = {"featureweights__weights": TensorDistribution("per_feature", 0.1, 10.0)}
+    pipeline = make_pipeline(StandardScaler(), FeatureWeights(), Ridge())
+    search = HypergradientSearchCV(pipeline, space, guard=None, n_trials=1, random_state=0)
+    for message in ("is not fitted", "has guard=None"):
+        assert not hasattr(search, "nested_")
+        with pytest.raises(AttributeError, match=f"nested cross-validation .* {message}"):
+            _ = search.nested_
+        search.fit(X, Y)
+    with pytest.raises(AttributeError, match="no attribute 'nestd_'"):
+        _ = search.nestd_

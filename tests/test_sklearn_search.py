@@ -13,7 +13,7 @@ import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sklearn.base import clone
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
@@ -78,6 +78,7 @@ CASES = [
     (RidgeAdapter(), Ridge(), "alpha", 50.0, load_diabetes, "neg_root_mean_squared_error"),
     (LogisticRegressionAdapter(), LogisticRegression(**EXACT), "C", 0.3, load_breast_cancer, "neg_log_loss"),
     (LogisticRegressionAdapter(), LogisticRegression(**EXACT), "C", 300.0, load_wine, "neg_log_loss"),
+    (LogisticRegressionAdapter(), LogisticRegression(**EXACT), "C", 0.2, load_digits, "neg_log_loss"),
     (
         LogisticRegressionAdapter(),
         LogisticRegression(fit_intercept=False, **EXACT),

@@ -100,7 +100,9 @@ class AbstractAdapter(abc.ABC):
             params: By names in :attr:`usual`, float64: 0-d, or vectors of what :attr:`vectors` says. Those that are not
                 searched are what the estimator has, without a graph; what is no number there is left out.
             fold: Finite numbers only. Its tensors may have a graph, and be others in each call.
-            memory: Of this fold, for warm starts; empty at first. Nothing in it has, or comes from what has, a graph.
+            memory: Of this fold, for warm starts; at first, it has at most ``"rough"`` (whether the loss is only compared with
+                those of points far away, so that an iterative fit may end early) and ``"neighbor"`` (the memory of a fold that
+                was fitted just before). Nothing in it has, or comes from what has, a graph.
         """
 
 

@@ -88,8 +88,18 @@ class CrossValidatedLoss:
         """
         return self.each(chosen, values).mean()
 
-    def each(self, chosen: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
-        """``(num_folds,)``; see :meth:`__call__`."""
+    def each(
+        self,
+        chosen: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+        first: int = 0,
+        last: int | None = None,
+        rough: bool = False,
+    ) -> Tensor:
+        """``(num_folds,)``, of the folds from ``first`` to before ``last``; see :meth:`__call__`.
+
+        Where ``rough``, iterative fits may end early: the losses are only compared with others, of points that are far away.
+        """
         estimator, given = remembered(
             self._estimators, tuple(chosen.items()), lambda: self._with(chosen)
         )
@@ -104,7 +114,11 @@ class CrossValidatedLoss:
             if name not in self._vectors.by_name
         }
         losses = []
-        for fold, split, memory in zip(folds, self.splits, memories, strict=True):
+        every = list(zip(folds, self.splits, memories, strict=True))
+        neighbor = memories[first - 1] if first > 0 else {}
+        for fold, split, memory in every[first:last]:
+            memory |= {"rough": rough, "neighbor": neighbor}
+            neighbor = memory
             seen, arguments = self._vectors.applied(fold, split, values)
             params = {**given, **floats, **arguments}
             predicted = self._adapter.predict(leaf, params, seen, memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import optuna
@@ -56,7 +57,8 @@ def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
         given: By name, one of Optuna's distributions, a sequence of choices of any kind, or a :class:`TensorDistribution`.
 
     Raises:
-        ValueError: for no parameters, an unknown name (naming the nearest) or an empty sequence.
+        ValueError: for no parameters, an unknown name (naming the nearest), an empty sequence, or a tuple that may be meant as a
+            range.
         TypeError: for anything but a distribution or a sequence.
     """
     if not given:
@@ -81,6 +83,7 @@ def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
         elif isinstance(what, TensorDistribution):
             vectors[name] = what
         elif isinstance(what, Sequence) and not isinstance(what, (str, bytes)):
+            _check_is_no_range(name, what)
             distributions[name], objects = _categories(name, what)
             if objects:
                 choices[name] = objects
@@ -130,6 +133,24 @@ def _check_kind(
                 f"param_distributions[{name!r}] goes from {distribution.low} to {distribution.high}, and "
                 f"{type(owner).__name__} takes {takes} (now it is {value!r:.40}); {bound} is neither."
             )
+
+
+def _check_is_no_range(name: str, choices: Sequence[Any]) -> None:
+    """Refuse a pair of numbers in parentheses, which is a range to some and two choices to others.
+
+    Raises:
+        ValueError: that has both spelled out.
+    """
+    are_numbers = all(isinstance(c, Real) and not isinstance(c, bool) for c in choices)
+    if not isinstance(choices, tuple) or len(choices) != 2 or not are_numbers:
+        return
+    low, high = sorted(choices)
+    ints = all(isinstance(c, Integral) for c in choices)
+    kind, log = "IntDistribution" if ints else "FloatDistribution", ", log=True" if low > 0 else ""
+    raise ValueError(
+        f"param_distributions[{name!r}] is the tuple {choices!r}, which may be a range or two choices; write {kind}({low!r}, "
+        f"{high!r}{log}) of optuna.distributions for a range, or the list {list(choices)!r} for two choices."
+    )
 
 
 def _categories(name: str, choices: Sequence[Any]) -> tuple[BaseDistribution, dict[str, Any]]:

@@ -201,10 +201,12 @@ class Followed:
     def scanned(self, chosen: Mapping[str, Any], freedom: Freedom) -> dict[str, float]:
         """Where a descent begins: the best of a few points, vectors with all entries equal."""
 
-        def of(values: Mapping[str, Tensor]) -> Tensor:
-            return self.cross_validated(chosen, freedom.untied(values))
+        def of(values: Mapping[str, Tensor], first: int, last: int) -> Tensor:
+            return self.cross_validated.each(
+                chosen, freedom.untied(values), first, last, rough=True
+            )
 
-        return scan(of, freedom.domains, freedom.more)
+        return scan(of, freedom.domains, freedom.more, len(self._splits))
 
     def score_of(self, estimator: BaseEstimator, setting: Mapping[str, Any], scoring: Any) -> float:
         """Of scikit-learn's own fits: the mean over the folds. (Weights of samples that are searched are of the fits only.)"""

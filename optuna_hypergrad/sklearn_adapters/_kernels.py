@@ -26,9 +26,22 @@ def of_fold(
         fold: Its samples.
         memory: Of the fold: distances and products are kept there while the samples stay the same.
     """
+    among, across = pairs_of_fold(kernel, fold, memory)
+    return _kernel(kernel, among, settings), _kernel(kernel, across, settings)
+
+
+def pairs_of_fold(kernel: str, fold: Fold, memory: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What the kernels of :func:`of_fold` are functions of, ``(n, n)`` and ``(m, n)``."""
     among = _remembered(kernel, "among", fold.x_train, fold.x_train, memory)
     across = _remembered(kernel, "across", fold.x_test, fold.x_train, memory)
-    return _kernel(kernel, among, settings), _kernel(kernel, across, settings)
+    return among, across
+
+
+def is_radial(kernel: str, fold: Fold) -> bool:
+    """Whether a kernel is an exponential of a distance times ``gamma``, or a plain product, of samples without a graph."""
+    given = (fold.x_train, fold.x_test, fold.weights)
+    graph = any(isinstance(t, Tensor) and t.requires_grad for t in given)
+    return kernel in ("linear", "rbf", "laplacian") and not graph
 
 
 def remembered(
@@ -44,8 +57,12 @@ def remembered(
 
 
 def _remembered(kernel: str, key: str, a: Tensor, b: Tensor, memory: dict[str, Any]) -> Tensor:
-    found: Tensor = remembered(memory, f"{key} {kernel}", (a, b), lambda: _pairs(kernel, a, b))
-    return found
+    def made() -> Tensor:
+        found = _pairs(kernel, a, b)
+        return 0.5 * (found + found.mT) if a is b else found  # symmetric but for rounding
+
+    kept: Tensor = remembered(memory, f"{key} {kernel}", (a, b), made)
+    return kept
 
 
 def _pairs(kernel: str, a: Tensor, b: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
@@ -58,6 +60,21 @@ def kernel_settings(
     return {"gamma": gamma, "coef0": estimator.coef0, "degree": int(estimator.degree), **params}
 
 
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Fits without checks of what was made here, and without a word of what is left, which is done exactly."""
+    with (
+        warnings.catch_warnings(),
+        sklearn.config_context(assume_finite=True, skip_parameter_validation=True),
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def _among(kernel: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return kernel if len(kept) == len(kernel) else kernel[np.ix_(kept, kept)]
+
+
 def classifier_start(machine: Machine) -> np.ndarray:
     """``beta`` by libsvm, close to the solution."""
     with torch.no_grad():
@@ -65,9 +82,8 @@ def classifier_start(machine: Machine) -> np.ndarray:
         kept = np.flatnonzero(most > 0)
         libsvm = SVC(C=1.0, **_LIBSVM)
         found = np.zeros(len(most))
-        kernel = machine.kernel.numpy()[np.ix_(kept, kept)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what is left is done exactly
+        kernel = _among(machine.kernel.numpy(), kept)
+        with _plainly():
             libsvm.fit(kernel, machine.target.numpy()[kept], sample_weight=most[kept])
         found[kept[libsvm.support_]] = libsvm.dual_coef_[0]
     return found
@@ -80,9 +96,8 @@ def regressor_start(machine: Machine, epsilon: float) -> np.ndarray:
         most = machine.high[:n].numpy()
         kept = np.flatnonzero(most > 0)
         libsvm = SVR(C=1.0, epsilon=epsilon, **_LIBSVM)
-        kernel = machine.kernel.numpy()[np.ix_(kept, kept)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # what is left is done exactly
+        kernel = _among(machine.kernel.numpy(), kept)
+        with _plainly():
             libsvm.fit(kernel, machine.target.numpy()[:n][kept] + epsilon, sample_weight=most[kept])
         found = np.zeros(2 * n)
         each = np.zeros(n)

@@ -202,7 +202,10 @@ def _tied(
     def of(values: Params) -> Tensor:
         return loss(chosen, freedom.untied(values))
 
-    start = scan(of, freedom.domains, freedom.more)
+    def each(values: Mapping[str, Tensor], first: int, last: int) -> Tensor:
+        return loss.each(chosen, freedom.untied(values), first, last, rough=True)
+
+    start = scan(each, freedom.domains, freedom.more, len(loss.splits))
     try:
         best, _ = descend(of, freedom.domains, _tensors(start), _MAX_TIED)
     except SolverError:  # everywhere that was looked at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +28,19 @@ _OF_TRIALS = ProcessWide(lambda: _TRIALS.level, _TRIALS.setLevel)
 def fingerprint(*things: Any) -> str:
     """A digest of data and settings, the same in every process."""
     return str(joblib.hash(things, hash_name="sha1"))
+
+
+def check_url(storage: Any) -> None:
+    """Refuse a string that is no URL, such as the name of a file.
+
+    Raises:
+        ValueError: that says what the URL would be.
+    """
+    if isinstance(storage, str) and not re.match(r"[a-z0-9+]+://", storage):
+        raise ValueError(
+            f"storage={storage!r} is not the URL of a database. For a file of SQLite it is 'sqlite:///{storage or 'study.db'}' (three "
+            f"slashes, and a fourth where the path is absolute), for a server 'postgresql+psycopg://user:password@host/name'."
+        )
 
 
 def open_study(

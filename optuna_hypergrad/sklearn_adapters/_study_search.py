@@ -31,6 +31,9 @@ from ._weighting import SampleWeighting
 from .adapters import adapter_of, known_types
 from .tensor_distribution import TensorDistribution
 
+_NOISE = 1.0
+"""Losses of exact fits have kinks, and no noise: it takes more of a surprise to be taken for it."""
+
 
 class StudySearch(BaseSearchCV):  # type: ignore[misc]
     """A search whose trials are those of a study; :class:`HypergradientSearchCV` is the one to use."""
@@ -183,7 +186,7 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
             own: BaseSampler = copy.deepcopy(self.sampler)
             return own
         kept = Retention(best=self.n_rescored, every=0)
-        rule = TrustRegion(radius=radius)
+        rule = TrustRegion(radius=radius, noise=_NOISE)
         return HypergradientSampler(seed=seed, retention=kept, optimizer=rule)
 
     def _digest(self, space: Space, splits: FrozenSplits, follows: bool) -> str:

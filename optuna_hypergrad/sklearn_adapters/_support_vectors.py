@@ -65,9 +65,9 @@ def solved(machine: Machine, start: np.ndarray) -> tuple[Tensor, Tensor, np.ndar
     beta[free] = found[:-1]
     mask = torch.as_tensor(free)
     held = torch.where(mask, torch.as_tensor(beta), bound)
-    support = np.flatnonzero(beta)
-    rows = machine.kernel[machine.rows[free]][:, machine.rows[support]]
-    left = rows @ held[support] + float(found[-1]) - machine.target[mask]
+    each = held.new_zeros(len(machine.kernel)).index_add(0, torch.as_tensor(machine.rows), held)
+    products = (machine.kernel @ each)[torch.as_tensor(machine.rows[free])]
+    left = products + float(found[-1]) - machine.target[mask]
     residual = torch.cat([left, held.sum().reshape(1)])
     step = torch.linalg.lu_solve(*factor, residual.unsqueeze(1)).squeeze(1)
     moved = torch.zeros_like(held).masked_scatter(mask, step[:-1])

@@ -14,8 +14,16 @@ from torch import Tensor
 
 from ..closed_form.kernel_ridge import kernel_ridge
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
-from ._kernels import KERNELS, of_fold, with_zero_slopes
+from ._kernels import (
+    KERNELS,
+    is_radial,
+    of_fold,
+    pairs_of_fold,
+    remembered,
+    with_zero_slopes,
+)
 from ._losses import reason_against_targets, regression_loss
+from ._radial import KernelPredictions
 
 
 class KernelRidgeAdapter(AbstractAdapter):
@@ -60,18 +68,31 @@ class KernelRidgeAdapter(AbstractAdapter):
         fold: Fold,
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
+        alpha = params.get("alpha", tensor(estimator.alpha))
         gamma = 1 / fold.x_train.shape[1] if estimator.gamma is None else estimator.gamma
         fixed = {"gamma": gamma, "coef0": estimator.coef0, "degree": int(estimator.degree)}
-        among, across = of_fold(estimator.kernel, {**fixed, **params}, fold, memory)
-        alpha = params.get("alpha", tensor(estimator.alpha))
-        y = tensor(fold.y_train)
+        settings = {**fixed, **params}
+        y = remembered(memory, "y", (fold.y_train,), lambda: tensor(fold.y_train))
+        y_test = remembered(memory, "y_test", (fold.y_test,), lambda: tensor(fold.y_test))
+        if alpha.dim() == 0 and is_radial(estimator.kernel, fold):
+            among, across = pairs_of_fold(estimator.kernel, fold, memory)
+            linear = estimator.kernel == "linear"
+            scale = None if linear else torch.as_tensor(settings["gamma"], dtype=y.dtype)
+            root = None if fold.weights is None else fold.weights.sqrt()
+            wide = y if y.dim() == 2 else y[:, None]
+            found: Tensor = KernelPredictions.apply(  # type: ignore[no-untyped-call]
+                among, across, scale, alpha, wide, root
+            )
+            used = {"alpha"} if linear else set(params)
+            return with_zero_slopes(found if y.dim() == 2 else found[:, 0], params, used), y_test
+        among, across = of_fold(estimator.kernel, settings, fold, memory)
         if estimator.kernel == "sigmoid":
             dual = _indefinite(among, y, alpha, fold.weights)
         else:
             penalty = alpha.reshape(1, -1) if alpha.dim() else alpha
             dual = kernel_ridge(among, y, penalty, sample_weight=fold.weights)
         used = {"alpha"} if estimator.kernel == "linear" else set(params)
-        return with_zero_slopes(across @ dual, params, used), tensor(fold.y_test)
+        return with_zero_slopes(across @ dual, params, used), y_test
 
 
 def _indefinite(kernel: Tensor, y: Tensor, alpha: Tensor, weights: Tensor | None) -> Tensor:

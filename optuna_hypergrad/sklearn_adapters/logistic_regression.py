@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split
+from ._kernels import remembered
 from ._losses import classification_loss
 from ._newton import LogisticOptimum, log_probabilities
 
@@ -39,7 +41,8 @@ _IGNORED = {
 class LogisticRegressionAdapter(AbstractAdapter):
     """``sklearn.linear_model.LogisticRegression`` with the L2 penalty, of any number of classes.
 
-    Each fit starts from the fold's last one.
+    Each fit starts from the fold's last ones. Above 200 unknowns (features times classes), the Hessian is no matrix but products
+    with it, preconditioned by its blocks of each class as far as they take 32 MB, else by its diagonal.
 
     Reference: Pedregosa (2016), "Hyperparameter optimization with approximate gradient".
     """
@@ -79,19 +82,42 @@ class LogisticRegressionAdapter(AbstractAdapter):
         fold: Fold,
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        if not memory:
+        if "y" not in memory:
             memory["y"] = _targets(fold)
         y_train, y_test = memory["y"]
+        x, x_test = (
+            _with_ones(part, estimator.fit_intercept, key, memory)
+            for key, part in (("train", fold.x_train), ("test", fold.x_test))
+        )
+        log_c, path = math.log(float(params["C"].detach())), memory.setdefault("path", [])
         theta: Tensor = LogisticOptimum.apply(  # type: ignore[no-untyped-call]
-            _with_ones(fold.x_train, estimator.fit_intercept),
+            x,
             y_train,
             torch.ones_like(y_train[:, 0]) if fold.weights is None else fold.weights,
             params["C"],
             fold.x_train.shape[1],
-            memory.get("theta"),
+            _starts(path, log_c) + _neighbors(memory, log_c, x.shape[1], y_train.shape[1]),
+            memory,
         )
-        memory["theta"] = theta.detach()
-        return log_probabilities(theta, _with_ones(fold.x_test, estimator.fit_intercept)), y_test
+        memory["path"] = [*path[-1:], (log_c, theta.detach())]
+        return log_probabilities(theta, x_test), y_test
+
+
+def _starts(path: list[tuple[float, Tensor]], log_c: float) -> list[Tensor]:
+    """The last optimum, and what lies on a line through the last two, which are smooth in the logarithm of ``C``."""
+    if len(path) < 2:
+        return [theta for _, theta in path]
+    (before, older), (last, theta) = path
+    if before == last:
+        return [theta]
+    share = (log_c - last) / (last - before)
+    return [theta, theta + share * (theta - older)] if abs(share) <= 2 else [theta]
+
+
+def _neighbors(memory: dict[str, Any], log_c: float, *shape: int) -> list[Tensor]:
+    """The optimum of another fold, most of whose samples are the same, at the same ``C``."""
+    path = memory.get("neighbor", {}).get("path", [])
+    return [theta for at, theta in path if at == log_c and theta.shape == shape]
 
 
 def _targets(fold: Fold) -> tuple[Tensor, Tensor]:
@@ -102,5 +128,8 @@ def _targets(fold: Fold) -> tuple[Tensor, Tensor]:
     return targets[:, 1:] if len(classes) == 2 else targets, places
 
 
-def _with_ones(x: Tensor, intercept: bool) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], 1) if intercept else x
+def _with_ones(x: Tensor, intercept: bool, key: str, memory: dict[str, Any]) -> Tensor:
+    if not intercept:
+        return x
+    found: Tensor = remembered(memory, key, (x,), lambda: torch.cat([x, x.new_ones(len(x), 1)], 1))
+    return found

@@ -16,6 +16,7 @@ from ..closed_form.ridge import ridge
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
 from ._losses import reason_against_targets, regression_loss
 from ._normal_equations import fit_and_predict
+from ._spectral import spectral_predictions
 
 
 class RidgeAdapter(AbstractAdapter):
@@ -50,13 +51,18 @@ class RidgeAdapter(AbstractAdapter):
         fold: Fold,
         memory: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        if not memory:
-            memory["y"] = tensor(fold.y_train), tensor(fold.y_test)
+        if "y" not in memory:
+            memory["y"] = y, _ = tensor(fold.y_train), tensor(fold.y_test)
+            memory["wide"] = y if y.dim() == 2 else y[:, None]
         alpha, (y, y_test) = params["alpha"], memory["y"]
+        wide = memory["wide"]
+        intercept = bool(estimator.fit_intercept)
+        known = spectral_predictions(fold, wide, alpha, intercept, memory)
+        if known is not None:
+            return known if y.dim() == 2 else known[:, 0], y_test
         n, p = fold.x_train.shape
         if alpha.dim() == 0 and p <= n:
             weights = torch.ones(n, dtype=y.dtype) if fold.weights is None else fold.weights
-            wide = y if y.dim() == 2 else y[:, None]
             found = fit_and_predict(
                 fold.x_train, wide, weights, alpha, estimator.fit_intercept, fold.x_test
             )

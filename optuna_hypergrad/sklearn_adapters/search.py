@@ -29,7 +29,7 @@ from ._nested import can_nest
 from ._objective import LOSS, TrialLoss
 from ._rows import FrozenSplits, Rows
 from ._run import Run
-from ._study import completed, finished
+from ._study import check_url, completed, finished
 from ._study_search import StudySearch
 
 
@@ -86,7 +86,8 @@ class HypergradientSearchCV(StudySearch):
             iterative ones stop earlier, so that their scores may differ in the last digits (lower ``tol``).
         nested_: Of a guarded search, what nested cross-validation has found: a :class:`NestedChoice`, whose ``loss`` is an
             estimate for what no hyperparameter was fitted to, beside the ``followed_loss`` of ``cv_results_`` that was
-            minimized. ``None`` if the search was cut before.
+            minimized. ``None`` if the search was cut before; an
+            ``AttributeError`` that says so without vectors, or with ``guard=None``.
         cv_results_: As in ``GridSearchCV``, for what scikit-learn fitted: with ``trial_number``, and ``followed_loss``
             (without a penalty) where there is one. A trial of which every fit failed has no row.
         n_fits_: Fits of a fold, by the adapter (to find a start, in trials, in nested folds) and by scikit-learn, without the
@@ -174,6 +175,7 @@ class HypergradientSearchCV(StudySearch):
             y: Targets, or ``None``.
             **params: Routed to the estimator, the scorer and the splitter, as in ``GridSearchCV``.
         """
+        check_url(self.storage)
         if y is None and get_tags(self.estimator).target_tags.required:
             self._get_scorers()  # what cannot be scored at all is said first
             raise ValueError(
@@ -191,6 +193,17 @@ class HypergradientSearchCV(StudySearch):
             del self._data, self._routed, self._weighting
             self.__dict__.pop("_sampler_with", None)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Says why there is no :attr:`nested_`, where there is none."""
+        if name == "nested_":
+            why = "this one is not fitted"
+            if "study_" in self.__dict__:
+                why = "this one has guard=None" if self.guard is None else "this one had no vectors"
+            raise AttributeError(
+                f"nested_ is what nested cross-validation has found, in a search over vectors with guard='nested'; {why}."
+            )
+        return object.__getattribute__(self, name)  # once more, for what it says
 
     def check_hypergradient(
         self,

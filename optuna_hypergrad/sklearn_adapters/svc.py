@@ -75,14 +75,15 @@ class SVCAdapter(AbstractAdapter):
                     most = most * fold.weights[chosen]
                 bound = sign * most
                 machine = Machine(
-                    among[chosen][:, chosen],
+                    among if len(classes) == 2 else among[chosen][:, chosen],
                     np.arange(len(chosen)),
                     sign,
                     bound.clamp(max=0.0),
                     bound.clamp(min=0.0),
                 )
                 beta, b, _ = solved(machine, classifier_start(machine))
-                decisions.append(across[:, chosen] @ beta + b)
+                seen = across if len(classes) == 2 else across[:, chosen]
+                decisions.append(seen @ beta + b)
                 targets.append(np.where(places == j, 1.0, np.where(places == i, -1.0, 0.0)))
         predicted = torch.stack(decisions, 1)
         used = {"C"} if estimator.kernel == "linear" else set(params)
