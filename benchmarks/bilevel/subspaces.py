@@ -6,7 +6,7 @@
 * ``vit``: which labels of CIFAR-10 (JPEG copy) are wrong?
 
 Both methods have the same start, batches, number of steps and Adam on the hyperparameters, and plain descent on the weights with step
-sizes that fall linearly to zero. Those of MA-SOBA were chosen on networks of a quarter or an eighth of the width (each layer is
+sizes that fall linearly to zero. Those of MA-SOBA were chosen on networks of an eighth to a third of the width (each layer is
 divided by the root of its inputs, so that a step size does at all widths). BROS has the same ones over its rank: it multiplies
 them by ``r/m``, and what is left is the full step size along an unbiased gradient; that works where ``r`` is well above the
 number of samples in a batch (or tokens, or positions). Where it is not, ``factor`` shortens them.
@@ -73,8 +73,8 @@ class Setting:
 SETTINGS = {
     "mlp": Setting("cleaning, MLP", functools.partial(cleaning, network="mlp"), 2208, 64, 150, 20.0, 0.3, 0.3, 0.1),
     "representation": Setting("hyper-representation", representation, 2240, 64, 60, 10.0, 0.3, 0.02, 0.1),
-    "mixture": Setting("data mixture, transformer", mixture, 688, 2, 50, 40.0, 0.3, 0.06, 0.25),
-    "convnet": Setting("cleaning, ConvNet", functools.partial(cleaning, network="convnet"), 672, 8, 30, 2.0, 0.3, 0.3, 0.18, 0.75),
+    "mixture": Setting("data mixture, transformer", mixture, 688, 2, 50, 40.0, 0.3, 0.06, 0.25, 0.75),
+    "convnet": Setting("cleaning, ConvNet", functools.partial(cleaning, network="convnet"), 672, 8, 30, 2.0, 0.3, 0.3, 0.18),
     "vit": Setting("reweighting, ViT", vit, 688, 24, 50, 4.0, 0.3, 0.3, 0.25),
 }  # fmt: skip
 METHODS = ("MA-SOBA", "BROS")
