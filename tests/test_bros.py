@@ -146,6 +146,29 @@ def test_no_gradient_of_more_than_one_block_lives_at_a_time() -> None:
     assert most <= 2
 
 
+def test_products_are_gone_before_the_next_inner_params_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is of the size of a subspace does not add to ``w`` before and after the step."""
+    seen: list[weakref.ref] = []
+    alive: list[int] = []
+
+    class Watching(ohg.BROS):
+        def action(self, *arguments):
+            found = super().action(*arguments)
+            seen.extend(map(weakref.ref, found.product.values()))
+            return found
+
+        def _descended(self, *arguments):
+            alive.append(sum(ref() is not None for ref in seen))
+            return super()._descended(*arguments)
+
+    case = cases.case("logistic")
+    Watching(rank=0.5).estimate(case.problem, ONE, case.inner_params, case.outer_params)
+    assert alive == [0]
+    assert seen
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -736,6 +736,13 @@ MUTANTS = [
         f"{BROS}::test_no_gradient_of_more_than_one_block_lives_at_a_time",
     ),
     Mutant(
+        "hold on to products in subspaces while the next inner parameters are made",
+        "hypergradients/bros.py",
+        "gap = product.pop(k) - cotangent.pop(k)",
+        "gap = product[k] - cotangent[k]",
+        f"{BROS}::test_products_are_gone_before_the_next_inner_params_come",
+    ),
+    Mutant(
         "count hypergradients that a bound holds back",
         "visualization/_hypergradient_norms.py",
         "total += 0.0 if held else slope**2",

@@ -43,7 +43,7 @@ from optuna_hypergrad.hypergradients import AbstractHypergradientEstimator
 HERE = Path(__file__).resolve().parent
 SECONDS = {"softmax": 12.0, "mlp": 40.0}
 MOMENTS = 20
-PEERS = ("Betty", "TorchOpt", "higher")
+PEERS = ("BOAT", "Betty", "TorchOpt", "higher")
 BASELINES = ("equal weights", "oracle", "validation alone", "TPE")
 Run = dict[str, Any]
 

@@ -106,8 +106,8 @@ def cleaning_mnist(data: Path, p: float) -> Task:
     """The task of ``benchopt/benchmark_bilevel``: softmax regression without bias, 20,000 training samples, a fraction
     ``p`` with labels drawn at random."""
     rng = np.random.RandomState(32)
-    x, y = _mnist(data, "train")
-    x_test, y_test = _mnist(data, "t10k")
+    x, y = mnist(data, "train")
+    x_test, y_test = mnist(data, "t10k")
     x, x_val, y, y_val = train_test_split(
         x, y, train_size=20_000, test_size=5_000, random_state=rng
     )
@@ -121,14 +121,14 @@ def cleaning_mnist(data: Path, p: float) -> Task:
 
 def cleaning_mlp(data: Path) -> Task:
     """An MLP 784-256-10 on 5,000 images, half of them with another label than their own; 1,000 clean ones for validation."""
-    x, y = _mnist(data, "train")
+    x, y = mnist(data, "train")
     rng = np.random.default_rng(0)
     chosen = rng.permutation(len(y))[:6000]
     train, validation = chosen[:5000], chosen[5000:]
     wrong = np.zeros(5000, dtype=bool)
     wrong[rng.permutation(5000)[:2500]] = True
     labels = np.where(wrong, (y[train] + rng.integers(1, 10, 5000)) % 10, y[train])
-    x_test, y_test = _mnist(data, "t10k")
+    x_test, y_test = mnist(data, "t10k")
     parts = ((x[train], labels), (x[validation], y[validation]), (x_test, y_test))
     batches = (_batch(a / 255.0, b) for a, b in parts)
     return Task("mlp", *batches, torch.from_numpy(wrong), 0.0, 0.0, 256)
@@ -138,7 +138,7 @@ def _batch(x: np.ndarray, y: np.ndarray) -> Batch:
     return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y), torch.arange(len(y))
 
 
-def _mnist(data: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+def mnist(data: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     (images,) = data.glob(f"{part}-images*.gz")
     (labels,) = data.glob(f"{part}-labels*.gz")
     return _idx(images).reshape(-1, 784).astype(np.float64), _idx(labels).astype(np.int64)

@@ -78,14 +78,16 @@ class BROS(AbstractOneStep):
     ``"bi_probe"`` is what we take the paper's correction to be. The figures of the paper may not carry over.
 
     Step sizes are those of MA-SOBA: block by block they are multiplied by ``r/m``, those of ``v`` by its square where the
-    correction's noise stays. The inner solver is ``GradientDescent``, or ``HeavyBall``, whose velocity is kept in the
-    subspace (``r x n``) and begins anew with it.
+    correction's noise stays. Where ``r`` is well above the number of samples in a batch (of tokens, of positions), a step
+    does to a layer's outputs what one in the whole space does: with ``rank`` as a fraction, both step sizes over ``rank``
+    then follow MA-SOBA step by step. (Not with vectors among the blocks: theirs are not multiplied.) The inner solver is
+    ``GradientDescent``, or ``HeavyBall``, whose velocity is kept in the subspace (``r x n``) and begins anew with it.
 
     Memory, beside activations: ``w`` before and after the step, ``v``, which is updated in place (so that a state can be
-    gone on from once, and is refused afterwards), and ``r (m + n)`` numbers a block. Hessian products are taken
-    in reverse over forward mode, without a double-backward graph, and the gradient of one block at a time exists in
-    full before it is projected. ``"bi_probe"`` and ``"two_sketch"`` form a tangent of the size of ``w``. ``inner_objective`` is
-    evaluated once a step, or up to three times: random numbers in it come from the batch.
+    gone on from once, and is refused afterwards), and ``r (m + n)`` numbers a block; ``r (m + 3 n)`` before the step of ``w``
+    is made. Hessian products are taken in reverse over forward mode, without a double-backward graph, and the gradient of
+    one block at a time exists in full before it is projected. ``"bi_probe"`` and ``"two_sketch"`` form a tangent of the size
+    of ``w``. ``inner_objective`` is evaluated once a step, or up to three times: random numbers in it come from the batch.
 
     References: Zhang & al. (2026), "BROS" (randomized subspaces for bilevel optimization), of which the abstract;
     Chen, Xiao & Balasubramanian (2023), "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness
@@ -187,32 +189,35 @@ class BROS(AbstractOneStep):
         v = _carried(state, w, count)
         sketches = self._drawn(count, 0, w)
         outer_value, cotangent, direct = _outer(problem, w, outer_params, step, sketches)
-        seen = self.action(problem, w, outer_params, v, count, index, sketches)
+        inner_value, slope, product, mixed = self.action(
+            problem, w, outer_params, v, count, index, sketches
+        )
 
         eta = self._step_size(solver, outer_params, index, count)
-        pace = paced("BROS", eta, self._measured(v, seen.product, sketches), state.numbers)
+        pace = paced("BROS", eta, self._measured(v, product, sketches), state.numbers)
+        scale = float(_tree.norm(cotangent))
         # Before v is moved: a step that breaks off here leaves a state that is refused.
         written = state.tensors.get("written", torch.zeros((), dtype=torch.float64))
         written.fill_(count + 1.0)
+        square = 0.0
         for k, x in v.items():
             by = -pace.step_size * self._share(sketches, k)
             if self.damping:
                 x.mul_(1.0 + by * self.damping)
-            sketches[k].move(x, seen.product[k] - cotangent[k], by)
-        after_w, velocity = self._descended(
-            solver, w, outer_params, seen.slope, sketches, count, state
-        )
+            gap = product.pop(k) - cotangent.pop(k)  # gone before the next w comes
+            square += float(_tree.dot({k: gap}, {k: gap}))
+            sketches[k].move(x, gap, by)
+        del gap
+        after_w, velocity = self._descended(solver, w, outer_params, slope, sketches, count, state)
 
-        indirect = {k: None if c is None else -c for k, c in seen.mixed.items()}
+        indirect = {k: None if c is None else -c for k, c in mixed.items()}
         value = combine(direct, indirect, outer_params, "BROS", self.sees)
         value, average = moving_average(value, state, self.theta)
         result = _first_failure(
-            verdict(solver, after_w, float(seen.value), math.nan, True),
+            verdict(solver, after_w, float(inner_value), math.nan, True),
             pace.result,
             _finite(value, outer_value),
         )
-        scale = float(_tree.norm(cotangent))
-        residual = float(_tree.norm(_tree.sub(seen.product, cotangent)))
         tensors = {"written": written, **{f"v/{k}": x for k, x in v.items()}}
         tensors |= {f"velocity/{k}": x for k, x in velocity.items()} | average
         return HypergradientEstimate(
@@ -222,7 +227,7 @@ class BROS(AbstractOneStep):
             result,
             {
                 "num_inner_steps": 1.0,
-                "residual": residual / scale if scale > 0 else math.nan,
+                "residual": math.sqrt(square) / scale if scale > 0 else math.nan,
                 "step_size": pace.step_size,
             },
             EstimatorState(index + 1, None, tensors, {**pace.numbers, "count": count + 1.0}),
