@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +26,6 @@ from optuna_hypergrad import CorruptTensorError, StorageError, stores
 from optuna_hypergrad.stores import AbstractArtifactStore, RDBArtifactStore, _schema, _sqlite, rdb
 from optuna_hypergrad.stores import file_system as fs
 from optuna_hypergrad.stores._database import transaction
-from optuna_hypergrad.stores._encoding import cut
 from optuna_hypergrad.stores._schema import make_tables
 
 CHUNK = rdb.CHUNK_BYTES
@@ -365,9 +363,8 @@ def test_a_driver_that_opens_no_blobs_writes_the_same_rows(
     rows = {}
     for name, in_place in (("in place", True), ("copied", False)):
         monkeypatch.setattr(rdb, "can_write_in_place", lambda _, found=in_place: found)
-        chunks = partial(cut, pieces, rdb.CHUNK_BYTES)
         with transaction(database.engine) as connection:
-            rdb._insert(connection, {name: chunks})
+            rdb._insert(connection, {name: rdb._Content.of(pieces)})
         with database.engine.connect() as connection:
             rows[name] = connection.execute(query.where(table.artifact_id == name)).all()
     assert rows["in place"] == rows["copied"]
