@@ -73,8 +73,8 @@ class Setting:
 SETTINGS = {
     "mlp": Setting("cleaning, MLP", functools.partial(cleaning, network="mlp"), 2208, 64, 150, 20.0, 0.3, 0.3, 0.1),
     "representation": Setting("hyper-representation", representation, 2240, 64, 60, 10.0, 0.3, 0.02, 0.1),
-    "mixture": Setting("data mixture, transformer", mixture, 688, 2, 50, 40.0, 0.3, 0.06, 0.25, 0.75),
-    "convnet": Setting("cleaning, ConvNet", functools.partial(cleaning, network="convnet"), 672, 8, 30, 2.0, 0.3, 0.3, 0.18),
+    "mixture": Setting("data mixture, transformer", mixture, 688, 2, 150, 40.0, 0.3, 0.06, 0.25, 0.75),
+    "convnet": Setting("cleaning, ConvNet", functools.partial(cleaning, network="convnet"), 672, 8, 100, 2.0, 0.3, 0.3, 0.18),
     "vit": Setting("reweighting, ViT", vit, 688, 24, 50, 4.0, 0.3, 0.3, 0.25),
 }  # fmt: skip
 METHODS = ("MA-SOBA", "BROS")
