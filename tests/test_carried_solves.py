@@ -99,10 +99,18 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         assert torch.equal(resumed.outer_params[k], v)
 
 
-def test_kfac_is_kept_and_resumed_too(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("make", "passes"),
+    [
+        (cases.kfac, "kfac_passes"),
+        (functools.partial(cases.gauss_newton, rank=40), "gauss_newton_passes"),
+    ],
+    ids=["kfac", "gauss_newton"],
+)
+def test_factors_of_a_network_are_kept_and_resumed_too(make, passes: str, tmp_path) -> None:
     net = networks.perceptron()
     lam = {"decay": torch.tensor(1e-3, dtype=F64)}
-    kfac = cases.kfac(net, refresh_every=3)
+    given = make(net, refresh_every=3)
 
     def outer(w, lam, batch):
         outputs = torch.func.functional_call(net.model, w, (net.x[:50],))
@@ -116,14 +124,14 @@ def test_kfac_is_kept_and_resumed_too(tmp_path) -> None:
             net.inner_params,
             lam,
             inner_solver=ohg.LBFGS(max_steps=5),
-            estimator=ohg.Implicit(ohg.CG(5, 0.0, preconditioner=kfac), damping=1e-2),
+            estimator=ohg.Implicit(ohg.CG(5, 0.0, preconditioner=given), damping=1e-2),
             bounds={"decay": ohg.Domain(1e-6, 1.0, log=True)},
             num_steps=num_steps,
             **settings,  # type: ignore[arg-type]
         )
 
     straight = go(5)
-    made = ["kfac_passes" in h for h in straight.history]
+    made = [passes in h for h in straight.history]
     assert made == [True, False, False, True, False]
     trial = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db").ask()
     go(2, trial=trial, checkpoint_every=1)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import cases
 import networks
-import optuna
 import pytest
 import torch
 from problems import F64, Params, randn
@@ -264,38 +262,6 @@ def test_single_precision_keeps_the_map_positive_definite() -> None:
     v = randn(50, base.size, seed=3).float()
     assert min(float(torch.dot(r, inverse(r))) for r in v) > 0
     assert inverse(v[0]).dtype == torch.float32
-
-
-def test_factors_are_kept_for_outer_steps_and_resumed(tmp_path) -> None:
-    net = networks.perceptron()
-    lam = {"decay": torch.tensor(1e-3, dtype=F64)}
-    given = cases.gauss_newton(net, rank=40, refresh_every=3)
-
-    def outer(w: Params, lam: Params, batch: object) -> Tensor:
-        outputs = torch.func.functional_call(net.model, w, (net.x[:50],))
-        return (outputs - net.y[:50]).square().mean()
-
-    problem = ohg.BilevelProblem(net.inner_objective, outer)
-
-    def go(num_steps: int, **settings: object) -> ohg.BilevelResult:
-        return ohg.minimize_bilevel(
-            problem,
-            net.inner_params,
-            lam,
-            inner_solver=ohg.LBFGS(max_steps=5),
-            estimator=ohg.Implicit(ohg.CG(5, 0.0, preconditioner=given), damping=1e-2),
-            bounds={"decay": ohg.Domain(1e-6, 1.0, log=True)},
-            num_steps=num_steps,
-            **settings,  # type: ignore[arg-type]
-        )
-
-    straight = go(5)
-    made = ["gauss_newton_passes" in h for h in straight.history]
-    assert made == [True, False, False, True, False]
-    trial = optuna.create_study(storage=f"sqlite:///{tmp_path}/study.db").ask()
-    go(2, trial=trial, checkpoint_every=1)
-    resumed = go(5, trial=optuna.trial.Trial(trial.study, trial._trial_id), checkpoint_every=1)
-    assert torch.equal(resumed.outer_params["decay"], straight.outer_params["decay"])
 
 
 class Tied(nn.Module):

@@ -67,10 +67,10 @@ def _place(options: argparse.Namespace) -> None:
     *before, options.kind = options.words
     if options.storage_option is not None:
         options.storage = options.storage_option
-    if (
-        (options.storage_option is None and (len(before) == 2 or (before and options.study)))
-        or (options.storage_option is None and len(before) == 1 and not options.storage)
-        or (options.storage_option is None and len(before) == 1 and _is_storage(before[0]))
+    elif (
+        len(before) == 2
+        or (before and options.study)
+        or (len(before) == 1 and (not options.storage or _is_storage(before[0])))
     ):
         options.storage = before.pop(0)
     if before and options.study is None:

@@ -20,6 +20,7 @@ from ..stores._pointer import pointers_in
 from ..stores._retention import is_feasible
 from ..studies.events import Claim
 from ..studies.inspection import TrajectorySummary, trajectories_of
+from ..studies.ranking import ranked
 from ..trial_attributes import (
     ESTIMATOR,
     NUM_HYPERPARAMETERS,
@@ -85,7 +86,7 @@ def find(study: Study, trials: Sequence[FrozenTrial]) -> Findings:
     if one:
         with contextlib.suppress(StorageError):
             trajectories = trajectories_of(sign, trials, odd.append)
-    best = best_of(trials, sign) if one else None
+    best = next(iter(ranked(trials, sign)), None) if one else None
     shown = best if best is not None else next(reversed(trials), None)
     attributes = {} if shown is None else shown.user_attrs
     estimators = Counter(t.user_attrs[ESTIMATOR] for t in trials if _is_text(t, ESTIMATOR))
@@ -108,16 +109,6 @@ def find(study: Study, trials: Sequence[FrozenTrial]) -> Findings:
             *_warnings(trials, best, gap, sign, summaries),
             *odd[:3],
         ),
-    )
-
-
-def best_of(trials: Sequence[FrozenTrial], sign: float) -> FrozenTrial | None:
-    """The best complete trial; feasible ones come first, then earlier ones."""
-    complete = [t for t in trials if t.state is TrialState.COMPLETE and t.values is not None]
-    return min(
-        complete,
-        key=lambda t: (not is_feasible(t), sign * t.values[0], t.number),
-        default=None,
     )
 
 

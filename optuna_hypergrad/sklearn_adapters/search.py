@@ -40,8 +40,8 @@ class HypergradientSearchCV(StudySearch):
     estimator. The splits of ``cv`` are made once and are the same for all trials.
 
     Where the last step is an estimator that an adapter knows (``Ridge``, ``KernelRidge``, ``Lasso``, ``ElasticNet``,
-    ``LogisticRegression``, ``LinearSVC``, ``SVC``, ``SVR``; of exactly this class), its continuous hyperparameters (with a ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a
-    cross-validated *loss*: a trial is one evaluation of it with its gradient over all folds. A descent begins at the best of
+    ``LogisticRegression``, ``LinearSVC``, ``SVC``, ``SVR``; of exactly this class), its continuous hyperparameters (with a
+    ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a cross-validated *loss*: a trial is one evaluation of it with its gradient over all folds. A descent begins at the best of
     about four points that are spread over the space. Transformers before it are fitted once per fold and setting. Everything
     else is left to the sampler's base sampler, in the same study. At the end the best ``n_rescored`` settings are fitted by
     scikit-learn and ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a

@@ -175,13 +175,10 @@ class Writer:
         number = self.storage.get_trial_number_from_id(trial_id)
         # Through _CachedStorage this would read the whole trial, parameter by parameter.
         storage = unwrap_rdb(self.storage) or self.storage
-        return (
-            study,
-            number,
-            retry_while_busy(
-                lambda: storage.get_trial_system_attrs(trial_id), patience=patience_of(storage)
-            ),
+        attributes = retry_while_busy(
+            lambda: storage.get_trial_system_attrs(trial_id), patience=patience_of(storage)
         )
+        return study, number, attributes
 
     def _common_database(self) -> RDBArtifactStore | None:
         rdb, store = plain_rdb(self.storage), self.store

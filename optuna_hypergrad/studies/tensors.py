@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import optuna
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor, nn
 
@@ -16,8 +16,8 @@ from .._errors import CorruptTensorError, MissingTensorError
 from .._typing import Params
 from .._words import listed, nearest, ranges
 from ..stores import AbstractArtifactStore, TensorStore
-from ..stores._retention import is_feasible
 from .layouts import laid_out
+from .ranking import ranked
 from .sampler import HypergradientSampler
 from .trajectory import Ledger
 
@@ -237,17 +237,7 @@ def best_with_tensors(
         raise MissingTensorError(
             f"Study {study.study_name!r} has several objectives and no best trial: say which one."
         )
-    sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
-    complete = [
-        t
-        for t in _optuna.all_trials(study)
-        if t.state is TrialState.COMPLETE and t.values is not None
-    ]
-
-    def rank(trial: FrozenTrial) -> tuple[bool, float, int]:
-        return not is_feasible(trial), sign * trial.values[0], trial.number
-
-    for trial in sorted(complete, key=rank):
+    for trial in ranked(_optuna.all_trials(study), _optuna.sign_of(study)):
         pointers = store.pointers(trial, role="value")
         if pointers and (stored is None or all(p.blob in stored for p in pointers)):
             return trial

@@ -15,7 +15,7 @@ from .. import _optuna
 from .._errors import RequirementError
 from .._words import shortened
 from ..stores._pointer import checkpoint_attributes, pointers_in
-from ..stores._retention import is_feasible
+from ..studies.ranking import ranked
 from ..studies.trajectory import Ledger, Trajectory
 from ..trial_attributes import COLD_VALUE, WARM_VALUE
 
@@ -132,7 +132,9 @@ def read_curves(study: Study, target: Callable[[FrozenTrial], float] | None = No
             curves.append(run)
         elif trial.state is TrialState.COMPLETE and finite(_shown(trial, target)):
             others.append(trial)
-    best = None if target is not None else best_of(trials, sign)
+    best = None
+    if target is None:
+        best = next((t for t in ranked(trials, sign) if finite(t.values[0])), None)
     return Curves(sorted(curves, key=lambda c: c.id), others, best, sign, ledger, trials)
 
 
@@ -155,18 +157,6 @@ def is_run(trial: FrozenTrial) -> bool:
     """Whether ``minimize_bilevel(..., trial=trial)`` ran in it."""
     ended = any(name in trial.user_attrs for name in VALUES_OF_A_RUN)
     return ended or bool(checkpoint_attributes(trial))
-
-
-def best_of(trials: Iterable[FrozenTrial], sign: float) -> FrozenTrial | None:
-    """The best completed trial; one that satisfies the constraints, if any does."""
-    complete = [
-        t for t in trials if t.state is TrialState.COMPLETE and t.values and finite(t.values[0])
-    ]
-    return min(
-        complete,
-        key=lambda t: (not is_feasible(t), sign * t.values[0], t.number),
-        default=None,
-    )
 
 
 def _of_trajectory(
