@@ -102,6 +102,8 @@ class Solved:
 
     solution: InnerSolution
     pullback: Callable[[Params], Pulled]
+    last_pullback: Callable[[Params], Pulled] | None = None
+    """The same for the last time, where that lets it give back memory as it goes."""
 
 
 class AbstractHypergradientEstimator(abc.ABC):
@@ -189,7 +191,7 @@ class AbstractPullbackEstimator(AbstractHypergradientEstimator):
         large = sum(d.numel() for d in direct.values() if d is not None) >= _LARGE
         if large:
             direct = {}
-        pulled = solved.pullback(cotangent)
+        pulled = (solved.last_pullback or solved.pullback)(cotangent)
         if large:  # cheaper to compute again than to hold through the solve
             _, _, direct = outer_gradients(problem, solution.inner_params, outer_params, step)
         value = combine(direct, pulled.outer, outer_params, type(self).__name__, self.sees)

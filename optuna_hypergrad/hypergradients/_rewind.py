@@ -199,8 +199,12 @@ class Rewinder:
         after = self._last = tape.after.map(_tree.detach)
         return after.inner_params, after.state, value.detach(), gradient
 
-    def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
+    def pull(self, cotangent: Params, keep: bool) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``.
+
+        Args:
+            cotangent: Of the last ``w``.
+            keep: Whether it can be called again; otherwise tapes are given up as they are used.
 
         Raises:
             RequirementError: if steps that are taken again lead elsewhere.
@@ -211,9 +215,14 @@ class Rewinder:
             [*cotangent.values(), *[None] * (num_states - num_params)], [None] * len(self._lam)
         )
         end, arrival = self._count, self._last
-        for position, tape in reversed(self._recorded):
-            pull_through(tape, self._lam, at, keep=True)
-            end, arrival = position, tape.before
+        recorded = list(self._recorded)
+        if not keep:
+            self._recorded.clear()
+        while recorded:
+            end, tape = recorded.pop()
+            arrival = tape.before
+            pull_through(tape, self._lam, at, keep)
+            del tape
         for position, point in reversed(self._kept):
             assert arrival is not None
             self._pull_stretch(position, end, point, arrival, at)

@@ -150,9 +150,9 @@ class Unroll(AbstractPullbackEstimator):
             result = verdict(inner_solver, tail.inner_params, tail.value, norms[-1], met)
             tail = replace(tail, gradient_norm=norms[-1], result=result)
 
-        def pullback(cotangent: Params) -> Pulled:
+        def pullback(keep: bool, cotangent: Params) -> Pulled:
             before = rewinder.num_recomputed
-            outer, initial = rewinder.pull(cotangent)
+            outer, initial = rewinder.pull(cotangent, keep)
             cotangent.clear()
             stats = {
                 "num_differentiated_steps": float(tail.num_steps),
@@ -160,7 +160,8 @@ class Unroll(AbstractPullbackEstimator):
             }
             return Pulled(outer, {k: None for k in start} if truncated else initial, stats=stats)
 
-        return Solved(replace(tail, num_steps=skipped + tail.num_steps), pullback)
+        solution = replace(tail, num_steps=skipped + tail.num_steps)
+        return Solved(solution, partial(pullback, True), partial(pullback, False))
 
     def _planner(self) -> Planner:
         if self.recompute == "auto":

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _tree
 from .._typing import Params
 from ._base import AbstractStepSolver, Evaluate, InnerState
-from ._settings import times
+from ._settings import less
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,5 @@ class GradientDescent(AbstractStepSolver):
     ) -> tuple[Params, InnerState, Tensor, Params]:
         value, gradient = evaluate(inner_params)
         direction = self.regularized(gradient, inner_params, outer_params, index)
-        moved = _tree.sub(
-            inner_params, times(direction, self.setting("step_size", outer_params, index))
-        )
+        moved = less(inner_params, direction, self.setting("step_size", outer_params, index))
         return moved, state, value, gradient

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _tree
 from .._typing import Params
 from ._base import AbstractStepSolver, Evaluate, InnerState
-from ._settings import Setting, check_number, times
+from ._settings import Setting, check_number, less, times
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HeavyBall(AbstractStepSolver):
             direction = velocity
         eta = self.setting("step_size", outer_params, index)
         return (
-            _tree.sub(inner_params, times(direction, eta)),
+            less(inner_params, direction, eta),
             {"velocity": velocity},
             value,
             gradient,
