@@ -253,6 +253,13 @@ MUTANTS = [
         f"{TRUTHS}::test_truncation_does_not_change_the_inner_solution",
     ),
     Mutant(
+        "forget what hyperparameters have from later steps, on the compiled way back",
+        "hypergradients/compiled_steps.py",
+        "at.outer[i] = added(cross[k], at.outer[i])",
+        "at.outer[i] = cross[k]",
+        "tests/test_compiled_steps.py::test_hypergradients_equal_those_of_the_tape[adam]",
+    ),
+    Mutant(
         "forget the mixed derivative in the tangent of the gradient",
         "hypergradients/_tangents.py",
         "directions = (*block.point[: len(w)], *block.outer.values())",

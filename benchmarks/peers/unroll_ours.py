@@ -26,6 +26,8 @@ def build(
         "whole tape": ohg.Unroll(recompute="never"),
         "default": ohg.Unroll(),
         "100 MB": ohg.Unroll(memory_budget=100e6),
+        "compiled": ohg.Unroll(recompute="never", compile=True),
+        "compiled, 100 MB": ohg.Unroll(memory_budget=100e6, compile=True),
         "tree": ohg.Unroll(recompute="tree"),
         "directions": ohg.ForwardGradient(DIRECTIONS, width=DIRECTIONS, memory_budget=2e9),
         "reversible": ohg.Reversible(),

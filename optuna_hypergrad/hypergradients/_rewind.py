@@ -9,7 +9,7 @@ that are closer together, and so on: a tree.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
 from ._base import Cotangents
 from ._memory import num_bytes, saved_storages, storages
+from ._shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,14 @@ class Point:
     def tensors(self) -> list[Tensor]:
         return [*self.inner_params.values(), *(v for s in self.state.values() for v in s.values())]
 
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Point:
+        """Others in their places."""
+        ahead = iter(tensors)
+        return self.map(lambda tree: {k: next(ahead) for k in tree})
+
     def map(self, function: Callable[[Params], Params]) -> Point:
-        state = {role: function(tree) for role, tree in self.state.items()}
-        return Point(function(self.inner_params), state)
+        inner_params = function(self.inner_params)
+        return Point(inner_params, {role: function(tree) for role, tree in self.state.items()})
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,7 @@ class Rewinder:
         self._recorded: list[tuple[int, Tape]] = []
         self._first = self._count = 0
         self._last: Point | None = None
+        self._shelf: Shelf | None = None
 
     def take(
         self, inner_params: Params, state: InnerState, index: int
@@ -188,14 +195,14 @@ class Rewinder:
             tape, value, gradient = self._record(point, position)
         else:
             if position % self._plan.stride(self._num_steps) == 0:
-                self._kept.append((position, point))
+                self._keep(position, point)
             moved = self._step(point, position)
             self._last = Point(moved[0], moved[1])
             return moved
         if self._keeps_tape(position):
             self._recorded.append((position, tape))
         else:
-            self._kept.append((position, point))
+            self._keep(position, point)
         after = self._last = tape.after.map(_tree.detach)
         return after.inner_params, after.state, value.detach(), gradient
 
@@ -230,6 +237,12 @@ class Rewinder:
         initial = dict(zip(start.inner_params, at.point, strict=False))
         return dict(zip(self._lam, at.outer, strict=True)), initial
 
+    def _keep(self, position: int, point: Point) -> None:
+        if self._shelf is None:
+            kept = math.ceil(self._num_steps / self._plan.stride(self._num_steps))
+            self._shelf = Shelf(1.01 * kept * num_bytes(point.tensors()))
+        self._kept.append((position, point.with_tensors(map(self._shelf.put, point.tensors()))))
+
     def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
         with saved_storages() as held:
             begun = self._record(point, 0)
@@ -260,19 +273,7 @@ class Rewinder:
     ) -> None:
         """Pull ``at``, of ``arrival``, before step ``end``, back to ``point``, before step ``start``."""
         if end - start <= self._plan.tapes:
-            tapes, begun = [], point
-            for position in range(start, end):
-                tapes.append(self._record(point, position)[0])
-                point = tapes[-1].after.map(_tree.detach)
-            self.num_recomputed += end - start
-            if not meets(point.inner_params, arrival.inner_params, begun.inner_params):
-                raise RequirementError(
-                    f"Unroll took the inner steps {self._first + start} to {self._first + end - 1} again on the way back, "
-                    f"and they led elsewhere: {NOT_REPEATED} Or use Unroll(recompute='never'), which takes no step "
-                    f"twice."
-                )
-            while tapes:
-                pull_through(tapes.pop(), self._lam, at, keep=False)
+            self._pull_short(start, end, point, arrival, at)
             return
         stride = self._plan.stride(end - start)
         kept = [(start, point)]
@@ -287,6 +288,29 @@ class Rewinder:
             position, point = kept.pop()
             self._pull_stretch(position, end, point, arrival, at)
             end, arrival = position, point
+
+    def _pull_short(
+        self, start: int, end: int, point: Point, arrival: Point, at: Cotangent
+    ) -> None:
+        """The same for a stretch whose steps are all recorded at once."""
+        tapes, begun = [], point
+        for position in range(start, end):
+            tapes.append(self._record(point, position)[0])
+            point = tapes[-1].after.map(_tree.detach)
+        self.num_recomputed += end - start
+        self._check_repeats(start, end, begun, point, arrival)
+        while tapes:
+            pull_through(tapes.pop(), self._lam, at, keep=False)
+
+    def _check_repeats(
+        self, start: int, end: int, begun: Point, found: Point, arrival: Point
+    ) -> None:
+        if not meets(found.inner_params, arrival.inner_params, begun.inner_params):
+            raise RequirementError(
+                f"Unroll took the inner steps {self._first + start} to {self._first + end - 1} again on the way back, "
+                f"and they led elsewhere: {NOT_REPEATED} Or use Unroll(recompute='never'), which takes no step "
+                f"twice."
+            )
 
     def _step(self, point: Point, position: int) -> tuple[Params, InnerState, Tensor, Params]:
         lam, index = _tree.detach(self._lam), self._first + position
@@ -325,11 +349,11 @@ def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) ->
             retain_graph=keep,
         )
     at.point[:] = found[: len(at.point)]
-    at.outer[:] = map(_added, at.outer, found[len(at.point) :])
+    at.outer[:] = map(added, at.outer, found[len(at.point) :])
 
 
-def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """``total``, which is ours, plus ``part``, which may be shared."""
+def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """``total``, which is ours and is changed, plus ``part``, which may be shared."""
     if part is None:
         return total
     return part.clone() if total is None else total.add_(part)

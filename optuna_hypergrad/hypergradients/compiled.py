@@ -84,7 +84,7 @@ def compiled_solve(
     if key not in _PATHS or alpha is None:
         graph = InnerGraph(inner_objective, w, lam, batch)
         if key not in _PATHS:
-            _remember(key, graph.cross_vjp(torch.ones_like(b)))
+            _remember(key, graph)
         if alpha is None:
             operator = DampedOperator(HessianOperator(graph), damping)
             alpha, curvature, failure = solver.step_length(operator, b)
@@ -119,8 +119,24 @@ def compiled_solve(
     return replace(solution, result=verdict), reached
 
 
-def _remember(key: tuple[Objective, tuple[str, ...]], cross: dict[str, Tensor | None]) -> None:
-    """Which hyperparameters the inner gradient depends on at all: a trace gives zeros for the rest."""
+def paths_of(
+    inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
+) -> frozenset[str]:
+    """The hyperparameters that the inner gradient depends on at all: a trace gives zeros for the rest.
+
+    Raises:
+        RequirementError: if the inner objective cannot be differentiated twice.
+    """
+    key = (inner_objective, tuple(outer_params))
+    if key not in _PATHS:
+        _remember(key, InnerGraph(inner_objective, inner_params, outer_params, batch))
+    return _PATHS[key]
+
+
+def _remember(key: tuple[Objective, tuple[str, ...]], graph: InnerGraph) -> None:
+    cross = graph.cross_vjp(
+        graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
+    )
     if len(_PATHS) >= _CACHE_SIZE:
         _PATHS.pop(next(iter(_PATHS)))
     _PATHS[key] = frozenset(k for k, v in cross.items() if v is not None)

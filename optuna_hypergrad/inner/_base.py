@@ -168,9 +168,18 @@ class AbstractStepSolver(AbstractInnerSolver):
         """Whether one of its settings is a function, which may depend on outer parameters."""
         return any(callable(getattr(self, s)) for s in self.settings)
 
+    def depends_on_index(self, outer_params: Params) -> bool:
+        """Whether the same step would be another one at another index, its batch aside."""
+        return True
+
     def setting(self, name: str, outer_params: Params, index: int) -> Value:
         """The value at a step of one of :attr:`settings`."""
         return resolve(getattr(self, name), outer_params, index, name)
+
+    def has_entry_for_each_step(self, outer_params: Params) -> bool:
+        """Whether one of its settings is a function, or the name of a hyperparameter with more than one entry."""
+        named = (outer_params[n] for n in self.hyperparameters() if n in outer_params)
+        return self.has_schedule() or any(v.dim() > 0 for v in named)
 
     def clipped(self, gradient: Params) -> Params:
         """The gradient after ``max_norm``; differentiable where its norm is zero, too."""

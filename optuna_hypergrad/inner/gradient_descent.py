@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import _tree
 from .._typing import Params
 from ._base import AbstractStepSolver, Evaluate, InnerState
 from ._settings import less
@@ -22,6 +21,9 @@ class GradientDescent(AbstractStepSolver):
     """
 
     name: ClassVar[str] = "gradient_descent"
+
+    def depends_on_index(self, outer_params: Params) -> bool:
+        return self.has_entry_for_each_step(outer_params)
 
     def init(self, inner_params: Params) -> InnerState:
         return {}

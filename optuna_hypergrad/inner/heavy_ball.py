@@ -35,6 +35,9 @@ class HeavyBall(AbstractStepSolver):
         super().__post_init__()
         check_number("HeavyBall: momentum", self.momentum, 0.0, 1.0)
 
+    def depends_on_index(self, outer_params: Params) -> bool:
+        return self.has_entry_for_each_step(outer_params)
+
     def init(self, inner_params: Params) -> InnerState:
         return {"velocity": _tree.zeros_like(inner_params)}
 
