@@ -251,5 +251,6 @@ def _called(run: Callable[..., Any], *arguments: Any) -> Any:
         raise RequirementError(
             f"torch.compile could not turn the inner objective into one graph ({type(error).__name__}: "
             f"{str(error).splitlines()[0]:.200}). Use Unroll(compile=False), or take data-dependent branches, "
-            f"prints and third-party calls out of the inner objective."
+            f"prints and third-party calls out of the inner objective, and give batches of one shape, with tensors in place "
+            f"of numbers that change from step to step."
         ) from error
