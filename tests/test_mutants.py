@@ -652,6 +652,13 @@ MUTANTS = [
         f"{PENALTIES}::test_a_run_ends_with_the_variable_that_it_was_asked_for[f2sa]",
     ),
     Mutant(
+        "sketch a matrix that was to be left whole",
+        "hypergradients/_sketches.py",
+        "r = None if name in whole else rank_of(label, name, block.shape, rank)",
+        "r = rank_of(label, name, block.shape, rank)",
+        "tests/test_bros.py::test_matrices_that_are_named_stay_whole",
+    ),
+    Mutant(
         "perturb the hyperparameters of a proxy to one side only",
         "hypergradients/_proxy.py",
         "for d in (delta, -delta)",
