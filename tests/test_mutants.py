@@ -625,7 +625,7 @@ MUTANTS = [
     ),
     Mutant(
         "drop the inner gradient at the inner solution from a penalty",
-        "hypergradients/_penalty.py",
+        "hypergradients/_slopes.py",
         "found[k] = x if y is None else x - y",
         "found[k] = x",
         f"{PENALTIES}::test_penalized_solutions_equal_the_closed_form[False]",

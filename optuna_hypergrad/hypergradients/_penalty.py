@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .. import _tree
-from .._errors import ObjectiveError, RequirementError
-from .._typing import Batch, Objective, Params
+from .._errors import RequirementError
+from .._typing import Params
 from ..inner import (
     AbstractInnerSolver,
     AbstractMinimizer,
@@ -21,7 +20,6 @@ from ..inner import (
     InnerSolution,
 )
 from ..inner._base import InnerState
-from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import (
     AbstractHypergradientEstimator,
@@ -36,17 +34,10 @@ from ._base import (
     sees_objectives,
 )
 from ._pace import Schedule, check_schedule, scheduled
+from ._slopes import Slopes, difference, outer_slopes, slopes
 
 Returned = Literal["inner", "penalized"]
 RETURNED: tuple[Returned, ...] = ("inner", "penalized")
-
-
-class Slopes(NamedTuple):
-    """An objective and its first derivatives at one point."""
-
-    value: Tensor
-    inner: Params
-    outer: Cotangents
 
 
 @dataclass(frozen=True)
@@ -262,75 +253,6 @@ class AbstractJointPenalty(AbstractPenalty):
     @abc.abstractmethod
     def _direction(self, f: Tensor, g: Tensor, s: float) -> Tensor:
         """Along which ``y`` falls, from ``f_w(y)`` and ``g_w(y)``: fresh memory."""
-
-
-def slopes(
-    objective: Objective, inner_params: Params, outer_params: Params, batch: Batch, label: str
-) -> Slopes:
-    """The objective and its derivatives with respect to both; ``None`` where it ignores a hyperparameter."""
-    return _slopes(objective, inner_params, outer_params, batch, label, True)
-
-
-def outer_slopes(
-    objective: Objective, inner_params: Params, outer_params: Params, batch: Batch, label: str
-) -> Slopes:
-    """The same without ``inner``, which is empty: what leads to ``w`` alone is not gone back."""
-    return _slopes(objective, inner_params, outer_params, batch, label, False)
-
-
-def _slopes(
-    objective: Objective,
-    inner_params: Params,
-    outer_params: Params,
-    batch: Batch,
-    label: str,
-    both: bool,
-) -> Slopes:
-    w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
-    with torch.enable_grad():
-        value = scalar(objective(w, lam, batch), label)
-        if not value.requires_grad:
-            raise ObjectiveError(
-                f"{label} depends neither on inner_params nor on outer_params through differentiable torch operations; "
-                f"compute it from the arguments that it is given."
-            )
-        wanted = {**w, **lam} if both else lam
-        found = torch.autograd.grad(value, tuple(wanted.values()), allow_unused=True)
-    by_lam: Cotangents = dict(zip(lam, found[-len(lam) :], strict=True))
-    if not both:
-        return Slopes(value.detach(), {}, by_lam)
-    by_w = {
-        k: torch.zeros_like(v) if g is None else g
-        for (k, v), g in zip(w.items(), found, strict=False)
-    }
-    return Slopes(value.detach(), by_w, by_lam)
-
-
-def difference(a: Cotangents, b: Cotangents) -> Cotangents:
-    """``a - b``, ``None`` where both are."""
-    found: Cotangents = {}
-    for k, x in a.items():
-        y = b[k]
-        if x is None:
-            found[k] = None if y is None else -y
-        else:
-            found[k] = x if y is None else x - y
-    return found
-
-
-def squared(parts: Mapping[str, Tensor | None]) -> float:
-    """The sum of squares of all entries."""
-    return sum(float(p.double().square().sum()) for p in parts.values() if p is not None)
-
-
-def product(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> float:
-    """The inner product over all entries that both have."""
-    total = 0.0
-    for k, x in a.items():
-        y = b[k]
-        if x is not None and y is not None:
-            total += float((x.double() * y.double()).sum())
-    return total
 
 
 def part(tensors: Params, prefix: str) -> Params:

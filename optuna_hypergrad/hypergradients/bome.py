@@ -12,7 +12,8 @@ from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution
 from ..problem import BilevelProblem
 from ._base import Cotangents, EstimatorState, run_inner
-from ._penalty import AbstractJointPenalty, Slopes, product, squared
+from ._penalty import AbstractJointPenalty
+from ._slopes import Slopes, product, squared
 
 BarrierOn = Literal["gradient", "gap"]
 BARRIERS: tuple[BarrierOn, ...] = ("gradient", "gap")

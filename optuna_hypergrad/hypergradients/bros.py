@@ -27,7 +27,7 @@ from ._base import (
     combine,
 )
 from ._pace import paced
-from ._penalty import difference, part
+from ._penalty import part
 from ._single_loop import AbstractOneStep, check_theta, moving_average, single_step, steps_taken
 from ._sketches import (
     SKETCH_LAWS,
@@ -41,6 +41,7 @@ from ._sketches import (
     sketched_gradient,
     sketched_products,
 )
+from ._slopes import difference
 
 Correction = Literal["one_sided", "bi_probe", "two_sketch"]
 CORRECTIONS: tuple[Correction, ...] = ("one_sided", "bi_probe", "two_sketch")

@@ -11,16 +11,8 @@ from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
 from ._base import Cotangents, EstimatorState, HypergradientEstimate, run_inner
 from ._pace import Schedule, check_schedule, scheduled
-from ._penalty import (
-    AbstractPenalty,
-    Slopes,
-    difference,
-    in_words,
-    outer_slopes,
-    packed,
-    part,
-    unpacked,
-)
+from ._penalty import AbstractPenalty, in_words, packed, part, unpacked
+from ._slopes import Slopes, difference, outer_slopes
 
 
 def rising(count: int) -> float:

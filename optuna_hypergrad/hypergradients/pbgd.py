@@ -12,7 +12,8 @@ from ..inner import AbstractInnerSolver, InnerSolution
 from ..problem import BilevelProblem
 from ._base import Cotangents, EstimatorState, run_inner
 from ._pace import Schedule, check_schedule, scheduled
-from ._penalty import AbstractJointPenalty, Slopes
+from ._penalty import AbstractJointPenalty
+from ._slopes import Slopes
 
 
 @dataclass(frozen=True)
