@@ -187,7 +187,9 @@ class AbstractJointPenalty(AbstractPenalty):
         y, z_before = self._both(inner_params, state)
         if self.same_batch:
             batch = problem.inner_batch(count)
-            below_problem = replace(problem, inner_batch=lambda _: batch)
+            below_problem = BilevelProblem(
+                problem.inner_objective, problem.outer_objective, lambda _: batch
+            )
             z = self._inner(below_problem, inner_solver, z_before, outer_params, y, state)
         else:
             z = self._inner(problem, inner_solver, z_before, outer_params, y, state)

@@ -24,23 +24,24 @@ class BOME(AbstractJointPenalty):
     """Moves ``(lam, y)`` along ``grad f + s grad q``, ``q = g(y, lam) - g(z, lam)``, with the least ``s`` that lets ``q`` fall.
 
     ``z`` is ``max_steps`` of the inner solver from ``y``, held fixed in ``grad q = (g_lam(y) - g_lam(z), g_w(y))``;
-    ``s = max(0, (phi - <grad f, grad q>) / |grad q|^2)``, so that ``<grad f + s grad q, grad q> >= phi``; ``y <- y - eta (f_w + s g_w)``, one step, and the estimate is the ``lam`` part at ``y`` before it.
-    First derivatives only. Not a hypergradient at a point: ``s`` rises without bound as ``q`` falls, and it is small
-    steps of ``y`` and ``lam``, of one order, that lead both to the solution. The paper's step lengths are equal: ``eta`` and
-    the ``lr`` of ``torch.optim.SGD``.
+    ``s = max(0, (phi - <grad f, grad q>) / |grad q|^2)``, so that ``<grad f + s grad q, grad q> >= phi``;
+    ``y <- y - eta (f_w + s g_w)``, one step, and the estimate is the ``lam`` part at ``y`` before it. First
+    derivatives only. Not a hypergradient at a point: ``s`` rises without bound as ``q`` falls, and it is small steps of
+    ``y`` and ``lam``, of one order, that lead both to the solution. The paper's step lengths are equal: ``eta`` and the
+    ``lr`` of ``torch.optim.SGD``.
 
     Reference: Liu, Ye, Wright, Stone & Liu (2022), "BOME! Bilevel optimization made easy: a simple first-order
     approach", algorithm 1 and equation 5.
 
     Batches are not in the paper. ``q`` is small, and steps on another batch than its own need not lower ``g`` there: so
-    ``same_batch`` is set by default, which is the paper's ``q``, of one function ``g``. (With noise in place of ``q``
-    weights of samples are found less well: see ``benchmarks/results/cleaning.md``.) Its mean over batches is then not quite that of
-    all data: ``z`` is better on the batch that it has been moved on.
+    ``same_batch`` is set by default, which makes it the ``q`` of one function, as in the paper. Its mean over batches is then
+    not quite that of all data: ``z`` is better on the batch that it has been moved on. (With the noise of two batches
+    weights of samples are found less well: ``benchmarks/results/cleaning.md``.)
 
     Args:
         barrier: ``eta`` in the paper.
-        barrier_on: ``phi``, both of the paper: ``"gradient"``, ``barrier |grad q|^2``, or ``"gap"``, ``barrier q``. At a step
-            size ``a`` of ``z`` a short way gives ``q ~ a |g_w|^2``, so that the second is the first times the length of that way.
+        barrier_on: What ``phi`` is ``barrier`` times: ``"gradient"``, ``|grad q|^2``, or ``"gap"``, ``q``, as in the authors'
+            code. One short step of ``z`` of size ``a`` has ``q ~ a |g_w|^2``: there the second is about ``a`` times the first.
     """
 
     name: ClassVar[str] = "bome"
