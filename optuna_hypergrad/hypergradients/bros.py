@@ -177,9 +177,9 @@ class BROS(AbstractOneStep):
             if k not in self.whole
         ]
         if all(r is None for r in ranks):
+            besides = " but those that whole= names" if self.whole else ""
             raise RequirementError(
-                "BROS finds no matrix among the inner parameters to draw a subspace of: it leaves vectors whole, and what "
-                "whole= names; use MASOBA."
+                f"BROS finds no matrix among the inner parameters{besides}, and leaves vectors whole; use MASOBA."
             )
         plain = (
             isinstance(inner_solver, (GradientDescent, HeavyBall)) and inner_solver.max_norm is None
