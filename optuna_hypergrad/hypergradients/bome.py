@@ -35,8 +35,9 @@ class BOME(AbstractJointPenalty):
 
     Batches are not in the paper. ``q`` is small, and steps on another batch than its own need not lower ``g`` there: so
     ``same_batch`` is set by default, which makes it the ``q`` of one function, as in the paper. Its mean over batches is then
-    not quite that of all data: ``z`` is better on the batch that it has been moved on. (With the noise of two batches
-    weights of samples are found less well: ``benchmarks/results/cleaning.md``.)
+    not quite that of all data: ``z`` is better on the batch that it has been moved on. (Weights of samples below an MLP
+    are found better so than with the noise of two batches; below softmax regression, slightly less well:
+    ``benchmarks/results/cleaning.md``.)
 
     Args:
         barrier: ``eta`` in the paper.
