@@ -94,6 +94,26 @@ def test_the_whole_space_is_ma_soba() -> None:
             assert a[k] == pytest.approx(b[k], rel=1e-10)
 
 
+@pytest.mark.parametrize(("share", "factor"), [(None, 5 / 6), (0.7, 0.7)])
+def test_matrices_that_are_named_stay_whole(share: float | None, factor: float) -> None:
+    """``"conv"`` has fewer rows than the rank; the first step, where ``v = 0``, by the formulas."""
+    estimator = ohg.BROS(0.3, rank=5, whole=("conv",), share=share, theta=1.0)
+    found = ohg.hypergradient(PROBLEM, V, LAM, estimator=estimator, inner_solver=ONE)
+    w = {k: x.clone().requires_grad_() for k, x in V.items()}
+    slopes = (
+        dict(zip(w, torch.autograd.grad(f(w, LAM, None), tuple(w.values())), strict=True))
+        for f in (inner, outer)
+    )
+    g, f = slopes
+    basis = draw("X", "gaussian", 5, (0, 0, 0), {"a": W["a"]})["a"].basis
+    for slope in (g, f):
+        slope["a"] = factor * (basis @ (basis.T @ slope["a"]))
+    after = {k: V[k] - 0.2 * g[k] for k in V}
+    assert relative_error(found.inner_params, after) < 1e-12
+    v = {k: found.state.tensors[f"v/{k}"] for k in V}
+    assert relative_error(v, {k: 0.3 * x for k, x in f.items()}) < 1e-12
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_velocities_in_the_whole_space_are_those_of_the_solver(nesterov: bool) -> None:
     solver = ohg.HeavyBall(0.05, max_steps=1, momentum=0.7, nesterov=nesterov)
@@ -185,6 +205,8 @@ def test_products_are_gone_before_the_next_inner_params_come(
         (lambda: ohg.BROS(correction="bi_probe"), "bi_probe needs one rank >= 2 for all blocks"),
         (lambda: ohg.BROS(rank=1, correction="bi_probe"), "bi_probe needs one rank >= 2"),
         (lambda: ohg.BROS(refresh=0), "refresh >= 1"),
+        (lambda: ohg.BROS(share=0.0), "share to be a finite number > 0, or None"),
+        (lambda: ohg.BROS(whole="conv"), r"whole to be a tuple of names .* got 'conv'"),
         (lambda: ohg.BROS(theta=0), "0 < theta <= 1"),
         (lambda: ohg.BROS(seed=-1), "seed >= 0"),
         (lambda: ohg.BROS(0.0), "step_size to be a finite number > 0"),
@@ -200,6 +222,13 @@ def test_bad_settings_are_refused(make, message: str) -> None:
     [
         (ohg.BROS(rank=5), ONE, W, r"BROS\(rank=5\) is larger than the inner parameter 'conv'"),
         (ohg.BROS(), ONE, {"bias": W["bias"]}, "no matrix among the inner parameters"),
+        (ohg.BROS(whole=("a", "conv")), ONE, W, "no matrix .* but those that whole= names"),
+        (
+            ohg.BROS(whole=("embed",)),
+            ONE,
+            W,
+            "'embed' whole, and there is no .* out of 'a', 'bias'",
+        ),
         (ohg.BROS(0.1), ohg.Adam(0.1, max_steps=1), W, "was given Adam; pass GradientDescent"),
         (
             ohg.BROS(),

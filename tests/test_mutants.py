@@ -619,8 +619,8 @@ MUTANTS = [
     Mutant(
         "take the outer gradient of a penalty at the wrong one of two solutions",
         "hypergradients/f2sa.py",
-        "direct = at(above, True).outer",
-        "direct = at(z, True).outer",
+        "f = at(above, True)",
+        "f = at(z, True)",
         f"{PENALTIES}::test_penalties_of_a_coupled_outer_objective_equal_the_closed_form",
     ),
     Mutant(
@@ -632,7 +632,7 @@ MUTANTS = [
     ),
     Mutant(
         "drop the inner gradient at the inner solution from a penalty",
-        "hypergradients/_penalty.py",
+        "hypergradients/_slopes.py",
         "found[k] = x if y is None else x - y",
         "found[k] = x",
         f"{PENALTIES}::test_penalized_solutions_equal_the_closed_form[False]",
@@ -640,9 +640,30 @@ MUTANTS = [
     Mutant(
         "let the barrier push back where the inner objective falls by itself",
         "hypergradients/bome.py",
-        "return max(0.0, self.barrier -",
-        "return max(-1e9, self.barrier -",
-        f"{PENALTIES}::test_both_variables_move_from_the_same_point[bome]",
+        "return max(0.0, (wanted - along) / size)",
+        "return (wanted - along) / size",
+        f"{PENALTIES}::test_both_variables_move_from_the_same_point[inner-bome]",
+    ),
+    Mutant(
+        "measure what the inner objective has fallen by on another batch than it fell on",
+        "hypergradients/_penalty.py",
+        "batch = problem.inner_batch(count)",
+        "batch = problem.inner_batch(count + 1)",
+        f"{PENALTIES}::test_both_variables_move_from_the_same_point[inner-bome]",
+    ),
+    Mutant(
+        "end a run of a penalty method with a solve that takes its y from the outer objective",
+        "hypergradients/_penalty.py",
+        'return self.returns == "inner"',
+        "return True",
+        f"{PENALTIES}::test_a_run_ends_with_the_variable_that_it_was_asked_for[f2sa]",
+    ),
+    Mutant(
+        "sketch a matrix that was to be left whole",
+        "hypergradients/_sketches.py",
+        "r = None if name in whole else rank_of(label, name, block.shape, rank)",
+        "r = rank_of(label, name, block.shape, rank)",
+        "tests/test_bros.py::test_matrices_that_are_named_stay_whole",
     ),
     Mutant(
         "perturb the hyperparameters of a proxy to one side only",

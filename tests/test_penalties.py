@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -85,27 +86,53 @@ def test_penalties_of_a_coupled_outer_objective_equal_the_closed_form() -> None:
     assert relative_error(found.value, {"x": A.T @ y - s * A.T @ (y - z)}) < 1e-8
 
 
-@pytest.mark.parametrize("estimator", [ohg.PBGD(5.0), ohg.BOME(0.3)], ids=lambda e: e.name)
-def test_both_variables_move_from_the_same_point(estimator) -> None:
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.PBGD(5.0),
+        ohg.PBGD(5.0, same_batch=True),
+        ohg.BOME(0.3),
+        ohg.BOME(0.7, barrier_on="gap"),
+        ohg.BOME(0.3, same_batch=False),
+    ],
+    ids=["pbgd", "pbgd on one batch", "bome", "bome on the gap", "bome on two batches"],
+)
+@pytest.mark.parametrize("returns", ["inner", "penalized"])
+def test_both_variables_move_from_the_same_point(returns: str, estimator) -> None:
     """Five steps against the formulas, a new ``lam`` each, two inner steps between."""
+    estimator = dataclasses.replace(estimator, returns=returns)
+    one, is_bome = estimator.same_batch, isinstance(estimator, ohg.BOME)
     solver = ohg.GradientDescent(0.4, max_steps=2)
+
+    def batch(step: int) -> torch.Tensor:
+        return A @ randn(4, seed=80 + step)
+
+    def moved(w: Params, lam: Params, batch: torch.Tensor) -> torch.Tensor:
+        return inner(w, lam, batch) + 0.3 * ((w["w"] - batch) ** 2).sum()
+
+    problem = ohg.BilevelProblem(moved, outer, batch)
     y = z = 3 * randn(6, seed=3)  # so far off that the barrier is not needed at first
-    found = None
+    found, penalties = None, []
     for step in range(5):
         lam = randn(4, seed=40 + step)
-        z = y if isinstance(estimator, ohg.BOME) else z
-        for _ in range(2):
-            z = z - 0.4 * (1.2 * z - A @ lam)
-        f_y, g_y = y - T, 1.2 * y - A @ lam
+        z = y if is_bome else z
+        for i in range(2):
+            z = z - 0.4 * (1.8 * z - A @ lam - 0.6 * batch(step if one else 2 * step + i))
+        last = batch(step if one else 2 * step + 2)
+        f_y, g_y = y - T, 1.8 * y - A @ lam - 0.6 * last
         gap = -A.T @ (y - z)
-        if isinstance(estimator, ohg.BOME):
+        f = float(outer({"w": y}, {"x": lam}, None))
+        if is_bome:
             both = gap @ gap + g_y @ g_y
-            s = max(0.0, 0.3 - float((f_y @ g_y + 0.5 * lam @ gap) / both))
+            q = moved({"w": y}, {"x": lam}, last) - moved({"w": z}, {"x": lam}, last)
+            barrier = estimator.barrier * (both if estimator.barrier_on == "gradient" else q)
+            s = max(0.0, float((barrier - f_y @ g_y - 0.5 * lam @ gap) / both))
             change = 0.4 * (f_y + s * g_y)
         else:
             s, change = 5.0, 0.4 * (f_y / 5.0 + g_y)
+        penalties.append(s)
         found = estimator.estimate(
-            PROBLEM,
+            problem,
             solver,
             {"w": y} if found is None else found.inner_params,
             {"x": lam},
@@ -114,9 +141,78 @@ def test_both_variables_move_from_the_same_point(estimator) -> None:
         )
         y = y - change
         assert relative_error(found.value, {"x": 0.5 * lam + s * gap}) < 1e-12
-        assert relative_error({"y/w": found.state.tensors["y/w"]}, {"y/w": y}) < 1e-12
-        assert relative_error(found.inner_params, {"w": z}) < 1e-12
         assert found.stats["penalty"] == pytest.approx(s, rel=1e-12)
+        kept = found.state.tensors
+        if returns == "inner":
+            assert relative_error({"y/w": kept["y/w"]}, {"y/w": y}) < 1e-12
+            assert relative_error(found.inner_params, {"w": z}) < 1e-12
+            assert kept.keys() == {"y/w"}
+        else:
+            assert relative_error(found.inner_params, {"w": y}) < 1e-12
+            assert float(found.outer_value) == pytest.approx(f, rel=1e-12)
+            assert kept.keys() == (set() if is_bome else {"z/w"})
+    assert not is_bome or min(penalties) == 0.0 < max(penalties)
+
+
+@pytest.mark.parametrize("central", [False, True])
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_the_penalized_solution_is_returned_where_asked_for(
+    central: bool, warm_start: bool
+) -> None:
+    """``lam`` moves alike; ``w``, and where ``outer_value`` is taken, are those of ``argmin g + f/s``."""
+    runs = {
+        returns: ohg.minimize_bilevel(
+            PROBLEM,
+            W,
+            LAM,
+            inner_solver=EXACT,
+            estimator=ohg.F2SA(7.0, central=central, returns=returns),
+            num_steps=3,
+            warm_start=warm_start,
+        )
+        for returns in ("inner", "penalized")
+    }
+    assert relative_error(runs["penalized"].outer_params, runs["inner"].outer_params) < 1e-7
+    found = ohg.hypergradient(
+        PROBLEM,
+        W,
+        LAM,
+        estimator=ohg.F2SA(7.0, central=central, returns="penalized"),
+        inner_solver=EXACT,
+    )
+    y = {"w": (A @ LAM["x"] + T / 7.0) / (1.2 + 1 / 7.0)}
+    assert relative_error(found.inner_params, y) < 1e-8
+    assert float(found.outer_value) == pytest.approx(float(outer(y, LAM, None)), rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "estimator", [ohg.F2SA(7.0), ohg.PBGD(7.0), ohg.BOME()], ids=lambda e: e.name
+)
+def test_a_run_ends_with_the_variable_that_it_was_asked_for(estimator) -> None:
+    """A solve of the inner problem at the end would lead ``y`` away from what it has of ``f``."""
+    solver, states, found = ohg.GradientDescent(0.4, max_steps=2), {}, None
+    for returns in ("inner", "penalized"):
+        of_kind = dataclasses.replace(estimator, returns=returns)
+        states[returns] = ohg.minimize_bilevel(
+            PROBLEM,
+            W,
+            LAM,
+            inner_solver=solver,
+            estimator=of_kind,
+            num_steps=4,
+            optimizer=functools.partial(torch.optim.SGD, lr=0.0),
+        )
+    for step in range(4):
+        found = of_kind.estimate(
+            PROBLEM,
+            solver,
+            W if found is None else found.inner_params,
+            LAM,
+            step,
+            None if found is None else found.state,
+        )
+    assert torch.equal(states["penalized"].inner_params["w"], found.inner_params["w"])
+    assert states["penalized"].outer_value < states["inner"].outer_value
 
 
 def test_runs_end_at_the_solution_but_for_their_bias() -> None:
@@ -162,6 +258,9 @@ def test_cold_runs_begin_both_inner_problems_anew(warm_start: bool) -> None:
         (ohg.F2SA(lambda t: 5.0 + t), ohg.Adam(0.05, max_steps=3)),
         (ohg.PBGD(step_size=0.1), ohg.HeavyBall(0.2, max_steps=3)),
         (ohg.BOME(), ohg.GradientDescent(0.2, max_steps=3)),
+        (ohg.F2SA(central=True, returns="penalized"), ohg.HeavyBall(0.2, max_steps=3)),
+        (ohg.PBGD(step_size=0.1, returns="penalized"), ohg.HeavyBall(0.2, max_steps=3)),
+        (ohg.BOME(returns="penalized"), ohg.GradientDescent(0.2, max_steps=3)),
     ],
     ids=lambda v: v.name,
 )
@@ -239,6 +338,12 @@ def test_cold_starts_of_joint_descent_are_refused() -> None:
         (lambda: ohg.F2SA("10"), "F2SA needs penalty to be a finite number > 0"),
         (lambda: ohg.PBGD(float("nan")), "PBGD needs penalty to be a finite number > 0"),
         (lambda: ohg.PBGD(step_size=-1.0), "PBGD needs step_size to be a finite number > 0"),
+        (
+            lambda: ohg.BOME(barrier_on="loss"),
+            "BOME needs barrier_on to be one of 'gradient', 'gap'",
+        ),
+        (lambda: ohg.PBGD(returns="y"), "PBGD needs returns to be 'inner' .* or 'penalized'"),
+        (lambda: ohg.F2SA(returns=None), "F2SA needs returns to be 'inner'"),
         (lambda: ohg.BOME(0.0), "BOME needs a finite barrier > 0"),
         (lambda: ohg.BOME(step_size=float("inf")), "BOME needs step_size to be a finite"),
     ],

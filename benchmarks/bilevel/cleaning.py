@@ -43,7 +43,7 @@ from optuna_hypergrad.hypergradients import AbstractHypergradientEstimator
 HERE = Path(__file__).resolve().parent
 SECONDS = {"softmax": 12.0, "mlp": 40.0}
 MOMENTS = 20
-PEERS = ("BOAT", "Betty", "TorchOpt", "higher")
+PEERS = ("BOAT", "BOAT, falling", "Betty", "TorchOpt", "higher")
 BASELINES = ("equal weights", "oracle", "validation alone", "TPE")
 Run = dict[str, Any]
 
@@ -134,7 +134,7 @@ def of_peer(task: Task, name: str, seed: int, seconds: float, python: str) -> Ru
         torch.save({**start, **settings}, given)
         command = [
             str(Path(python).absolute()),
-            str(HERE / "peers" / f"run_{name.lower()}.py"),
+            str(HERE / "peers" / f"run_{name.lower().replace(', ', '_')}.py"),
             str(given),
             str(out),
         ]

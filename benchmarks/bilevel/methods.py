@@ -66,12 +66,20 @@ _SOFTMAX = {
     "T1-T2": Method(ohg.T1T2(step_size=0.1), _one, 1000.0),
     "F2SA": Method(ohg.F2SA(), _one, 1000.0),
     "PBGD": Method(ohg.PBGD(step_size=0.05), _one, 1000.0),
-    "BOME": Method(ohg.BOME(step_size=0.05), _one, 1000.0),
+    "BOME": Method(ohg.BOME(step_size=0.05, same_batch=False), _one, 1000.0),
     "Implicit, Neumann-5": Method(ohg.Implicit(ohg.Neumann(5, alpha=0.02)), _ten, 1000.0),
     "Implicit, CG-5": Method(ohg.Implicit(ohg.CG(max_steps=5, rtol=0.0)), _ten, 1000.0),
     "Unroll, 10 steps": Method(ohg.Unroll(), _ten, 1000.0),
 }
+
+
+def _falling_y(step: int) -> float:
+    return 0.3 * _falling_outer(step)
+
+
 _quick = ohg.GradientDescent(0.2, max_steps=1)
+_quick_falling = ohg.GradientDescent(lambda lam, step: 0.2 * _falling_outer(step), max_steps=1)
+_far = ohg.GradientDescent(2.0, max_steps=1)
 _quick_ten = ohg.GradientDescent(0.2, max_steps=10)
 _momentum = ohg.HeavyBall(0.05, momentum=0.9, max_steps=1)
 _v: dict[str, float] = {"step_size": 0.1, "damping": 0.1}
@@ -81,9 +89,12 @@ _MLP = {
     "BROS": Method(ohg.BROS(rank=0.25, theta=0.1, **_v), _quick, 300.0),
     "SAMA": Method(ohg.SAMA(), _quick, 300.0),
     "T1-T2": Method(ohg.T1T2(), _quick, 300.0),
-    "F2SA": Method(ohg.F2SA(), _quick, 300.0),
-    "PBGD": Method(ohg.PBGD(), _quick, 300.0),
-    "BOME": Method(ohg.BOME(), _quick, 300.0),
+    "F2SA": Method(ohg.F2SA(10.0, returns="penalized"), _quick_falling, 1000.0),
+    "PBGD": Method(ohg.PBGD(same_batch=True, returns="penalized"), _quick, 300.0),
+    "BOME": Method(
+        ohg.BOME(5.0, step_size=_falling_y, barrier_on="gap", returns="penalized"), _far, 600.0
+    ),
+    "BOME, z": Method(ohg.BOME(5.0, step_size=_falling_y, barrier_on="gap"), _far, 600.0),
     "Implicit, Neumann-5": Method(
         ohg.Implicit(ohg.Neumann(5, alpha=0.1), damping=0.1), _quick_ten, 300.0
     ),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .. import _tree
-from .._errors import ObjectiveError, RequirementError
-from .._typing import Batch, Objective, Params
+from .._errors import RequirementError
+from .._typing import Params
 from ..inner import (
     AbstractInnerSolver,
     AbstractMinimizer,
@@ -21,7 +20,6 @@ from ..inner import (
     InnerSolution,
 )
 from ..inner._base import InnerState
-from ..operators import scalar
 from ..problem import BilevelProblem
 from ._base import (
     AbstractHypergradientEstimator,
@@ -36,19 +34,39 @@ from ._base import (
     sees_objectives,
 )
 from ._pace import Schedule, check_schedule, scheduled
+from ._slopes import Slopes, difference, outer_slopes, slopes
 
-
-class Slopes(NamedTuple):
-    """An objective and its first derivatives at one point."""
-
-    value: Tensor
-    inner: Params
-    outer: Cotangents
+Returned = Literal["inner", "penalized"]
+RETURNED: tuple[Returned, ...] = ("inner", "penalized")
 
 
 @dataclass(frozen=True)
 class AbstractPenalty(AbstractHypergradientEstimator):
-    """What the methods with two inner problems share. ``w`` (here ``z``) is the caller's; ``y`` is in the state."""
+    """What the methods with two inner problems share: ``z`` minimizes ``g``, and ``y`` sees ``f``, too.
+
+    Args:
+        returns: Which of them is ``w``, for the caller, who keeps it and gives it back; the other one is in the state.
+            ``"inner"``: ``z``, which solves the bilevel problem's lower level, and has learned nothing from ``f``.
+            ``"penalized"``: ``y``, which has. It is the better model where ``f`` is a loss of samples that may be
+            trained on; its ``outer_value`` is then one of training.
+    """
+
+    begins_at_y: ClassVar[bool] = False
+    """Whether ``z`` begins at ``y`` at each step, so that the state need not keep it."""
+
+    returns: Returned = field(default="inner", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.returns not in RETURNED:
+            raise ValueError(
+                f"{type(self).__name__} needs returns to be 'inner' (z, near argmin g) or 'penalized' (y, which the outer "
+                f"objective moves, too), got {self.returns!r:.80}."
+            )
+
+    @property
+    def solves(self) -> bool:  # type: ignore[override]
+        """Whether a run ends with a solve at its last ``lam``. One would take ``y`` from what it has of ``f``."""
+        return self.returns == "inner"
 
     @property
     def carries(self) -> str:
@@ -82,22 +100,37 @@ class AbstractPenalty(AbstractHypergradientEstimator):
         step: int,
         state: EstimatorState,
         z: InnerSolution,
+        y: Params,
+        y_value: Tensor,
         parts: tuple[Cotangents, Cotangents],
         stats: dict[str, float],
         results: tuple[Any, ...],
         tensors: Params,
     ) -> HypergradientEstimate:
-        label = type(self).__name__
-        value = combine(*parts, outer_params, label, self.sees)
-        outer_value = torch.tensor(outer_value_at(problem, z.inner_params, outer_params, step))
+        """What ``returns`` asks for; ``tensors`` holds what the state keeps beside the other of ``y`` and ``z``."""
+        value = combine(*parts, outer_params, type(self).__name__, self.sees)
+        if self.returns == "penalized":
+            w, outer_value = y, y_value
+            kept = {} if self.begins_at_y else {f"z/{k}": v for k, v in z.inner_params.items()}
+        else:
+            w, kept = z.inner_params, {f"y/{k}": v for k, v in y.items()}
+            outer_value = torch.tensor(outer_value_at(problem, w, outer_params, step))
+        tensors = {**kept, **tensors}
         result = _first_failure(z.result, *results, _finite(value, outer_value))
         numbers = {"count": state.numbers.get("count", 0.0) + 1.0}
         after = EstimatorState(
             state.inner_index + z.num_steps, z.state or None, _tree.detach(tensors), numbers
         )
-        return HypergradientEstimate(
-            value, outer_value, _tree.detach(z.inner_params), result, stats, after
-        )
+        return HypergradientEstimate(value, outer_value, _tree.detach(w), result, stats, after)
+
+    def _both(self, inner_params: Params, state: EstimatorState) -> tuple[Params, Params]:
+        """``y`` and ``z`` of the step before; at first, and where the inner problem begins anew, both are ``inner_params``."""
+        given = _tree.detach(inner_params)
+        if not state.inner_index:
+            return given, given
+        if self.returns == "penalized":
+            return given, part(state.tensors, "z/") or given
+        return part(state.tensors, "y/") or given, given
 
 
 @dataclass(frozen=True)
@@ -107,11 +140,16 @@ class AbstractJointPenalty(AbstractPenalty):
     Args:
         step_size: Of ``y``: a number, or ``t -> number`` where ``t`` counts the estimator's steps from 0; ``None``
             for that of an inner ``GradientDescent``.
+        same_batch: ``z`` is moved, and ``g(y) - g(z)`` taken, on one inner batch: number ``t`` at the estimator's step
+            ``t``, for all ``max_steps``. Otherwise batches go on with each inner step, and the gap has the next one.
+            See each method.
     """
 
     step_size: Schedule | None = field(default=None, kw_only=True)
+    same_batch: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_schedule(type(self).__name__, "step_size", self.step_size, none=True)
 
     def check(
@@ -146,18 +184,25 @@ class AbstractJointPenalty(AbstractPenalty):
                 f"{type(self).__name__} moves its own inner variable by one step at a time, and this run begins the inner "
                 f"problem anew at every outer step; use warm_start=True, or F2SA, which solves both each time."
             )
-        y = part(state.tensors, "y/") or _tree.detach(inner_params)
-        z = self._inner(problem, inner_solver, inner_params, outer_params, y, state)
-        batch = problem.inner_batch(state.inner_index + z.num_steps)
+        y, z_before = self._both(inner_params, state)
+        if self.same_batch:
+            batch = problem.inner_batch(count)
+            below_problem = BilevelProblem(
+                problem.inner_objective, problem.outer_objective, lambda _: batch
+            )
+            z = self._inner(below_problem, inner_solver, z_before, outer_params, y, state)
+        else:
+            z = self._inner(problem, inner_solver, z_before, outer_params, y, state)
+            batch = problem.inner_batch(state.inner_index + z.num_steps)
         f = slopes(
             problem.outer_objective, y, outer_params, problem.outer_batch(step), "outer_objective"
         )
-        above, below = (
-            slopes(problem.inner_objective, at, outer_params, batch, "inner_objective")
-            for at in (y, _tree.detach(z.inner_params))
+        above = slopes(problem.inner_objective, y, outer_params, batch, "inner_objective")
+        below = outer_slopes(
+            problem.inner_objective, z.inner_params, outer_params, batch, "inner_objective"
         )
-        gap = difference(above.outer, below.outer)
-        s = self._weight(f, above.inner, gap, count)
+        slope_outer, gap = difference(above.outer, below.outer), float(above.value - below.value)
+        s = self._weight(f, above.inner, slope_outer, gap, count)
         eta = self._step_size(inner_solver, count)
         after = {
             k: v - self._direction(f.inner[k], above.inner[k], s).mul_(eta) for k, v in y.items()
@@ -165,19 +210,21 @@ class AbstractJointPenalty(AbstractPenalty):
         stats = {
             "num_inner_steps": float(z.num_steps + 1),
             "penalty": s,
-            "gap": float(above.value - below.value),
+            "gap": gap,
         }
-        scaled = {k: None if d is None else s * d for k, d in gap.items()}
+        scaled = {k: None if d is None else s * d for k, d in slope_outer.items()}
         return self._estimate(
             problem,
             outer_params,
             step,
             state,
             z,
+            after,
+            f.value,
             (f.outer, scaled),
             stats,
             (),
-            {f"y/{k}": v for k, v in after.items()},
+            {},
         )
 
     def _step_size(self, inner_solver: AbstractInnerSolver | None, count: int) -> float:
@@ -200,59 +247,14 @@ class AbstractJointPenalty(AbstractPenalty):
         """``z``, near ``argmin g``."""
 
     @abc.abstractmethod
-    def _weight(self, f: Slopes, slope: Params, gap: Cotangents, count: int) -> float:
-        """``s``, from ``f`` at ``y``, ``g_w(y)`` and ``g_lam(y) - g_lam(z)``."""
+    def _weight(
+        self, f: Slopes, slope: Params, slope_outer: Cotangents, gap: float, count: int
+    ) -> float:
+        """``s``, from ``f`` at ``y``, ``g_w(y)``, ``g_lam(y) - g_lam(z)`` and ``g(y) - g(z)``."""
 
     @abc.abstractmethod
     def _direction(self, f: Tensor, g: Tensor, s: float) -> Tensor:
         """Along which ``y`` falls, from ``f_w(y)`` and ``g_w(y)``: fresh memory."""
-
-
-def slopes(
-    objective: Objective, inner_params: Params, outer_params: Params, batch: Batch, label: str
-) -> Slopes:
-    """The objective and its derivatives with respect to both; ``None`` where it ignores a hyperparameter."""
-    w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
-    with torch.enable_grad():
-        value = scalar(objective(w, lam, batch), label)
-        if not value.requires_grad:
-            raise ObjectiveError(
-                f"{label} depends neither on inner_params nor on outer_params through differentiable torch operations; "
-                f"compute it from the arguments that it is given."
-            )
-        found = torch.autograd.grad(value, (*w.values(), *lam.values()), allow_unused=True)
-    by_w = {
-        k: torch.zeros_like(v) if g is None else g
-        for (k, v), g in zip(w.items(), found, strict=False)
-    }
-    return Slopes(value.detach(), by_w, dict(zip(lam, found[len(w) :], strict=True)))
-
-
-def difference(a: Cotangents, b: Cotangents) -> Cotangents:
-    """``a - b``, ``None`` where both are."""
-    found: Cotangents = {}
-    for k, x in a.items():
-        y = b[k]
-        if x is None:
-            found[k] = None if y is None else -y
-        else:
-            found[k] = x if y is None else x - y
-    return found
-
-
-def squared(parts: Mapping[str, Tensor | None]) -> float:
-    """The sum of squares of all entries."""
-    return sum(float(p.double().square().sum()) for p in parts.values() if p is not None)
-
-
-def product(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> float:
-    """The inner product over all entries that both have."""
-    total = 0.0
-    for k, x in a.items():
-        y = b[k]
-        if x is not None and y is not None:
-            total += float((x.double() * y.double()).sum())
-    return total
 
 
 def part(tensors: Params, prefix: str) -> Params:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,12 +90,17 @@ def rank_of(label: str, name: str, shape: torch.Size, rank: int | float) -> int 
 
 
 def draw(
-    label: str, law: SketchLaw, rank: int | float, key: tuple[int, ...], inner_params: Params
+    label: str,
+    law: SketchLaw,
+    rank: int | float,
+    key: tuple[int, ...],
+    inner_params: Params,
+    whole: Collection[str] = (),
 ) -> Sketches:
-    """Independent sketches of all blocks; equal keys give equal bytes."""
+    """Independent sketches of all blocks but those that are left ``whole``; equal keys give equal bytes."""
     found: Sketches = {}
     for i, (name, block) in enumerate(inner_params.items()):
-        r = rank_of(label, name, block.shape, rank)
+        r = None if name in whole else rank_of(label, name, block.shape, rank)
         if r is None:
             found[name] = Sketch(block.shape, None)
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,10 +27,11 @@ from ._base import (
     combine,
 )
 from ._pace import paced
-from ._penalty import difference, part
+from ._penalty import part
 from ._single_loop import AbstractOneStep, check_theta, moving_average, single_step, steps_taken
 from ._sketches import (
     SKETCH_LAWS,
+    Sketch,
     Sketches,
     SketchLaw,
     draw,
@@ -40,6 +41,7 @@ from ._sketches import (
     sketched_gradient,
     sketched_products,
 )
+from ._slopes import difference
 
 Correction = Literal["one_sided", "bi_probe", "two_sketch"]
 CORRECTIONS: tuple[Correction, ...] = ("one_sided", "bi_probe", "two_sketch")
@@ -100,6 +102,10 @@ class BROS(AbstractOneStep):
         refresh: Steps between draws.
         theta: As for :class:`MASOBA`.
         seed: Of the draws.
+        share: What the step sizes of a block in a subspace are multiplied by (those of ``v`` by its square where the
+            correction's noise stays): ``None`` for ``r/m``. With a number, the step sizes are those of blocks that are whole.
+        whole: Names of matrices that are left whole like vectors: narrow ones (embeddings, heads), which take little
+            memory and of which a subspace holds few directions.
     """
 
     name: ClassVar[str] = "bros"
@@ -111,14 +117,16 @@ class BROS(AbstractOneStep):
     refresh: int = field(default=1, kw_only=True)
     theta: float = field(default=0.1, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    share: float | None = field(default=None, kw_only=True)
+    whole: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_theta("BROS", self.theta)
         check_count("BROS", "refresh", self.refresh, 1)
         check_count("BROS", "seed", self.seed, 0)
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        if not (is_number(self.rank) and (self.rank >= 1 if whole else 0 < self.rank <= 1)):
+        counted = isinstance(self.rank, int) and not isinstance(self.rank, bool)
+        if not (is_number(self.rank) and (self.rank >= 1 if counted else 0 < self.rank <= 1)):
             raise ValueError(
                 f"BROS needs rank to be an integer >= 1, or a fraction of the rows in (0, 1] as a float, got {self.rank!r:.80}."
             )
@@ -129,6 +137,14 @@ class BROS(AbstractOneStep):
             if given not in known:
                 named = ", ".join(repr(k) for k in known)
                 raise ValueError(f"BROS needs {label} to be one of {named}, got {given!r:.80}.")
+        if not (self.share is None or (is_number(self.share) and 0 < self.share < math.inf)):
+            raise ValueError(
+                f"BROS needs share to be a finite number > 0, or None for r/m, got {self.share!r:.80}."
+            )
+        if not (isinstance(self.whole, tuple) and all(isinstance(k, str) for k in self.whole)):
+            raise ValueError(
+                f"BROS needs whole to be a tuple of names of inner parameters, whole=('embed',), got {self.whole!r:.80}."
+            )
         if self.correction == "bi_probe":
             if self.law == "orthonormal":
                 raise ValueError(
@@ -136,7 +152,7 @@ class BROS(AbstractOneStep):
                     "law='orthonormal' depend on each other (a bias of about 0.7 of H v); use law='gaussian' or "
                     "'rademacher', or correction='one_sided' or 'two_sketch'."
                 )
-            if not whole or self.rank < 2:
+            if not counted or self.rank < 2:
                 raise ValueError(
                     f"BROS: bi_probe needs one rank >= 2 for all blocks, as an integer (rank=8), got rank={self.rank!r}."
                 )
@@ -149,10 +165,21 @@ class BROS(AbstractOneStep):
         outer_params: Params,
     ) -> None:
         super().check(problem, inner_solver, inner_params, outer_params)
-        ranks = [rank_of("BROS", k, v.shape, self.rank) for k, v in inner_params.items()]
-        if all(r is None for r in ranks):
+        unknown = sorted(set(self.whole) - inner_params.keys())
+        if unknown:
             raise RequirementError(
-                "BROS finds no matrix among the inner parameters, and leaves vectors whole; use MASOBA."
+                f"BROS is to leave {', '.join(map(repr, unknown))} whole, and there is no such inner parameter; whole= takes "
+                f"names out of {', '.join(map(repr, inner_params))!s:.300}."
+            )
+        ranks = [
+            rank_of("BROS", k, v.shape, self.rank)
+            for k, v in inner_params.items()
+            if k not in self.whole
+        ]
+        if all(r is None for r in ranks):
+            besides = " but those that whole= names" if self.whole else ""
+            raise RequirementError(
+                f"BROS finds no matrix among the inner parameters{besides}, and leaves vectors whole; use MASOBA."
             )
         plain = (
             isinstance(inner_solver, (GradientDescent, HeavyBall)) and inner_solver.max_norm is None
@@ -279,11 +306,16 @@ class BROS(AbstractOneStep):
     def _drawn(self, count: int, salt: int, inner_params: Params) -> Sketches:
         """One function of the seed and the step."""
         key = (self.seed, count // self.refresh, salt)
-        return draw("BROS", self.law, self.rank, key, inner_params)
+        return draw("BROS", self.law, self.rank, key, inner_params, self.whole)
+
+    def _share_of(self, sketch: Sketch) -> float:
+        """What the step size of a block of ``w`` is multiplied by."""
+        known = sketch.basis is None or self.share is None
+        return sketch.share if known else cast(float, self.share)
 
     def _share(self, sketches: Sketches, name: str) -> float:
         """What the step size of a block of ``v`` is multiplied by."""
-        share = sketches[name].share
+        share = self._share_of(sketches[name])
         return share if self.correction == "one_sided" else share**2
 
     def _measured(
@@ -327,7 +359,9 @@ class BROS(AbstractOneStep):
             if solver.nesterov:
                 direction = {k: b.add(velocity[k], alpha=beta) for k, b in slope.items()}
         eta = _number("step_size", solver.setting("step_size", outer_params, index))
-        moved = {k: s.moved(w[k], direction[k], -eta * s.share) for k, s in sketches.items()}
+        moved = {
+            k: s.moved(w[k], direction[k], -eta * self._share_of(s)) for k, s in sketches.items()
+        }
         return moved, velocity
 
 

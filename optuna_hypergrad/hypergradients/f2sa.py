@@ -11,16 +11,8 @@ from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
 from ._base import Cotangents, EstimatorState, HypergradientEstimate, run_inner
 from ._pace import Schedule, check_schedule, scheduled
-from ._penalty import (
-    AbstractPenalty,
-    Slopes,
-    difference,
-    in_words,
-    packed,
-    part,
-    slopes,
-    unpacked,
-)
+from ._penalty import AbstractPenalty, in_words, packed, part, unpacked
+from ._slopes import Slopes, difference, outer_slopes
 
 
 def rising(count: int) -> float:
@@ -59,6 +51,7 @@ class F2SA(AbstractPenalty):
     central: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_schedule("F2SA", "penalty", self.penalty)
 
     def estimate(
@@ -74,49 +67,54 @@ class F2SA(AbstractPenalty):
         assert inner_solver is not None  # see check
         s = scheduled("F2SA", "penalty", self.penalty, int(state.numbers.get("count", 0.0)))
         outer_batch = problem.outer_batch(step)
+        y_before, z_before = self._both(inner_params, state)
         z = in_words(
-            run_inner(problem, inner_solver, inner_params, outer_params, state),
+            run_inner(problem, inner_solver, z_before, outer_params, state),
             "F2SA",
             "inner problem",
         )
         tensors: Params = {}
 
-        def shifted(name: str, share: float) -> InnerSolution:
-            """``argmin g + share f``."""
+        warm = bool(state.inner_index)
+
+        def shifted(name: str, share: float, before: Params) -> InnerSolution:
+            """``argmin g + share f``, from ``before``."""
 
             def objective(w: Params, lam: Params, batch: Batch):  # type: ignore[no-untyped-def]
                 g = problem.inner_objective(w, lam, batch)
                 return g + share * problem.outer_objective(w, lam, outer_batch)
 
-            warm = bool(state.inner_index)
             found = inner_solve(
                 BilevelProblem(objective, problem.outer_objective, problem.inner_batch),
                 inner_solver,
-                (part(state.tensors, f"{name}/") if warm else {}) or inner_params,
+                before,
                 outer_params,
                 start=state.inner_index,
                 state=unpacked(state.tensors, f"{name} solver/") if warm else None,
             )
-            tensors.update({f"{name}/{k}": v for k, v in found.inner_params.items()})
             tensors.update(packed(found.state, f"{name} solver/"))
             what = f"g {'+' if share > 0 else '-'} f/s with s={s:.3g} (raise penalty= if it has no minimum)"
             return in_words(found, "F2SA", what)
 
-        above = shifted("y", 1.0 / s)
-        below = shifted("y-", -1.0 / s) if self.central else z
+        above, below = shifted("y", 1.0 / s, y_before), z
+        if self.central:
+            before = part(state.tensors, "y-/") if warm else y_before
+            below = shifted("y-", -1.0 / s, before)
+            tensors |= {f"y-/{k}": v for k, v in below.inner_params.items()}
         batch = problem.inner_batch(state.inner_index + z.num_steps)
 
         def at(solution: InnerSolution, outer: bool) -> Slopes:
             objective = problem.outer_objective if outer else problem.inner_objective
             label = "outer_objective" if outer else "inner_objective"
             where = _tree.detach(solution.inner_params), outer_params
-            return slopes(objective, *where, outer_batch if outer else batch, label)
+            return outer_slopes(objective, *where, outer_batch if outer else batch, label)
 
         g_above, g_below = at(above, False), at(below, False)
         scale = 0.5 * s if self.central else s
         gap = difference(g_above.outer, g_below.outer)
         indirect: Cotangents = {k: None if d is None else scale * d for k, d in gap.items()}
-        direct = at(above, True).outer
+        f = at(above, True)
+        direct = f.outer
         if self.central:
             other = {k: None if d is None else -d for k, d in at(below, True).outer.items()}
             total = difference(direct, other)
@@ -133,6 +131,8 @@ class F2SA(AbstractPenalty):
             step,
             state,
             z,
+            above.inner_params,
+            f.value,
             (direct, indirect),
             stats,
             (above.result, below.result),

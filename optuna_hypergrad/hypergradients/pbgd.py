@@ -12,7 +12,8 @@ from ..inner import AbstractInnerSolver, InnerSolution
 from ..problem import BilevelProblem
 from ._base import Cotangents, EstimatorState, run_inner
 from ._pace import Schedule, check_schedule, scheduled
-from ._penalty import AbstractJointPenalty, Slopes
+from ._penalty import AbstractJointPenalty
+from ._slopes import Slopes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class PBGD(AbstractJointPenalty):
     one step, and the estimate is ``f_lam(y) + s [g_lam(y) - g_lam(z)]`` at ``y`` before it. First derivatives only.
     For fixed ``s`` the minimum is off by ``O(1/s)``. (``y`` moves by ``eta = step_size``, a length that suits ``g``: the
     paper's step length of the sum, times ``s``. That of ``lam`` is the outer optimizer's, and has to be of the order
-    ``1/s`` for plain ``torch.optim.SGD``: the penalty bends what ``lam`` falls along ``s`` times as much.)
+    ``1/s`` for plain ``torch.optim.SGD``: the penalty bends what ``lam`` falls along ``s`` times as much.) With
+    ``same_batch`` the gap, that of objectives over one batch, is less noisy and always to one side: ``z`` is better on the
+    batch that it has just been moved on, by the order of its step size, which is multiplied by ``s``.
 
     Reference: Shen & Chen (2023), "On penalty-based bilevel gradient descent method", algorithm 1 (V-PBGD).
 
@@ -50,7 +53,9 @@ class PBGD(AbstractJointPenalty):
     ) -> InnerSolution:
         return run_inner(problem, inner_solver, inner_params, outer_params, state)
 
-    def _weight(self, f: Slopes, slope: Params, gap: Cotangents, count: int) -> float:
+    def _weight(
+        self, f: Slopes, slope: Params, slope_outer: Cotangents, gap: float, count: int
+    ) -> float:
         return scheduled("PBGD", "penalty", self.penalty, count)
 
     def _direction(self, f: Tensor, g: Tensor, s: float) -> Tensor:

@@ -15,6 +15,7 @@ import boat_torch
 import torch
 from common import OutOfTime, Task, Weights, inner_objective, outer_objective
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class Samples(nn.Module):
@@ -37,6 +38,7 @@ def main(
     lower_iters: int = 2,
     y_hat_lr: float = 0.6,
     u1: float = 10.0,
+    falling: bool = False,
 ) -> None:
     task = Task()
     weights, samples = Weights(task.w), Samples(task.lam)
@@ -64,12 +66,16 @@ def main(
     problem = boat_torch.Problem(config, losses)
     problem.save_losses = lambda **_: None  # it writes all of its log anew at each step
     problem.build_ll_solver().build_ul_solver()
+    optimizers = config["lower_level_opt"], config["upper_level_opt"]
+    pace = [LambdaLR(o, lambda t: (1.0 + t / 200.0) ** -0.5) for o in optimizers if falling]
     step = 0
     try:
         while True:
             task.note(weights(), samples.lam)
             fed = ({"batch": task.batch(part, step)} for part in ("train", "validation"))
             problem.run_iter(*fed, current_iter=step)
+            for schedule in pace:
+                schedule.step()
             step += 1
     except OutOfTime:
         task.save()
