@@ -91,6 +91,11 @@ def check_hypergradient(
         raise RequirementError(
             f"check_hypergradient checks an estimator such as Implicit() or Unroll(), not {estimator!r:.80}."
         )
+    if getattr(estimator, "returns", "inner") == "penalized":
+        raise RequirementError(
+            f"check_hypergradient compares with inner solutions, and {type(estimator).__name__}(returns='penalized') gives "
+            f"another inner variable; check it with returns='inner': the hypergradient is the same."
+        )
     if not estimator.solves:
         raise RequirementError(
             f"check_hypergradient takes one estimate, and {type(estimator).__name__} comes near the hypergradient over many "

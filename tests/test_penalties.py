@@ -351,3 +351,17 @@ def test_cold_starts_of_joint_descent_are_refused() -> None:
 def test_bad_settings_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_check_of_the_penalized_variable_says_how_to_check() -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: ((w["w"] - lam["c"]) ** 2).sum(), lambda w, lam, _: w["w"].sum()
+    )
+    with pytest.raises(ohg.RequirementError, match="check it with returns='inner'"):
+        ohg.check_hypergradient(
+            problem,
+            {"w": randn(3, seed=1)},
+            {"c": randn(3, seed=2)},
+            estimator=ohg.BOME(returns="penalized"),
+            inner_solver=ohg.GradientDescent(0.1, 5),
+        )
