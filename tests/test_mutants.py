@@ -868,6 +868,20 @@ MUTANTS = [
         "left, first = sorted(ranked[-((len(left) + 1) // 2) :]), last",
         "tests/test_sklearn_speed.py::test_starts_race_over_the_folds[5-10]",
     ),
+    Mutant(
+        "untie on what a few folds agree on",
+        "sklearn_adapters/_nested.py",
+        "return float(each.mean()), max(between, total**0.5 / count)",
+        "return float(each.mean()), between",
+        "tests/test_sklearn_nested.py::test_folds_that_agree_by_chance_do_not_untie_where_samples_differ_widely[0.5-None]",
+    ),
+    Mutant(
+        "untie on a gain of one standard error",
+        "sklearn_adapters/_nested.py",
+        "return excess > float(stdtrit(num_folds - 1, _CONFIDENCE)) * error",
+        "return excess > error",
+        "tests/test_sklearn_nested.py::test_the_choice_is_the_stiffest_of_the_best_if_it_is_surely_better_than_tied[losses3-None]",
+    ),
 ]
 
 

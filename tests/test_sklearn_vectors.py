@@ -282,7 +282,7 @@ def test_vectors_and_discrete_choices_share_a_study():
 
 @pytest.mark.parametrize("cut_at", [2, 10])
 def test_a_search_with_vectors_that_was_cut_goes_on_to_the_bit(tmp_path, cut_at, monkeypatch):
-    x, y = sparse(120, 15)
+    x, y = sparse(120, 40)
     monkeypatch.setattr(_nested, "_MAX_FREE", 8)
     settings: dict[str, Any] = {"n_trials": 16, "cv": 3, "random_state": 0, "resume": True}
 

@@ -52,7 +52,7 @@ class HypergradientSearchCV(StudySearch):
     scores; the refit has them, too), its ``class_weight``, and an ``alpha`` per target of ``Ridge`` and ``KernelRidge``. They are tensors of the
     study, not parameters, and arrays in ``best_params_`` (``class_weight`` a dict). Many of them fit noise: with
     ``guard="nested"`` they are first tied, all entries of a vector equal, for up to half of the trials; then nested
-    cross-validation says whether and how far they may depart from that, by a penalty on the logarithms of the
+    cross-validation says whether (with a confidence of 95 %) and how far they may depart from that, by a penalty on the logarithms of the
     departures; then, where it pays, they are free within it. :attr:`nested_` has the estimates. It takes about
     ``n_splits * (n_splits - 1) * 100`` fits of a fold by the adapter; ``guard=None`` does without, and believes what it sees.
 
