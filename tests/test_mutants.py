@@ -882,6 +882,20 @@ MUTANTS = [
         "return excess > error",
         "tests/test_sklearn_nested.py::test_the_choice_is_the_stiffest_of_the_best_if_it_is_surely_better_than_tied[losses3-None]",
     ),
+    Mutant(
+        "let all samples of a validation set count alike",
+        "sklearn_adapters/_network_problem.py",
+        "return (batch[3] * self.loss(self.outputs(w, lam, batch), batch[1])).mean()",
+        "return self.loss(self.outputs(w, lam, batch), batch[1]).mean()",
+        "tests/test_sklearn_network_weights.py::test_weights_are_numbers_of_repetitions[HypergradientRegressor-one]",
+    ),
+    Mutant(
+        "scale targets as if all samples counted alike",
+        "sklearn_adapters/network.py",
+        "self._mean = float((weights * y).mean())",
+        "self._mean = float(y.mean())",
+        "tests/test_sklearn_network_weights.py::test_weights_are_numbers_of_repetitions[HypergradientRegressor-one]",
+    ),
 ]
 
 
