@@ -896,6 +896,13 @@ MUTANTS = [
         "self._mean = float(y.mean())",
         "tests/test_sklearn_network_weights.py::test_weights_are_numbers_of_repetitions[HypergradientRegressor-one]",
     ),
+    Mutant(
+        "begin each descent of vectors where the first one has begun",
+        "sklearn_adapters/_restarts.py",
+        'scaled = value / factor if vector.place == "targets" else value * factor',
+        "scaled = value",
+        "tests/test_sklearn_restarts.py::test_a_penalty_per_target_is_looser_where_it_is_smaller",
+    ),
 ]
 
 
