@@ -57,7 +57,8 @@ def tpe(seed: int, seconds: float) -> tuple[float, int]:
     schedule = Schedule(1, 10, 0, 0.01, 0.1, 10, None, None)
 
     def part(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-        return inputs[rows], targets[rows], torch.arange(len(rows))
+        counts = torch.ones(len(rows), dtype=torch.float64)
+        return inputs[rows], targets[rows], torch.arange(len(rows)), counts
 
     def trained(rows: np.ndarray, steps: int, lam: dict[str, float]) -> dict[str, torch.Tensor]:
         decays = {k: torch.tensor(v, dtype=torch.float64) for k, v in lam.items()}

@@ -170,7 +170,7 @@ class Row:
             points = [low + rng.random(len(low)) * (high - low) for _ in range(8 * num_starts)]
             points = sorted(points, key=lambda p: self._safe(choice, floats, p)[0])[:num_starts]
             if self.vector is not None:
-                points += [low + share * (high - low) for share in (0.3, 0.5, 0.7)]
+                points += [low + share * (high - low) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
                 points += [np.log([m[k] for k in floats]).clip(low, high) for m in more]
             for point in points:
                 found = minimize(

@@ -1,6 +1,6 @@
 """Fits and CPU seconds of searches over scikit-learn estimators, to within 0.1 % of the best loss that is known.
 
-    OMP_NUM_THREADS=1 python benchmarks/sklearn_search.py [--rows NAME ...] [--methods NAME ...] [--seeds 3] [--again] [--report]
+    OMP_NUM_THREADS=1 python benchmarks/sklearn_search.py [--rows NAME ...] [--methods NAME ...] [--seeds 3] [--again] [--best] [--report]
 
 Every method runs once per seed, on one thread, on the same folds and ranges, with its own defaults; the loss of what it has
 found so far is measured outside of its time. What has been run is in ``results/sklearn_search.json`` and is not run
@@ -270,12 +270,13 @@ def applies(method: str, name: str) -> bool:
     return True
 
 
-def run(names: list[str], methods: list[str], num_seeds: int, again: bool) -> None:
+def run(names: list[str], methods: list[str], num_seeds: int, again: bool, best: bool) -> None:
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     for name in names:
         row, entry = ROWS[name], stored.setdefault(name, {"runs": {}})
-        if "best" not in entry:
-            entry["best"] = row.best_known([OTHER[name](row)] if name in OTHER else ())
+        if best or "best" not in entry:
+            found = row.best_known([OTHER[name](row)] if name in OTHER else ())
+            entry["best"] = min(found, entry.get("best", np.inf))
             if row.vector is not None:  # so many hyperparameters have more minima than one finds
                 probe = Clock(row, entry["best"])
                 ours(row, probe, 0)
@@ -322,6 +323,7 @@ def report() -> None:
         "RidgeCV leaves out one sample at a time. For groups, himalaya's random search over their weights (version 0.4.11, where it",
         "is installed); for ARD, the marginal likelihood of GaussianProcessRegressor. sparse-ho is not on PyPI. Vectors are searched",
         "with `guard=None` and 60 trials: what is measured here is how fast a loss is minimized, not whether that is wise.",
+        "The best known loss is that of L-BFGS-B from several starts, or of ours where that is lower (the weighted Lasso).",
         "Of CMA-ES without vectors, and of others than ours for SVR friedman, C per feature and ARD, one seed.",
         "Fits of ours are all fits of a fold until then, those of the scan for a start among them. Other methods than ours ran on a busy",
         "machine in rows with vectors and SVR friedman: their seconds may be a third too high.",
@@ -348,10 +350,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--report", action="store_true", help="write the table of what was run")
     parser.add_argument("--again", action="store_true", help="run what has been run before, too")
+    parser.add_argument("--best", action="store_true", help="look for lower losses, too")
     options = parser.parse_args()
     if not options.report:
         with quiet():
-            run(options.rows, options.methods, options.seeds, options.again)
+            run(options.rows, options.methods, options.seeds, options.again, options.best)
     report()
 
 

@@ -896,6 +896,41 @@ MUTANTS = [
         "left, first = sorted(ranked[-((len(left) + 1) // 2) :]), last",
         "tests/test_sklearn_speed.py::test_starts_race_over_the_folds[5-10]",
     ),
+    Mutant(
+        "untie on what a few folds agree on",
+        "sklearn_adapters/_nested.py",
+        "return float(each.mean()), max(between, total**0.5 / count)",
+        "return float(each.mean()), between",
+        "tests/test_sklearn_nested.py::test_folds_that_agree_by_chance_do_not_untie_where_samples_differ_widely[0.5-None]",
+    ),
+    Mutant(
+        "untie on a gain of one standard error",
+        "sklearn_adapters/_nested.py",
+        "return excess > float(stdtrit(num_folds - 1, _CONFIDENCE)) * error",
+        "return excess > error",
+        "tests/test_sklearn_nested.py::test_the_choice_is_the_stiffest_of_the_best_if_it_is_surely_better_than_tied[losses3-None]",
+    ),
+    Mutant(
+        "let all samples of a validation set count alike",
+        "sklearn_adapters/_network_problem.py",
+        "return (batch[3] * self.loss(self.outputs(w, lam, batch), batch[1])).mean()",
+        "return self.loss(self.outputs(w, lam, batch), batch[1]).mean()",
+        "tests/test_sklearn_network_weights.py::test_weights_are_numbers_of_repetitions[HypergradientRegressor-one]",
+    ),
+    Mutant(
+        "scale targets as if all samples counted alike",
+        "sklearn_adapters/network.py",
+        "self._mean = float((weights * y).mean())",
+        "self._mean = float(y.mean())",
+        "tests/test_sklearn_network_weights.py::test_weights_are_numbers_of_repetitions[HypergradientRegressor-one]",
+    ),
+    Mutant(
+        "begin each descent of vectors where the first one has begun",
+        "sklearn_adapters/_restarts.py",
+        'scaled = value / factor if vector.place == "targets" else value * factor',
+        "scaled = value",
+        "tests/test_sklearn_restarts.py::test_a_penalty_per_target_is_looser_where_it_is_smaller",
+    ),
 ]
 
 

@@ -22,7 +22,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from optuna_hypergrad import FeatureWeights, HypergradientSearchCV, TensorDistribution
-from optuna_hypergrad.sklearn_adapters import _nested
+from optuna_hypergrad.sklearn_adapters import _nested, adapter_of
+from optuna_hypergrad.sklearn_adapters._cross_validated import CrossValidatedLoss, Data
+from optuna_hypergrad.sklearn_adapters._distributions import Space
+from optuna_hypergrad.sklearn_adapters._vectors import Vectors
 
 WEIGHTS = "featureweights__weights"
 SPACE = {WEIGHTS: TensorDistribution("per_feature", 1e-2, 1e2)}
@@ -82,14 +85,14 @@ def test_no_choice_has_seen_what_it_is_judged_by(monkeypatch):
     x, y = sparse(60, 5)
     monkeypatch.setattr(_nested, "_MAX_FREE", 4)
     seen: list[list[np.ndarray]] = []
-    real = _nested._value
+    real = _nested._judged
 
-    def judged(loss: Any, chosen: Any, values: Any) -> float:
+    def judged(loss: Any, chosen: Any, values: Any) -> Any:
         if np.array_equal(loss.splits[0][1], np.arange(20)):
             seen[-1].append(values[WEIGHTS].numpy().copy())
         return real(loss, chosen, values)
 
-    monkeypatch.setattr(_nested, "_value", judged)
+    monkeypatch.setattr(_nested, "_judged", judged)
     monkeypatch.setattr(_nested, "_HOPELESS", np.inf)
     losses = []
     for targets in (y, np.concatenate([y[:20][::-1] * 3 - 5, y[20:]])):
@@ -141,20 +144,80 @@ def test_inner_folds_keep_to_the_outer_ones(cv):
                 assert max(part[1]) < min(test)
 
 
+def judged(losses: Any, influences: Any = None) -> _nested.Judged:
+    if influences is None:
+        influences = [np.zeros(2) for _ in losses]
+    return _nested.Judged(np.array(losses), [np.array(i) for i in influences])
+
+
 @pytest.mark.parametrize(
     ("losses", "tau"),
     [
         ([[1.0, 0.9, 0.5], [1.0, 0.9, 0.52], [1.0, 0.9, 0.48]], 0.0),  # clearly better, freer and freer
         ([[1.0, 0.9, 0.7], [1.0, 0.9, 1.1], [1.0, 0.9, 0.75]], 0.5),  # the freest is best, but not surely better than it
         ([[1.0, 1.5, 2.0], [1.0, 0.4, 0.2], [1.0, 0.9, 1.0]], None),  # nothing is sure
+        ([[1.0, 0.5, 2.0], [1.0, 0.9, 2.0], [1.0, 0.8, 2.0]], None),  # nor is what three folds agree on: by 2.31 errors
+        ([[1.0, 0.5, 2.0], [1.0, 0.7, 2.0], [1.0, 0.6, 2.0]], 0.5),  # by 6.9: t of 2 degrees of freedom is 2.92
         ([[1.0, 1.1, 2.0], [1.0, 1.2, 2.0]], None),  # worse and worse
         ([[1.0, np.inf, 0.5], [1.0, 0.9, 0.52]], 0.0),  # what cannot be fitted is not chosen
-        ([[np.inf, 0.1, 0.1], [1.0, 1.1, 1.2]], None),  # nor judged where the tied solution cannot be
-        ([[np.inf, 0.1, 0.1]], None),
+        ([[1.0, np.inf, 0.5], [1.0, 0.9, np.inf]], None),
+        ([[np.inf, 0.1, 0.1], [1.0, 1.1, 1.2], [1.0, 1.1, 1.2]], None),  # nor judged where the tied solution cannot be
+        ([[np.inf, 0.1, 0.1], [1.0, 0.1, 0.1]], None),  # one fold says nothing
+        ([[np.inf, 0.1, 0.1], [np.inf, 0.1, 0.1]], None),
     ],
 )  # fmt: skip
-def test_the_choice_is_the_stiffest_that_is_as_good_as_the_best(losses, tau):
+def test_the_choice_is_the_stiffest_of_the_best_if_it_is_surely_better_than_tied(losses, tau):
     array = np.array(losses)
-    choice = _nested._decide(array[:, 0], list(array[:, 1:].T), [0.5, 0.0])
+    choice = _nested._decide(judged(array[:, 0]), [judged(c) for c in array[:, 1:].T], [0.5, 0.0])
     assert choice.tau == tau
+    assert choice.loss == (
+        choice.tied_loss if tau is None else choice.losses[[0.5, 0.0].index(tau)]
+    )
     assert _nested.NestedChoice.from_json(choice.to_json()) == choice
+
+
+@pytest.mark.parametrize(("spread", "tau"), [(0.02, 0.0), (0.5, None)])
+def test_folds_that_agree_by_chance_do_not_untie_where_samples_differ_widely(spread, tau):
+    """A gain of 0.1 in each of three folds, which comes from all samples, or from a few of them."""
+    tied = judged([1.0, 1.0, 1.0], 3 * [[spread, -spread]])
+    free = judged([0.9, 0.91, 0.89])
+    choice = _nested._decide(tied, [free], [0.0])
+    assert choice.tau == tau
+    between, within = 0.01 / 3**0.5, (3 * 2 * spread**2) ** 0.5 / 3
+    assert choice.errors == pytest.approx([max(between, within)])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("model", "scoring"),
+    [(Ridge(), "r2"), (Ridge(), "neg_mean_squared_error"), (LogisticRegression(tol=1e-10), "neg_log_loss")],
+    ids=["r2", "squares", "log"],
+)  # fmt: skip
+def test_influences_are_those_of_more_weight_on_a_sample(model, scoring, weighted):
+    """Against differences of the loss with a little more of the weight on one sample; the mean loss has its textbook error."""
+    x, y = sparse(24, 4)
+    y = y if scoring != "neg_log_loss" else (y > 0).astype(int)
+    weights = 0.5 + np.random.default_rng(1).random(24) if weighted else np.ones(24)
+    adapter = adapter_of(model)
+    assert adapter is not None
+    loss, train, test = adapter.followed_loss(scoring), np.arange(16), np.arange(16, 24)
+
+    def over(weights: np.ndarray) -> CrossValidatedLoss:
+        given = Space({}, {}, {}), loss, Vectors({}, np.empty(0)), Data(x, y, weights, True)
+        return CrossValidatedLoss(adapter, model, *given, [(train, test)], True, lambda n: None)
+
+    ((value, influences),) = over(weights).with_influences({}, {})
+    assert value == pytest.approx(float(over(weights)({}, {})), rel=1e-12)
+    shares = weights[test] / weights[test].sum()
+    step, expected = 1e-6, []
+    for i in range(8):
+        ends = []
+        for sign in (1, -1):
+            moved = shares * (1 - sign * step) + sign * step * (np.arange(8) == i)
+            ends.append(float(over(np.concatenate([weights[train], moved]))({}, {})))
+        expected.append(shares[i] * (ends[0] - ends[1]) / (2 * step))
+    found = influences.numpy() * np.sqrt(1 - np.square(shares).sum())
+    assert found == pytest.approx(np.array(expected), rel=1e-6, abs=1e-9)
+    if scoring == "neg_mean_squared_error" and not weighted:
+        errors = (y[test] - model.fit(x[train], y[train]).predict(x[test])) ** 2
+        assert float(influences.square().sum()) == pytest.approx(errors.var(ddof=1) / 8)

@@ -28,6 +28,9 @@ QUICK: dict[str, Any] = {
     "random_state": 0,
 }  # fmt: skip
 DIGITS = load_digits(return_X_y=True)
+SPLIT_BY_ROWS = {
+    "check_sample_weight_equivalence_on_dense_data": "other rows are held back where there are more; as for SGDClassifier"
+}
 
 
 def some_digits(n: int = 120) -> tuple[np.ndarray, np.ndarray]:
@@ -41,16 +44,23 @@ def test_scikit_learns_checks(kind: Any) -> None:
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = check_estimator(estimator, on_fail=None, on_skip=None)
+        results = check_estimator(
+            estimator, on_fail=None, on_skip=None, expected_failed_checks=SPLIT_BY_ROWS
+        )
     assert [(r["check_name"], r["exception"]) for r in results if r["status"] == "failed"] == []
-    assert sum(r["status"] == "passed" for r in results) > 45
+    assert sum(r["status"] == "passed" for r in results) > 50
+    weighted = [r["check_name"] for r in results if "sample_weight" in r["check_name"]]
+    assert len(weighted) >= 7
+    assert [r["check_name"] for r in results if r["status"] == "xfail"] == list(SPLIT_BY_ROWS)
 
 
 @pytest.mark.parametrize("decay", ["one", "per_layer", "per_tensor", "per_weight"])
 def test_the_hypergradient_of_each_decay_is_the_closed_form_of_a_linear_network(decay: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((40, 5), (40,)))
-    train, held = (x[:30], y[:30], torch.arange(30)), (x[30:], y[30:], torch.arange(10))
+    counts = torch.linspace(0.2, 1.8, 40, dtype=torch.float64)
+    train = x[:30], y[:30], torch.arange(30), counts[:30]
+    held = x[30:], y[30:], torch.arange(10), counts[30:]
     module = build(lambda a, b: nn.Linear(a, b, bias=False), (), "relu", 5, 1, seed=0).double()
     network = Network(module, ohg.HypergradientRegressor._loss, decay)
     lam = network.start(0.05, num_samples=30)
@@ -64,10 +74,10 @@ def test_the_hypergradient_of_each_decay_is_the_closed_form_of_a_linear_network(
     )
     leaves = {k: v.clone().requires_grad_(True) for k, v in lam.items()}
     name = "decay" if decay == "one" else "weight"
-    # mean of s r^2 + d w^2 / 2, in units of the sum that ridge takes
+    # mean of c s r^2 + d w^2 / 2, in units of the sum that ridge takes
     penalty = leaves[name].reshape(-1) * 30 / 2
-    model = ridge(x[:30], y[:30], penalty, sample_weight=leaves["sample_weights"])
-    loss = (model.predict(x[30:]) - y[30:]).square().mean()
+    model = ridge(x[:30], y[:30], penalty, sample_weight=counts[:30] * leaves["sample_weights"])
+    loss = (counts[30:] * (model.predict(x[30:]) - y[30:]).square()).mean()
     expected = torch.autograd.grad(loss, list(leaves.values()))
     for key, slope in zip(leaves, expected, strict=True):
         assert torch.allclose(found.value[key], slope, rtol=1e-7, atol=1e-10)
@@ -169,7 +179,8 @@ def test_the_network_is_one_that_was_trained_anew_on_all_samples() -> None:
     module = build(None, (8,), "relu", 64, 10, seed).double()
     network = Network(module, model._loss, "per_layer")
     lam = {k: torch.as_tensor(v) for k, v in model.hyperparameters_.items()}
-    data = torch.as_tensor(StandardScaler().fit_transform(x)), torch.as_tensor(y), torch.arange(120)
+    inputs = torch.as_tensor(StandardScaler().fit_transform(x))
+    data = inputs, torch.as_tensor(y), torch.arange(120), torch.ones(120, dtype=torch.float64)
     schedule = Schedule(5, 5, 20, 0.05, 0.1, 3, None, None)
     weights = train_anew(network, data, lam, schedule, model.n_training_steps_, seed)
     for name, value in model.module_.state_dict().items():

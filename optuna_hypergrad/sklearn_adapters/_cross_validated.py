@@ -100,6 +100,41 @@ class CrossValidatedLoss:
 
         Where ``rough``, iterative fits may end early: the losses are only compared with others, of points that are far away.
         """
+        predicted = self._predicted(chosen, values, first, last, rough)
+        return torch.stack([self._loss.function(*found, share) for found, share in predicted])
+
+    def with_influences(
+        self, chosen: Mapping[str, Any], values: Mapping[str, Tensor]
+    ) -> list[tuple[float, Tensor]]:
+        """The loss of each fold, and the influence of its test samples on it, ``(m,)``, each times its share of the weight.
+
+        They add up to zero, and the sum of their squares is the variance of the loss over other test samples, to first
+        order (none is seen where there is one sample). Of a mean of losses ``l_i`` they are ``(l_i - loss) / sqrt(m (m - 1))``.
+
+        Reference: Efron (1982), "The jackknife, the bootstrap and other resampling plans", chapter 6 (the infinitesimal
+        jackknife).
+        """
+        with torch.no_grad():
+            predicted = self._predicted(chosen, values)
+        found = []
+        for (prediction, target), share in predicted:
+            with torch.enable_grad():
+                leaf = share.detach().clone().requires_grad_()
+                loss = self._loss.function(prediction, target, leaf)
+                (slope,) = torch.autograd.grad(loss, [leaf])
+            freedom = (1 - share.square().sum()).clamp(min=1e-12)  # (m - 1) / m, of equal shares
+            found.append((float(loss.detach()), share * (slope - share @ slope) / freedom.sqrt()))
+        return found
+
+    def _predicted(
+        self,
+        chosen: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+        first: int = 0,
+        last: int | None = None,
+        rough: bool = False,
+    ) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Predictions with their targets, and the weights of the test samples, of each fold."""
         estimator, given = remembered(
             self._estimators, tuple(chosen.items()), lambda: self._with(chosen)
         )
@@ -113,7 +148,7 @@ class CrossValidatedLoss:
             for name, value in values.items()
             if name not in self._vectors.by_name
         }
-        losses = []
+        found = []
         every = list(zip(folds, self.splits, memories, strict=True))
         neighbor = memories[first - 1] if first > 0 else {}
         for fold, split, memory in every[first:last]:
@@ -121,10 +156,9 @@ class CrossValidatedLoss:
             neighbor = memory
             seen, arguments = self._vectors.applied(fold, split, values)
             params = {**given, **floats, **arguments}
-            predicted = self._adapter.predict(leaf, params, seen, memory)
-            losses.append(self._loss.function(*predicted, fold.test_weights))
-        self._fitted(len(losses))
-        return torch.stack(losses)
+            found.append((self._adapter.predict(leaf, params, seen, memory), fold.test_weights))
+        self._fitted(len(found))
+        return found
 
     def prepare(self) -> None:
         """Fit the transformers as they are; what is wrong with the data is said now."""

@@ -19,7 +19,8 @@ NUM_SCANNED = 4
 Loss = Callable[[Params], Tensor]
 Losses = Callable[[Params, int, int], Tensor]
 
-_RULE = TrustRegion(gtol=1e-4, ftol=1e-4, patience=8)
+ROUGH = TrustRegion(gtol=1e-4, ftol=1e-4, patience=8)
+"""It ends where little is to be gained."""
 
 
 def scan(
@@ -113,7 +114,7 @@ def descend(
     for name, domain in domains.items():
         lower[name], upper[name] = domain.internal_bounds()
     point = {n: domains[n].to_internal(v.detach()) for n, v in start.items()}
-    rule, state = _RULE, StepState()
+    rule, state = ROUGH, StepState()
     best, lowest = {n: v.detach() for n, v in start.items()}, math.inf
     for number in range(max_evaluations):
         external = {n: domains[n].to_external(u).requires_grad_() for n, u in point.items()}
@@ -134,7 +135,7 @@ def descend(
                 best, lowest = {n: v.detach() for n, v in external.items()}, value
         if number == 0:
             steepest = max(float(g.abs().max()) for g in slope.values())
-            rule = replace(_RULE, radius=first_radius(steepest, stiffness))
+            rule = replace(ROUGH, radius=first_radius(steepest, stiffness))
             state = rule.init(point, lower, upper)
         proposal = rule.step(state, point, value, slope, lower, upper)
         point, state = proposal.point, proposal.state

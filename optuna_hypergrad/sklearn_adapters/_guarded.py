@@ -51,7 +51,7 @@ def guarded_search(
         if GUARD not in study.user_attrs:
             left = max(n_trials // 2, 1) - len(tied)
             if left > 0 and not _has_ended(study, objective):
-                study.sampler = _held(sampler, {PHASE: "tied"})
+                study.sampler = held(sampler, {PHASE: "tied"})
                 stop = [] if _is_discrete(objective) else [_stop_at_the_end]
                 if optimize(left, stop):
                     return None
@@ -65,10 +65,10 @@ def guarded_search(
         objective.penalty = Penalty(objective.tied_of(best), choice.tau)
         left = n_trials - len(finished(study))
         free = [t for t in finished(study) if not is_tied(t)]
-        if left > 0 and not any(_is_the_end(t) for t in free):
+        if left > 0 and not any(is_the_end(t) for t in free):
             radius = first_radius(_steepest(objective, best), choice.tau)
-            held = {PHASE: "free", **objective.chosen_of(best)}
-            study.sampler = _held(sampler_with(radius), held)
+            kept = {PHASE: "free", **objective.chosen_of(best)}
+            study.sampler = held(sampler_with(radius), kept)
             optimize(left, [_stop_at_the_end])
         return choice
     finally:
@@ -116,21 +116,22 @@ def _is_discrete(objective: TrialLoss) -> bool:
 
 def _has_ended(study: Study, objective: TrialLoss) -> bool:
     tied = [t for t in completed(study) if is_tied(t)]
-    return not _is_discrete(objective) and any(_is_the_end(t) for t in tied)
+    return not _is_discrete(objective) and any(is_the_end(t) for t in tied)
 
 
-def _is_the_end(trial: FrozenTrial) -> bool:
+def is_the_end(trial: FrozenTrial) -> bool:
     """Whether the descent has said that it is over."""
     outcome = Outcome.of(trial) if trial.state == TrialState.COMPLETE else None
     return outcome is not None and outcome.stop is not None
 
 
 def _stop_at_the_end(study: Study, trial: FrozenTrial) -> None:
-    if _is_the_end(trial):
+    if is_the_end(trial):
         study.stop()
 
 
-def _held(sampler: Any, values: dict[str, Any]) -> PartialFixedSampler:
+def held(sampler: Any, values: dict[str, Any]) -> PartialFixedSampler:
+    """A sampler to which some parameters are given."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         return PartialFixedSampler(values, sampler)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 from torch import Tensor
 
 from .._errors import SolverError
@@ -28,6 +29,9 @@ _MAX_TIED, _MAX_FREE = 15, 25
 _HOPELESS = 0.1
 """A path is left where its loss is by so much, relatively, above that of its best point."""
 
+_CONFIDENCE = 0.95
+"""With which what departs from the tied solution is better than it."""
+
 
 @dataclass(frozen=True)
 class NestedChoice:
@@ -41,6 +45,7 @@ class NestedChoice:
         tied_loss: Of the tied solution on the outer folds.
         loss: Of what was chosen: the nested estimate. (It is the best of a few, so that it is optimistic by a little.)
         fold_losses: Of each outer fold: of the tied solution, and of each of ``taus``.
+        errors: Standard errors of how much less than ``tied_loss`` each of ``losses`` is.
     """
 
     tau: float | None
@@ -49,6 +54,7 @@ class NestedChoice:
     tied_loss: float
     loss: float
     fold_losses: list[list[float]]
+    errors: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """For an attribute of a study: JSON has no infinity."""
@@ -67,6 +73,36 @@ def _mapped(data: Any, of: Callable[[Any], Any]) -> Any:
     if isinstance(data, list):
         return [_mapped(v, of) for v in data]
     return of(data)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one strength of the penalty has come to on the outer folds.
+
+    Attributes:
+        losses: ``(folds,)``; infinite where there is none.
+        influences: Of the test samples of each fold, times their shares; see ``CrossValidatedLoss.with_influences``.
+    """
+
+    losses: np.ndarray
+    influences: list[np.ndarray]
+
+    def excess(self, other: Judged, folds: np.ndarray) -> tuple[float, float]:
+        """How much more than another's its mean loss is, over folds where it is finite, and the standard error of that.
+
+        There are two estimates of the error, and it is the larger one. The variance between folds has all that varies, models
+        among it, and few degrees of freedom: five folds that agree by chance are common. The variance between samples has
+        many, and leaves out that models vary.
+        """
+        count, fitted = int(folds.sum()), np.isfinite(other.losses[folds]).all()
+        if count < 2 or not fitted:
+            return -math.inf, math.inf
+        each = (self.losses - other.losses)[folds]
+        total = 0.0
+        for i in np.flatnonzero(folds):
+            total += float(np.square(self.influences[i] - other.influences[i]).sum())
+        between = float(each.std(ddof=1)) / count**0.5
+        return float(each.mean()), max(between, total**0.5 / count)
 
 
 @dataclass(frozen=True)
@@ -115,8 +151,16 @@ def nested_choice(
     The inner folds of an outer one are the others, without its test samples. So neither the test samples of an outer fold
     nor a model that was fitted to them has a part in choosing the hyperparameters that are judged by them.
 
+    Of the strengths of the penalty, the stiffest is a candidate that is not worse than the best by more than a standard error.
+    It is taken if it is better than the tied solution with a confidence of 95 % by a paired test, of which the standard error is
+    the larger one of that between folds and that between samples. So a gain which rests on a few samples (where one of
+    thousands that are to come could cost more, as by the log loss of a classifier that is too sure) is none. A single fold
+    never unties.
+
     Reference: Stone (1974), "Cross-validatory choice and assessment of statistical predictions"; for the rule of one standard
-    error, Breiman et al. (1984), "Classification and regression trees", section 3.4.3.
+    error, Breiman et al. (1984), "Classification and regression trees", section 3.4.3; for tests of paired differences between
+    folds and samples, Dietterich (1998), "Approximate statistical tests for comparing supervised classification learning
+    algorithms"; for their variances, Nadeau & Bengio (2003), "Inference for the generalization error".
 
     Args:
         loss_of: Makes the loss over other folds.
@@ -137,18 +181,19 @@ def nested_choice(
     tied = [_tied(part, chosen, freedom) for part in inner]
     points = [freedom.untied(_tensors(t)) for t in tied]
 
-    def judged() -> np.ndarray:
-        return np.array([_value(o, chosen, p) for o, p in zip(outer, points, strict=True)])
+    def judged() -> Judged:
+        each = [_judged(o, chosen, p) for o, p in zip(outer, points, strict=True)]
+        return Judged(np.array([loss for loss, _ in each]), [influence for _, influence in each])
 
     base = judged()
-    found: list[np.ndarray] = []
+    found: list[Judged] = []
     taus = [share * 2 * loss / sum(freedom.sizes.values()) for share in TAUS]
     for tau in taus:
         for i, part in enumerate(inner):
             points[i] = _free(part, chosen, freedom, points[i], tied[i], tau)
         found.append(judged())
-        best = min(float(f.mean()) for f in [base, *found])
-        if not found[-1].mean() <= (1 + _HOPELESS) * best:
+        best = min(float(f.losses.mean()) for f in [base, *found])
+        if not found[-1].losses.mean() <= (1 + _HOPELESS) * best:
             break
     return _decide(base, found, taus[: len(found)])
 
@@ -158,42 +203,49 @@ def can_nest(splits: list[Split], usable: Callable[[Split], bool]) -> bool:
     return bool(_outer_folds(splits, usable))
 
 
-def _decide(base: np.ndarray, found: list[np.ndarray], taus: list[float]) -> NestedChoice:
-    """The stiffest of all, the tied solution first, that is not worse than the best by more than a standard error."""
-    losses = np.stack([base, *found], 1)  # (folds, 1 + taus)
-    known = losses[np.isfinite(base)]
-    if not len(known):
-        return NestedChoice(
-            None, taus, losses.mean(0).tolist()[1:], math.inf, math.inf, losses.tolist()
-        )
-    means = known.mean(0)
-    best = int(means.argmin())
-    chosen = next(i for i in range(best + 1) if _is_as_good(known[:, i], known[:, best]))
+def _decide(base: Judged, found: list[Judged], taus: list[float]) -> NestedChoice:
+    """The tied solution, unless another is surely better: the stiffest that is not worse than the best by more than an error."""
+    losses = np.stack([base.losses, *(f.losses for f in found)], 1)  # (folds, 1 + taus)
+    known = np.isfinite(base.losses)
+    means = losses[known].mean(0) if known.any() else np.full(1 + len(found), math.inf)
+    excesses = [base.excess(f, known) for f in found]
+    best = found[int(means[1:].argmin())]
+    taken = next((i for i, f in enumerate(found) if _is_as_good(f, best, known)), None)
+    if taken is not None and not _is_sure(*excesses[taken], int(known.sum())):
+        taken = None
     return NestedChoice(
-        tau=None if chosen == 0 else taus[chosen - 1],
+        tau=None if taken is None else taus[taken],
         taus=taus,
         losses=means.tolist()[1:],
         tied_loss=float(means[0]),
-        loss=float(means[chosen]),
+        loss=float(means[0 if taken is None else 1 + taken]),
         fold_losses=losses.tolist(),
+        errors=[error for _, error in excesses],
     )
 
 
-def _is_as_good(some: np.ndarray, best: np.ndarray) -> bool:
-    if not np.isfinite(some).all():
+def _is_as_good(some: Judged, best: Judged, folds: np.ndarray) -> bool:
+    """Whether it is not worse by more than a standard error between folds (Breiman et al. 1984, section 3.4.3)."""
+    if not np.isfinite(some.losses[folds]).all() or folds.sum() < 2:
         return False
-    excess = some - best
-    error = excess.std(ddof=1) / len(excess) ** 0.5 if len(excess) > 1 else 0.0
-    return bool(excess.mean() <= error)
+    excess = (some.losses - best.losses)[folds]
+    return bool(excess.mean() <= excess.std(ddof=1) / len(excess) ** 0.5)
 
 
-def _value(loss: CrossValidatedLoss, chosen: Mapping[str, Any], values: Params) -> float:
-    """Infinite where there is none."""
+def _is_sure(excess: float, error: float, num_folds: int) -> bool:
+    """Student's test, one-sided, with the degrees of freedom of the folds."""
+    return excess > float(stdtrit(num_folds - 1, _CONFIDENCE)) * error
+
+
+def _judged(
+    loss: CrossValidatedLoss, chosen: Mapping[str, Any], values: Params
+) -> tuple[float, np.ndarray]:
+    """Infinite where there is none, and then without influences."""
     try:
-        with torch.no_grad():
-            return float(loss(chosen, values))
+        ((value, influences),) = loss.with_influences(chosen, values)
     except SolverError:
-        return math.inf
+        return math.inf, np.zeros(len(loss.splits[0][1]))
+    return value, influences.numpy()
 
 
 def _tied(

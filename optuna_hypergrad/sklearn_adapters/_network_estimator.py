@@ -15,6 +15,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
+from ._counted import counted, relative
 from ._network_problem import ACTIVATIONS, SAMPLES, Data, Network, build, split
 from ._network_training import Schedule, train_anew, tune
 
@@ -95,14 +96,29 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         self.random_state = random_state
 
     @_fit_context(prefer_skip_nested_validation=True)  # type: ignore[untyped-decorator]
-    def fit(self, X: Any, y: Any, *, X_val: Any = None, y_val: Any = None) -> Any:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+    ) -> Any:
         """Tune, then train on all samples from the beginning with what was found.
 
         Args:
             X: ``(n_samples, n_features)``.
             y: ``(n_samples,)``.
+            sample_weight: ``(n_samples,)``, how often each sample counts: in training (times a weight that is tuned), in what
+                guides and judges, and in the means by which inputs and targets are scaled. One of weight 0 counts as little as
+                one that is not there. (Which samples are held back, and which are drawn for a batch, does not depend on weights. So
+                a sample of weight 2 is the same as one that is there twice only with ``batch_size=None``, ``X_val`` and
+                ``early_stopping=False``; otherwise another random split may tell them apart.)
             X_val, y_val: What is held back, in place of a fraction of ``X``: data to be trusted, where weights of samples are
                 tuned.
+            sample_weight_val: ``(n_val,)``, of ``X_val``, in the same units as ``sample_weight``; 1 by default.
 
         Raises:
             ValueError: for data or settings that cannot be used, before any work.
@@ -111,18 +127,31 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         low, high = self._decay_range()
         if (X_val is None) != (y_val is None):
             raise ValueError("X_val and y_val go together: one of them is None.")
+        if X_val is None and sample_weight_val is not None:
+            raise ValueError("sample_weight_val is of X_val, which is None.")
         least = 2 if X_val is None else 1
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=least)
-        y, num_own = column_or_1d(y, warn=True), len(y)
+        y, num_given = column_or_1d(y, warn=True), len(y)
+        places, weights = counted(sample_weight, X, "sample_weight")
+        if len(places) < least:
+            raise ValueError(
+                f"sample_weight is zero but for {len(places)} sample, and some are to be held back."
+            )
+        X, y, num_own = X[places], y[places], len(places)
+        held_places = places
         if X_val is not None:
             X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float64, reset=False)
+            held_places, more = counted(sample_weight_val, X_val, "sample_weight_val")
+            X_val, y_val = X_val[held_places], column_or_1d(y_val)[held_places]
             if self._classes and not np.isin(y_val, y).all():
                 raise ValueError("y_val holds a class that y does not hold.")
-            X, y = np.concatenate([X, X_val]), np.concatenate([y, column_or_1d(y_val)])
-        y = self._targets(y)
+            X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
+            weights = np.concatenate([weights, more])
+        y = self._targets(y, relative(weights))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         device, dtype = self._device(), self._dtype()
-        self._scaler = StandardScaler().fit(X) if self.standardize else None
+        unequal = relative(weights) if np.ptp(weights) > 0 else None
+        self._scaler = StandardScaler().fit(X, sample_weight=unequal) if self.standardize else None
         x = self._inputs(X)
         targets = torch.as_tensor(y, device=device)
         if not self._classes:
@@ -148,7 +177,8 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
 
         def part(rows: np.ndarray) -> Data:
             chosen = torch.as_tensor(rows, device=device)
-            return x[chosen], targets[chosen], torch.arange(len(rows), device=device)
+            count = torch.as_tensor(relative(weights[rows]), dtype=dtype, device=device)
+            return x[chosen], targets[chosen], torch.arange(len(rows), device=device), count
 
         train, everything = part(inside), part(np.arange(len(y)))
         schedule = Schedule(
@@ -175,18 +205,20 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         loss = network.validation_loss(again, lam, part(judge))
         self.validation_loss_ = self._scaled(float(loss.detach()))
         if SAMPLES in lam:
-            weights = torch.ones(len(y), dtype=dtype, device=device)
-            weights[torch.as_tensor(inside, device=device)] = lam[SAMPLES]
-            lam[SAMPLES] = weights
+            tuned_weights = torch.ones(len(y), dtype=dtype, device=device)
+            tuned_weights[torch.as_tensor(inside, device=device)] = lam[SAMPLES]
+            lam[SAMPLES] = tuned_weights
         final = train_anew(network, everything, lam, schedule, steps, seed)
         module.load_state_dict({**module.state_dict(), **final})
         self.module_ = module.cpu()
         if SAMPLES in lam:
-            lam[SAMPLES] = lam[SAMPLES][:num_own]
+            own = torch.ones(num_given, dtype=dtype, device=device)
+            own[torch.as_tensor(places, device=device)] = lam[SAMPLES][:num_own]
+            lam[SAMPLES] = own
         self.hyperparameters_ = {k: v.cpu().numpy() for k, v in lam.items()}
         self.history_, self.n_iter_ = tuned.history, len(tuned.history)
         self.n_training_steps_ = steps
-        self.validation_indices_ = judge if X_val is None else judge - num_own
+        self.validation_indices_ = held_places[judge if X_val is None else judge - num_own]
         return self
 
     def _decay_range(self) -> tuple[float, float]:
@@ -245,8 +277,8 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         return found.double().cpu()
 
     @abc.abstractmethod
-    def _targets(self, y: np.ndarray) -> np.ndarray:
-        """For the loss, ``(n,)``; what is needed to predict is kept."""
+    def _targets(self, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """For the loss, ``(n,)``, of samples that count so much, 1 on average; what is needed to predict is kept."""
 
     @abc.abstractmethod
     def _num_outputs(self) -> int:

@@ -18,8 +18,9 @@ from .._typing import Params
 from ..problem import BilevelProblem
 from ..search_space import Domain
 
-Data = tuple[Tensor, Tensor, Tensor]
-"""Inputs ``(n, ...)``, targets ``(n,)`` and the samples' places in their weights ``(n,)``."""
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Inputs ``(n, ...)``, targets ``(n,)``, the samples' places in weights that are tuned ``(n,)``, and how much each sample counts
+``(n,)``, 1 on average over what a batch is drawn from."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 SAMPLES = "sample_weights"
@@ -113,7 +114,7 @@ class Network:
         return found
 
     def data_loss(self, outputs: Tensor, lam: Params, batch: Data) -> Tensor:
-        each = self.loss(outputs, batch[1])
+        each = batch[3] * self.loss(outputs, batch[1])
         return (lam[SAMPLES][batch[2]] * each).mean() if SAMPLES in lam else each.mean()
 
     def penalty(self, w: Params, lam: Params, batch: Data) -> Tensor:
@@ -124,7 +125,7 @@ class Network:
         return self.data_loss(self.outputs(w, lam, batch), lam, batch) + self.penalty(w, lam, batch)
 
     def validation_loss(self, w: Params, lam: Params, batch: Data) -> Tensor:
-        return self.loss(self.outputs(w, lam, batch), batch[1]).mean()
+        return (batch[3] * self.loss(self.outputs(w, lam, batch), batch[1])).mean()
 
     def problem(
         self, train: Data, validation: Data, batch_size: int | None, seed: int, first: int = 0
@@ -137,7 +138,7 @@ class Network:
             generator = torch.Generator().manual_seed(seed + first + step)
             chosen = torch.randperm(len(train[0]), generator=generator)[:batch_size]
             chosen = chosen.to(train[0].device)
-            return train[0][chosen], train[1][chosen], train[2][chosen]
+            return train[0][chosen], train[1][chosen], train[2][chosen], train[3][chosen]
 
         return BilevelProblem(
             self.training_loss, self.validation_loss, drawn, lambda step: validation

@@ -24,6 +24,12 @@ from ._rows import distinct
 PHASE = "guard:phase"
 """Parameter of a guarded search's trials, ``"tied"`` or ``"free"``."""
 
+DESCENT = "descent"
+"""Parameter of the trials of a search of vectors that is not guarded: number of the descent that they are of."""
+
+FIRST = "first"
+"""User attribute of the trial with which the first of them begins: where that is, numbers by name."""
+
 LOSS = "followed_loss"
 """User attribute of a trial whose value has a penalty: the loss without it."""
 
@@ -47,13 +53,16 @@ class TrialLoss:
     Args:
         followed: What is followed.
         guarded: Whether vectors are tied first.
+        restarted: Whether there are descents from several starts.
 
     Attributes:
         penalty: Once they are free.
+        start: Of the descent that the next trial is of, if it is not where a scan says.
     """
 
-    def __init__(self, followed: Followed, guarded: bool) -> None:
-        self.followed, self.guarded = followed, guarded
+    def __init__(self, followed: Followed, guarded: bool, restarted: bool = False) -> None:
+        self.followed, self.guarded, self.restarted = followed, guarded, restarted
+        self.start: Mapping[str, float | Tensor] | None = None
         self.penalty: Penalty | None = None
         self._starts: dict[str, dict[str, float]] = {}
         self._freedoms: OrderedDict[Hashable, Freedom] = OrderedDict()
@@ -64,6 +73,8 @@ class TrialLoss:
         if self.guarded:
             phase = "tied" if self.penalty is None else "free"
             trial.suggest_categorical(PHASE, ["tied", "free"])
+        if self.restarted:
+            trial.suggest_int(DESCENT, 0, 1_000_000)
         chosen = {
             name: suggest(trial, name, distribution)
             for name, distribution in followed.space.items()
@@ -75,10 +86,14 @@ class TrialLoss:
         start = self._start(trial, chosen, freedom)
         values: Params = {}
         for name, domain in followed.floats.items():
-            values[name] = _number(trial, name, domain, start.get(name))
+            at = start.get(name)
+            values[name] = _number(trial, name, domain, None if at is None else float(at))
         for name, domain in freedom.vectors.items():
             if phase == "tied":
-                values[name] = _number(trial, tied_name(name), domain, start.get(name))
+                at = start.get(name)
+                values[name] = _number(
+                    trial, tied_name(name), domain, None if at is None else float(at)
+                )
             else:
                 values[name] = trial.suggest_tensor(
                     name,
@@ -146,10 +161,12 @@ class TrialLoss:
 
     def _start(
         self, trial: DifferentiableTrial, chosen: Mapping[str, Any], freedom: Freedom
-    ) -> dict[str, float]:
+    ) -> Mapping[str, float | Tensor]:
         """Where a trajectory begins, if this trial begins one under a new setting."""
         if self.penalty is not None:
             return self.penalty.tied
+        if self.start is not None:
+            return self.start
         key = repr(sorted(chosen.items()))
         if key not in self._starts:
             earlier = trial.study.get_trials(deepcopy=False)[: trial.number]
@@ -159,6 +176,8 @@ class TrialLoss:
                 for t in earlier
             )
             self._starts[key] = {} if known else self.followed.scanned(chosen, freedom)
+            if self.restarted and not known:
+                trial.set_user_attr(FIRST, self._starts[key])
         return self._starts[key]
 
 

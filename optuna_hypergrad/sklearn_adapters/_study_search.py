@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..step_rules import TrustRegion
 from ..stores import Retention
 from ..studies import HypergradientSampler
 from ._adapter import AbstractAdapter, Split
+from ._descent import ROUGH
 from ._distributions import Space
 from ._folds import last_step
 from ._following import Followed, NotFollowedError
@@ -180,13 +182,15 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
                 self.storage, self.study_name, sampler, direction, digest, self.resume
             )
 
-    def _sampler(self, seed: int, radius: float = 1.0) -> BaseSampler:
-        """The user's, or one whose first step is at most of this length."""
+    def _sampler(self, seed: int, radius: float = 1.0, rough: bool = False) -> BaseSampler:
+        """The user's, or one whose first step is at most of this length, and whose descents may end early."""
         if self.sampler is not None:
             own: BaseSampler = copy.deepcopy(self.sampler)
             return own
         kept = Retention(best=self.n_rescored, every=0)
         rule = TrustRegion(radius=radius, noise=_NOISE)
+        if rough:
+            rule = replace(rule, ftol=ROUGH.ftol, gtol=ROUGH.gtol, patience=ROUGH.patience)
         return HypergradientSampler(seed=seed, retention=kept, optimizer=rule)
 
     def _digest(self, space: Space, splits: FrozenSplits, follows: bool) -> str:

@@ -50,8 +50,8 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
     Attributes:
         module_: The module, with the weights of the training on all samples.
         hyperparameters_: Arrays: decays by the name of their tensor (``"decay"`` where there is one), and ``sample_weights``
-            ``(n_samples,)``, 1 for those held back.
-        validation_loss_: The mean cross entropy, on the samples that judge, of a network trained from the beginning on those
+            ``(n_samples,)``, 1 for those held back; training multiplies them by those that ``fit`` is given.
+        validation_loss_: The mean cross entropy, weighted as ``fit`` says, on the samples that judge, of a network trained from the beginning on those
             that were not held back, with these hyperparameters: cold, where those of ``history_`` are warm.
         validation_indices_: Of the samples that judge, in ``X``, or in ``X_val`` where that was given.
         history_: For each outer step, a dict with ``outer_value`` (of the samples that guide) and ``hypergradient_norm``.
@@ -62,7 +62,7 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
 
     _classes: ClassVar[bool] = True
 
-    def _targets(self, y: np.ndarray) -> np.ndarray:
+    def _targets(self, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -102,9 +102,10 @@ class HypergradientRegressor(RegressorMixin, AbstractNetwork):  # type: ignore[m
 
     _classes: ClassVar[bool] = False
 
-    def _targets(self, y: np.ndarray) -> np.ndarray:
+    def _targets(self, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
         y = y.astype(np.float64)
-        self._mean, self._deviation = float(y.mean()), float(y.std()) or 1.0
+        self._mean = float((weights * y).mean())
+        self._deviation = float(np.sqrt((weights * (y - self._mean) ** 2).mean())) or 1.0
         return (y - self._mean) / self._deviation
 
     def _num_outputs(self) -> int:

@@ -27,6 +27,7 @@ from ._gradient_check import checked
 from ._guarded import guarded_search
 from ._nested import can_nest
 from ._objective import LOSS, TrialLoss
+from ._restarts import restarted_search
 from ._rows import FrozenSplits, Rows
 from ._run import Run
 from ._study import check_url, completed, finished
@@ -52,9 +53,11 @@ class HypergradientSearchCV(StudySearch):
     scores; the refit has them, too), its ``class_weight``, and an ``alpha`` per target of ``Ridge`` and ``KernelRidge``. They are tensors of the
     study, not parameters, and arrays in ``best_params_`` (``class_weight`` a dict). Many of them fit noise: with
     ``guard="nested"`` they are first tied, all entries of a vector equal, for up to half of the trials; then nested
-    cross-validation says whether and how far they may depart from that, by a penalty on the logarithms of the
+    cross-validation says whether (with a confidence of 95 %) and how far they may depart from that, by a penalty on the logarithms of the
     departures; then, where it pays, they are free within it. :attr:`nested_` has the estimates. It takes about
-    ``n_splits * (n_splits - 1) * 100`` fits of a fold by the adapter; ``guard=None`` does without, and believes what it sees.
+    ``n_splits * (n_splits - 1) * 100`` fits of a fold by the adapter; ``guard=None`` does without, and believes what it sees. Then, if nothing else than what moves by hypergradients is
+    searched, there are descents from several starts, one after the other (``"descent"`` in the parameters of a trial), as far as
+    ``n_trials`` go: losses over vectors have many minima.
 
     Args:
         estimator: Anything with ``fit``; a pipeline's parameters are named ``step__parameter``.
@@ -281,14 +284,17 @@ class HypergradientSearchCV(StudySearch):
 
             run.optimize(scored, self.n_trials - len(finished(study)))
         else:
-            objective = TrialLoss(followed, guarded)
+            vectors_only = bool(space.vectors) and len(dict(space.items())) == len(followed.floats)
+            objective = TrialLoss(followed, guarded, restarted=vectors_only and not guarded)
             evaluated = differentiable(objective)
+            optimize = functools.partial(run.optimize, evaluated)
             if guarded:
-                optimize = functools.partial(run.optimize, evaluated)
                 with one_thread():
                     self.nested_ = guarded_search(
                         study, objective, optimize, self.n_trials, self._sampler_with
                     )
+            elif objective.restarted:
+                restarted_search(study, objective, optimize, self.n_trials, self._sampler_with)
             else:
                 run.optimize(evaluated, self.n_trials - len(finished(study)))
         best = completed(study)
