@@ -170,7 +170,10 @@ class Row:
             points = [low + rng.random(len(low)) * (high - low) for _ in range(8 * num_starts)]
             points = sorted(points, key=lambda p: self._safe(choice, floats, p)[0])[:num_starts]
             if self.vector is not None:
-                points += [low + share * (high - low) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+                shares = (0.1, 0.3, 0.5, 0.7, 0.9)
+                if len(low) > 500:  # a second for each evaluation
+                    points, shares = [], (0.5,)
+                points += [low + share * (high - low) for share in shares]
                 points += [np.log([m[k] for k in floats]).clip(low, high) for m in more]
             for point in points:
                 found = minimize(
@@ -271,6 +274,9 @@ ROWS = {
     ),
     "ridge-features-many": Row(
         "Ridge per feature 300x100 (100)", lambda: _linear(300, 100, 10, 1.0), Ridge(), {}, 0, trials=150, gp=40, vector=WEIGHTS
+    ),
+    "ridge-features-1000": Row(
+        "Ridge per feature 1500x1000 (1000)", lambda: _linear(1500, 1000, 50, 1.0), Ridge(), {}, 0, trials=60, gp=5, vector=WEIGHTS
     ),
     "ridge-groups": Row(
         "Ridge 10 groups 300x100 (10)", _grouped, Ridge(), {}, 0, trials=300, vector=replace(WEIGHTS, groups=tuple(np.repeat(range(10), 10).tolist()))
