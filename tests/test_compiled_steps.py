@@ -137,3 +137,94 @@ def test_plans_take_as_few_steps_twice_as_the_budget_lets_them() -> None:
     assert found[-1].slots is not None
     with pytest.raises(ohg.RequirementError, match="cannot hold 100 steps"):
         states_within(3)(100, 1, 1)
+
+
+class OwnDecay(ohg.GradientDescent):
+    """Its steps shrink with their index, and by a hyperparameter that is no setting."""
+
+    def step(self, evaluate: Any, w: Params, lam: Params, state: Any, index: int) -> Any:
+        value, gradient = evaluate(w)
+        eta = self.step_size * lam["own"] / (1 + index)
+        return {k: v - eta * gradient[k] for k, v in w.items()}, state, value, gradient
+
+
+class Extragradient(ohg.GradientDescent):
+    def step(self, evaluate: Any, w: Params, lam: Params, state: Any, index: int) -> Any:
+        value, gradient = evaluate(w)
+        _, ahead = evaluate({k: v - 0.3 * gradient[k] for k, v in w.items()})
+        return {k: v - 0.3 * ahead[k] for k, v in w.items()}, state, value, gradient
+
+
+class ByValue(ohg.GradientDescent):
+    def step(self, evaluate: Any, w: Params, lam: Params, state: Any, index: int) -> Any:
+        value, gradient = evaluate(w)
+        return {k: v - 0.1 * value * gradient[k] for k, v in w.items()}, state, value, gradient
+
+
+USES_ALL = ohg.BilevelProblem(
+    inner, lambda w, lam, _: outer(w, lam, _) + sum(v.sum() for v in lam.values()), batch_of
+)
+
+
+def both(problem: Any, solver: Any, lam: Params) -> tuple[Params, Params]:
+    ways = (ohg.Unroll(compile=True), ohg.Unroll(recompute="never"))
+    found, truth = (
+        ohg.hypergradient(problem, start(), lam, estimator=way, inner_solver=solver).value
+        for way in ways
+    )
+    return found, truth
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        ohg.Lookahead(ohg.GradientDescent(0.2, STEPS), period=3),
+        Extragradient(0.3, STEPS),
+        OwnDecay(0.3, STEPS),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_steps_that_go_their_own_ways_are_differentiated_as_they_are(solver: Any) -> None:
+    found, truth = both(USES_ALL, solver, hypers(own=0.8))
+    assert relative_error(found, truth) < 1e-10
+
+
+def test_steps_that_depend_on_the_value_are_refused() -> None:
+    with pytest.raises(ohg.RequirementError, match="value of inner_objective"):
+        both(PROBLEM, ByValue(0.3, STEPS), hypers())
+
+
+def test_hyperparameters_that_only_later_batches_use_count() -> None:
+    def staged(w: Params, lam: Params, batch: Any) -> Tensor:
+        data, regularized = batch
+        loss = inner(w, {"log_decay": torch.zeros((), dtype=F64)}, data)
+        return inner(w, lam, data) if regularized else loss
+
+    problem = ohg.BilevelProblem(
+        staged,
+        lambda w, lam, _: outer(w, lam, _) + lam["log_decay"].sum(),
+        inner_batch=lambda s: (batch_of(s), s > 2),
+    )
+    found, truth = both(problem, BALL, hypers())
+    assert relative_error(found, truth) < 1e-10
+
+
+def test_many_solvers_share_one_objective() -> None:
+    for k in range(10):
+        solver = ohg.GradientDescent(0.1 + 0.01 * k, 1)
+        ohg.hypergradient(
+            USES_ALL, start(), hypers(), estimator=ohg.Unroll(compile=True), inner_solver=solver
+        )
+
+
+def test_bad_settings_and_objectives_are_refused() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, w: Params, lam: Params, batch: Any) -> Tensor:
+            return inner(w, lam, batch)
+
+    with pytest.raises(ValueError, match="compile True or False"):
+        ohg.Unroll(compile="no")  # type: ignore[arg-type]
+    with pytest.raises(ohg.RequirementError, match="must be hashable"):
+        both(ohg.BilevelProblem(Unhashable(), outer, batch_of), BALL, hypers())

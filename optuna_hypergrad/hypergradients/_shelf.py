@@ -23,7 +23,7 @@ class Shelf:
 
     def __init__(self, num_bytes: float) -> None:
         self._left = num_bytes
-        self._block = torch.empty(0, dtype=torch.uint8)
+        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = 0
 
     def put(self, tensor: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Shelf:
         room = math.ceil(size / _ALIGNED) * _ALIGNED
         if self._used + room > len(self._block):
             length = max(room, min(_BLOCK, int(self._left)))
-            self._block, self._used = torch.empty(length, dtype=torch.uint8), 0
+            self._block, self._used = torch.empty(length, dtype=torch.uint8, device="cpu"), 0
         self._left -= room
         place = self._block[self._used : self._used + size].view(tensor.dtype).view(tensor.shape)
         self._used += room

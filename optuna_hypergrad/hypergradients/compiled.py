@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +54,19 @@ def _compiled(
     return torch.compile(run, fullgraph=True, dynamic=False, options=options)
 
 
-_PATHS: dict[tuple[Objective, tuple[str, ...]], frozenset[str]] = {}
+_PATHS: dict[tuple[Hashable, ...], frozenset[str]] = {}
+
+
+def kind_of(batch: Batch) -> Hashable:
+    """What a compiled function is compiled anew for: the structure, numbers, and shapes of the tensors."""
+    leaves, structure = torch.utils._pytree.tree_flatten(batch)
+    kinds = (
+        (tuple(v.shape), v.dtype)
+        if isinstance(v, Tensor)
+        else (type(v), v if isinstance(v, Hashable) else None)
+        for v in leaves
+    )
+    return (str(structure), *kinds)
 
 
 def compiled_solve(
@@ -79,7 +91,7 @@ def compiled_solve(
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
     """
     w, lam, scale = _tree.detach(inner_params), _tree.detach(outer_params), scale_of(b)
-    key = (inner_objective, tuple(lam))
+    key = (inner_objective, tuple(lam), kind_of(batch))
     alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
     if key not in _PATHS or alpha is None:
         graph = InnerGraph(inner_objective, w, lam, batch)
@@ -127,13 +139,13 @@ def paths_of(
     Raises:
         RequirementError: if the inner objective cannot be differentiated twice.
     """
-    key = (inner_objective, tuple(outer_params))
+    key = (inner_objective, tuple(outer_params), kind_of(batch))
     if key not in _PATHS:
         _remember(key, InnerGraph(inner_objective, inner_params, outer_params, batch))
     return _PATHS[key]
 
 
-def _remember(key: tuple[Objective, tuple[str, ...]], graph: InnerGraph) -> None:
+def _remember(key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
     )

@@ -8,8 +8,9 @@ and nothing is kept between steps but states.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,13 @@ from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, added
 from .compiled import paths_of
 
 _CACHE_SIZE = 16
+
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
+"""Functions of other objectives and solvers do not count toward the limit on compiling one anew."""
 
 Moved = tuple[Params, InnerState, Tensor, Params]
 """``(w', state', g, dg/dw)``."""
@@ -91,7 +99,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     options: dict[str, Any] = {"post_grad_custom_post_pass": MatrixProducts()}
     compiled: Callable[..., Any] = torch.compile(
-        function, fullgraph=True, dynamic=False, options=options
+        function, fullgraph=True, dynamic=False, options=options, **_ISOLATED
     )
     return compiled
 
@@ -132,15 +140,19 @@ class CompiledRewinder(Rewinder):
 
     _reached: frozenset[str] = frozenset()
     _is_whole = False
+    _start: Params
 
     def take(self, inner_params: Params, state: InnerState, index: int) -> Moved:
         point, position = Point(inner_params, state), self._count
         self._count += 1
         if position == 0:
             self._first = index
-            batch = self._problem.inner_batch(index)
-            objective = self._problem.inner_objective
-            self._reached = paths_of(objective, inner_params, self._lam, batch)
+            self._start = inner_params
+            if not isinstance(self._problem.inner_objective, Hashable):
+                raise RequirementError(
+                    "Unroll(compile=True) keeps what it compiles by inner_objective, which must be hashable: define a "
+                    "function, or give its class a __hash__ (a dataclass: eq=False). Or use Unroll(compile=False)."
+                )
             self._is_whole = not self._solver.depends_on_index(self._lam)
             size = num_bytes(point.tensors())
             self._plan = self._planner(self._num_steps, size, size)
@@ -170,7 +182,10 @@ class CompiledRewinder(Rewinder):
         return _steps(self._problem.inner_objective, solver)
 
     def _batch(self, index: int) -> Batch:
-        return self._problem.inner_batch(index)
+        batch = self._problem.inner_batch(index)
+        objective = self._problem.inner_objective
+        self._reached |= paths_of(objective, self._start, self._lam, batch)
+        return batch
 
     def _pull_short(
         self, start: int, end: int, point: Point, arrival: Point, at: Cotangent
@@ -209,38 +224,65 @@ class CompiledRewinder(Rewinder):
         at.outer[:] = [total[k] if k in reached else None for k in lam]
 
     def _pull_step(self, point: Point, index: int, at: Cotangent) -> None:
-        before, w, lam = point.map(_tree.leaves), point.inner_params, _tree.detach(self._lam)
-        slope = _tree.leaves(self._gradient(w, index)[1])
+        before = point.map(_tree.leaves)
+        lam = {k: v.detach().requires_grad_() for k, v in self._lam.items()}
+        names = tuple(point.inner_params)
+
+        def evaluate(w: Params) -> tuple[Tensor, Params]:
+            value, *slopes = _Evaluated.apply(  # type: ignore[no-untyped-call]
+                self, index, names, *(w[k] for k in names), *lam.values()
+            )
+            return value, dict(zip(names, slopes, strict=True))
+
         with torch.enable_grad():
-            moved = self._solver.step(
-                lambda _: (torch.zeros(()), slope),
-                before.inner_params,
-                self._lam,
-                before.state,
-                index,
+            w, state, _, _ = self._solver.step(
+                evaluate, before.inner_params, lam, before.state, index
             )
         ends = [
             (output, cotangent.to(output.dtype))
-            for output, cotangent in zip(Point(moved[0], moved[1]).tensors(), at.point, strict=True)
+            for output, cotangent in zip(Point(w, state).tensors(), at.point, strict=True)
             if output.requires_grad and cotangent is not None
         ]
-        starts = (*before.tensors(), *self._lam.values(), *slope.values())
-        outputs, cotangents = [list(column) for column in zip(*ends, strict=True)]
-        found = torch.autograd.grad(outputs, starts, cotangents, allow_unused=True)
-        num_points, num_outer = len(at.point), len(lam)
-        at.point[:] = found[:num_points]
-        at.outer[:] = map(added, at.outer, found[num_points : num_points + num_outer])
+        found = torch.autograd.grad(
+            [output for output, _ in ends],
+            (*before.tensors(), *lam.values()),
+            [cotangent for _, cotangent in ends],
+            allow_unused=True,
+        )
+        at.point[:] = found[: len(at.point)]
+        at.outer[:] = map(added, at.outer, found[len(at.point) :])
+
+
+class _Evaluated(torch.autograd.Function):
+    """The gradient wherever a step asks for it, with the compiled product as its way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rewinder: CompiledRewinder, index: int, names: tuple[str, ...], *tensors: Tensor
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        w = dict(zip(names, (t.detach() for t in tensors), strict=False))
+        ctx.where = rewinder, index, w
+        value, slope = rewinder._gradient(w, index)
+        return value, *(slope[k] for k in names)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        rewinder, index, w = ctx.where
+        if cotangents[0] is not None:
+            raise RequirementError(
+                f"{type(rewinder._solver).__name__} makes its steps depend on the value of inner_objective, and "
+                f"Unroll(compile=True) differentiates its gradient only. Use Unroll(compile=False)."
+            )
         vector = {
-            k: torch.zeros_like(s) if v is None else v
-            for (k, s), v in zip(slope.items(), found[num_points + num_outer :], strict=True)
+            k: torch.zeros_like(v) if c is None else c
+            for (k, v), c in zip(w.items(), cotangents[1:], strict=True)
         }
-        run = _gradients(self._problem.inner_objective)[1]
-        products, cross = _called(run, w, lam, self._batch(index), vector)
-        for i, k in enumerate(w):
-            at.point[i] = added(products[k], at.point[i])
-        for i, k in enumerate(lam):
-            if k in self._reached:
-                at.outer[i] = added(cross[k], at.outer[i])
+        lam = _tree.detach(rewinder._lam)
+        run = _gradients(rewinder._problem.inner_objective)[1]
+        products, cross = _called(run, w, lam, rewinder._batch(index), vector)
+        reached = (cross[k] if k in rewinder._reached else None for k in lam)
+        return None, None, None, *(products[k] for k in w), *reached
 
 
 def _called(run: Callable[..., Any], *arguments: Any) -> Any:

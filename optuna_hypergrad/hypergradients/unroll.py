@@ -62,6 +62,8 @@ class Unroll(AbstractPullbackEstimator):
             raise ValueError(
                 f'Unroll needs recompute "auto", "never", "sqrt" or "tree", got {self.recompute!r}.'
             )
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"Unroll needs compile True or False, got {self.compile!r:.80}.")
         check_budget("Unroll", self.memory_budget)
         check_count("Unroll", "truncation", self.truncation, 1, none=True)
 

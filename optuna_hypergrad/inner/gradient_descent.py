@@ -23,7 +23,8 @@ class GradientDescent(AbstractStepSolver):
     name: ClassVar[str] = "gradient_descent"
 
     def depends_on_index(self, outer_params: Params) -> bool:
-        return self.has_entry_for_each_step(outer_params)
+        own_step = type(self).step is not GradientDescent.step
+        return own_step or self.has_entry_for_each_step(outer_params)
 
     def init(self, inner_params: Params) -> InnerState:
         return {}

@@ -36,7 +36,8 @@ class HeavyBall(AbstractStepSolver):
         check_number("HeavyBall: momentum", self.momentum, 0.0, 1.0)
 
     def depends_on_index(self, outer_params: Params) -> bool:
-        return self.has_entry_for_each_step(outer_params)
+        own_step = type(self).step is not HeavyBall.step
+        return own_step or self.has_entry_for_each_step(outer_params)
 
     def init(self, inner_params: Params) -> InnerState:
         return {"velocity": _tree.zeros_like(inner_params)}
