@@ -253,11 +253,11 @@ MUTANTS = [
         f"{TRUTHS}::test_truncation_does_not_change_the_inner_solution",
     ),
     Mutant(
-        "forget what hyperparameters have from later steps, on the compiled way back",
+        "compile every solver's step as the first one",
         "hypergradients/compiled_steps.py",
-        "at.outer[i] = added(cross[k], at.outer[i])",
-        "at.outer[i] = cross[k]",
-        "tests/test_compiled_steps.py::test_hypergradients_equal_those_of_the_tape[adam]",
+        "self._is_whole = not self._solver.depends_on_index(self._lam)",
+        "self._is_whole = True",
+        "tests/test_compiled_steps.py::test_steps_that_go_their_own_ways_are_differentiated_as_they_are[OwnDecay]",
     ),
     Mutant(
         "forget the mixed derivative in the tangent of the gradient",

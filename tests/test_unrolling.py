@@ -397,3 +397,15 @@ def test_a_tolerance_that_is_not_met_is_a_failure_also_of_the_last_steps(
     assert bool(found.result) is ends
     if not ends:
         assert found.result.status is ohg.Status.MAX_STEPS_REACHED
+
+
+def test_a_last_pullback_gives_up_what_a_second_one_would_need() -> None:
+    estimator, solver = ohg.Unroll(recompute="never"), ohg.GradientDescent(0.1, 3)
+    solved = estimator.solve(PROBLEM, solver, start(), hypers())
+    ones = {k: torch.ones_like(v) for k, v in start().items()}
+    first = solved.pullback(dict(ones)).outer
+    assert solved.last_pullback is not None
+    last = solved.last_pullback(dict(ones)).outer
+    assert all(torch.equal(first[k], last[k]) for k in first)
+    with pytest.raises(RuntimeError, match="given up what it would need"):
+        solved.last_pullback(dict(ones))

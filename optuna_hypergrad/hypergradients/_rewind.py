@@ -216,21 +216,27 @@ class Rewinder:
         Raises:
             RequirementError: if steps that are taken again lead elsewhere.
         """
+        if not self._kept and not self._recorded:
+            raise RuntimeError(
+                "last_pullback was called before, and has given up what it would need; use pullback."
+            )
         start = self._kept[0][1] if self._kept else self._recorded[0][1].before
         num_params, num_states = len(start.inner_params), len(start.tensors())
         at = Cotangent(
             [*cotangent.values(), *[None] * (num_states - num_params)], [None] * len(self._lam)
         )
         end, arrival = self._count, self._last
-        recorded = list(self._recorded)
+        recorded, kept = list(self._recorded), list(self._kept)
         if not keep:
             self._recorded.clear()
+            self._kept.clear()
         while recorded:
             end, tape = recorded.pop()
             arrival = tape.before
             pull_through(tape, self._lam, at, keep)
             del tape
-        for position, point in reversed(self._kept):
+        while kept:
+            position, point = kept.pop()
             assert arrival is not None
             self._pull_stretch(position, end, point, arrival, at)
             end, arrival = position, point
@@ -308,8 +314,8 @@ class Rewinder:
         if not meets(found.inner_params, arrival.inner_params, begun.inner_params):
             raise RequirementError(
                 f"Unroll took the inner steps {self._first + start} to {self._first + end - 1} again on the way back, "
-                f"and they led elsewhere: {NOT_REPEATED} Or use Unroll(recompute='never'), which takes no step "
-                f"twice."
+                f"and they led elsewhere: {NOT_REPEATED} Or use Unroll(compile=False, recompute='never'), which "
+                f"takes no step twice."
             )
 
     def _step(self, point: Point, position: int) -> tuple[Params, InnerState, Tensor, Params]:

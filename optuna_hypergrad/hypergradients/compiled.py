@@ -8,6 +8,7 @@ no product needs of it, such as the inner gradient itself, is not computed.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -24,6 +25,13 @@ from ..ihvp._base import scale_of
 from ..operators import DampedOperator, Flattener, HessianOperator, InnerGraph
 
 _CACHE_SIZE = 16
+_MOST_PATHS = 256
+
+_ISOLATED: dict[str, Any] = (
+    {"isolate_recompiles": True}  # torch 2.6 has one limit for all functions of the same code
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
 
 
 @functools.lru_cache(maxsize=_CACHE_SIZE)
@@ -48,10 +56,18 @@ def _compiled(
         cross = pull({k: -x for k, x in zip(names, found.x, strict=True)})[1]
         return found.residual, found.least_curvature, cross
 
+    return compiled_whole(run)
+
+
+def compiled_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as one graph, anew for other shapes; other functions do not count toward torch's limit on that."""
     from .matrix_products import MatrixProducts  # takes a second: the compiler comes with it
 
     options: dict[str, Any] = {"post_grad_custom_post_pass": MatrixProducts()}
-    return torch.compile(run, fullgraph=True, dynamic=False, options=options)
+    compiled: Callable[..., Any] = torch.compile(
+        function, fullgraph=True, dynamic=False, options=options, **_ISOLATED
+    )
+    return compiled
 
 
 _PATHS: dict[tuple[Hashable, ...], frozenset[str]] = {}
@@ -149,6 +165,6 @@ def _remember(key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
     )
-    if len(_PATHS) >= _CACHE_SIZE:
+    if len(_PATHS) >= _MOST_PATHS:
         _PATHS.pop(next(iter(_PATHS)))
     _PATHS[key] = frozenset(k for k, v in cross.items() if v is not None)

@@ -8,7 +8,6 @@ and nothing is kept between steps but states.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
@@ -24,16 +23,9 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
 from ._memory import num_bytes
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, added
-from .compiled import paths_of
+from .compiled import compiled_whole, paths_of
 
 _CACHE_SIZE = 16
-
-_ISOLATED: dict[str, Any] = (
-    {"isolate_recompiles": True}
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    else {}
-)
-"""Functions of other objectives and solvers do not count toward the limit on compiling one anew."""
 
 Moved = tuple[Params, InnerState, Tensor, Params]
 """``(w', state', g, dg/dw)``."""
@@ -59,7 +51,7 @@ def _gradients(inner_objective: Objective) -> tuple[Callable[..., Any], Callable
         found: tuple[Params, Params] = pull(v)
         return found
 
-    return _compiled(gradient), _compiled(pull)
+    return compiled_whole(gradient), compiled_whole(pull)
 
 
 @functools.lru_cache(maxsize=_CACHE_SIZE)
@@ -91,17 +83,7 @@ def _steps(
             sums[k] = outer[k].add_(v) if v.dim() > 0 else outer[k] + v
         return before, memory, {k: v for k, v in sums.items() if v.dim() == 0}
 
-    return _compiled(step), _compiled(pull)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    from .matrix_products import MatrixProducts  # takes a second: the compiler comes with it
-
-    options: dict[str, Any] = {"post_grad_custom_post_pass": MatrixProducts()}
-    compiled: Callable[..., Any] = torch.compile(
-        function, fullgraph=True, dynamic=False, options=options, **_ISOLATED
-    )
-    return compiled
+    return compiled_whole(step), compiled_whole(pull)
 
 
 def all_states(num_steps: int, tape: int, state: int) -> Plan:

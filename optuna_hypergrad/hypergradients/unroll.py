@@ -39,10 +39,12 @@ class Unroll(AbstractPullbackEstimator):
             T)``, and every step is taken about ``1 + log_8 T`` times; ``"auto"``: the first of them, or of what
             lies between, that fits into ``memory_budget``.
         memory_budget: Bytes for states and graphs, beside a few vectors of the size of ``w`` and ``lam``.
-        compile: Compile the inner gradient and the products of the way back with ``torch.compile``, once per inner objective
-            and shapes (tens of seconds; define the objective once, not anew in every trial). No graph is kept then, states
-            only: in all about 2.6 gradient evaluations a step with all states, 3.2 with every third, for gradient descent and
-            heavy ball with fixed settings; one more for solvers whose derivatives ask for the gradient.
+        compile: Compile the inner gradient and the products of the way back with ``torch.compile``, once for each inner
+            objective, shapes of its batches, and solver (seconds to tens of seconds; define the objective once, not anew in
+            every trial, and tune the solver's settings as hyperparameters, by name). No graph is kept then, states only:
+            before every step with ``"never"``, before every ``k``-th with ``"auto"``. In all about 2.7 gradient evaluations
+            a step with all states, 3.1 with every third, for ``GradientDescent`` and ``HeavyBall`` whose settings are numbers
+            or 0-d hyperparameters; one more for the others (``Adam``, ``Lookahead``, schedules, solvers of your own).
     """
 
     name: ClassVar[str] = "unroll"

@@ -23,8 +23,7 @@ class GradientDescent(AbstractStepSolver):
     name: ClassVar[str] = "gradient_descent"
 
     def depends_on_index(self, outer_params: Params) -> bool:
-        own_step = type(self).step is not GradientDescent.step
-        return own_step or self.has_entry_for_each_step(outer_params)
+        return type(self) is not GradientDescent or self.has_entry_for_each_step(outer_params)
 
     def init(self, inner_params: Params) -> InnerState:
         return {}

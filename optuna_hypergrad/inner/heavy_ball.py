@@ -36,8 +36,7 @@ class HeavyBall(AbstractStepSolver):
         check_number("HeavyBall: momentum", self.momentum, 0.0, 1.0)
 
     def depends_on_index(self, outer_params: Params) -> bool:
-        own_step = type(self).step is not HeavyBall.step
-        return own_step or self.has_entry_for_each_step(outer_params)
+        return type(self) is not HeavyBall or self.has_entry_for_each_step(outer_params)
 
     def init(self, inner_params: Params) -> InnerState:
         return {"velocity": _tree.zeros_like(inner_params)}
