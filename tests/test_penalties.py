@@ -251,6 +251,23 @@ def test_cold_runs_begin_both_inner_problems_anew(warm_start: bool) -> None:
     assert (norms[0] == norms[3]) is not warm_start
 
 
+@pytest.mark.parametrize("returns", ["inner", "penalized"])
+@pytest.mark.parametrize("central", [False, True])
+def test_a_burn_in_is_where_all_inner_problems_begin(returns: str, central: bool) -> None:
+    settings = {
+        "inner_solver": ohg.GradientDescent(0.2, max_steps=3),
+        "estimator": ohg.F2SA(10.0, central=central, returns=returns),
+        "num_steps": 3,
+    }
+    found = ohg.minimize_bilevel(PROBLEM, W, LAM, burn_in=4, **settings)
+    w = W["w"]
+    for _ in range(4):
+        w = w - 0.2 * (1.2 * w - A @ LAM["x"])
+    expected = ohg.minimize_bilevel(PROBLEM, {"w": w}, LAM, **settings)
+    assert relative_error(found.outer_params, expected.outer_params) < 1e-12
+    assert relative_error(found.inner_params, expected.inner_params) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("estimator", "inner_solver"),
     [
