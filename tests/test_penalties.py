@@ -252,6 +252,16 @@ def test_cold_runs_begin_both_inner_problems_anew(warm_start: bool) -> None:
 
 
 @pytest.mark.parametrize("returns", ["inner", "penalized"])
+def test_a_second_phase_ends_with_the_variable_that_it_was_asked_for(returns: str) -> None:
+    estimator = ohg.F2SA(2.0, returns=returns)
+    settings = {"inner_solver": ohg.GradientDescent(0.2, max_steps=3), "num_steps": 5}
+    expected = ohg.minimize_bilevel(PROBLEM, W, LAM, estimator=estimator, **settings)
+    phases = ohg.TwoPhase(ohg.T1T2(), estimator, switch=0)
+    found = ohg.minimize_bilevel(PROBLEM, W, LAM, estimator=phases, **settings)
+    assert torch.equal(found.inner_params["w"], expected.inner_params["w"])
+
+
+@pytest.mark.parametrize("returns", ["inner", "penalized"])
 @pytest.mark.parametrize("central", [False, True])
 def test_a_burn_in_is_where_all_inner_problems_begin(returns: str, central: bool) -> None:
     settings = {
