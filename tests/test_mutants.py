@@ -904,6 +904,13 @@ MUTANTS = [
         "tests/test_sklearn_nested.py::test_folds_that_agree_by_chance_do_not_untie_where_samples_differ_widely[0.5-None]",
     ),
     Mutant(
+        "count a sample that several folds test as several",
+        "sklearn_adapters/_nested.py",
+        "total = float(np.square(np.sum(differences, 0)).sum())",
+        "total = float(np.square(differences).sum())",
+        "tests/test_sklearn_nested.py::test_samples_that_several_folds_test_are_not_counted_as_others",
+    ),
+    Mutant(
         "untie on a gain of one standard error",
         "sklearn_adapters/_nested.py",
         "return excess > float(stdtrit(num_folds - 1, _CONFIDENCE)) * error",

@@ -251,6 +251,33 @@ def test_cold_runs_begin_both_inner_problems_anew(warm_start: bool) -> None:
     assert (norms[0] == norms[3]) is not warm_start
 
 
+@pytest.mark.parametrize("returns", ["inner", "penalized"])
+def test_a_second_phase_ends_with_the_variable_that_it_was_asked_for(returns: str) -> None:
+    estimator = ohg.F2SA(2.0, returns=returns)
+    settings = {"inner_solver": ohg.GradientDescent(0.2, max_steps=3), "num_steps": 5}
+    expected = ohg.minimize_bilevel(PROBLEM, W, LAM, estimator=estimator, **settings)
+    phases = ohg.TwoPhase(ohg.T1T2(), estimator, switch=0)
+    found = ohg.minimize_bilevel(PROBLEM, W, LAM, estimator=phases, **settings)
+    assert torch.equal(found.inner_params["w"], expected.inner_params["w"])
+
+
+@pytest.mark.parametrize("returns", ["inner", "penalized"])
+@pytest.mark.parametrize("central", [False, True])
+def test_a_burn_in_is_where_all_inner_problems_begin(returns: str, central: bool) -> None:
+    settings = {
+        "inner_solver": ohg.GradientDescent(0.2, max_steps=3),
+        "estimator": ohg.F2SA(10.0, central=central, returns=returns),
+        "num_steps": 3,
+    }
+    found = ohg.minimize_bilevel(PROBLEM, W, LAM, burn_in=4, **settings)
+    w = W["w"]
+    for _ in range(4):
+        w = w - 0.2 * (1.2 * w - A @ LAM["x"])
+    expected = ohg.minimize_bilevel(PROBLEM, {"w": w}, LAM, **settings)
+    assert relative_error(found.outer_params, expected.outer_params) < 1e-12
+    assert relative_error(found.inner_params, expected.inner_params) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("estimator", "inner_solver"),
     [

@@ -144,6 +144,29 @@ def test_inner_folds_keep_to_the_outer_ones(cv):
                 assert max(part[1]) < min(test)
 
 
+@pytest.mark.parametrize("guard", ["nested", None])
+def test_splits_may_be_lists_masks_and_counted_from_the_end(guard):
+    x, y = sparse(40, 5)
+    of_arrays = list(KFold(3).split(x))
+    every = np.arange(40)
+    ways = {
+        "arrays": of_arrays,
+        "lists": [(a.tolist(), b.tolist()) for a, b in of_arrays],
+        "masks": [(np.isin(every, a), np.isin(every, b)) for a, b in of_arrays],
+        "end": [(a, b - 40) for a, b in of_arrays],
+    }
+    found = {}
+    for way, cv in ways.items():
+        search = HypergradientSearchCV(RIDGE, SPACE, n_trials=4, cv=cv, guard=guard, random_state=0)
+        search.fit(x, y)
+        losses = search.nested_.fold_losses if guard else None
+        found[way] = losses, [t.value for t in search.study_.trials], search.best_score_
+    assert all(f == found["arrays"] for f in found.values())
+    short = [(a[:-1], b) for a, b in ways["masks"]]
+    with pytest.raises(ValueError, match="a mask of 39 samples, and there are 40"):
+        HypergradientSearchCV(RIDGE, SPACE, cv=short, guard=guard).fit(x, y)
+
+
 def judged(losses: Any, influences: Any = None) -> _nested.Judged:
     if influences is None:
         influences = [np.zeros(2) for _ in losses]
@@ -179,12 +202,44 @@ def test_the_choice_is_the_stiffest_of_the_best_if_it_is_surely_better_than_tied
 @pytest.mark.parametrize(("spread", "tau"), [(0.02, 0.0), (0.5, None)])
 def test_folds_that_agree_by_chance_do_not_untie_where_samples_differ_widely(spread, tau):
     """A gain of 0.1 in each of three folds, which comes from all samples, or from a few of them."""
-    tied = judged([1.0, 1.0, 1.0], 3 * [[spread, -spread]])
-    free = judged([0.9, 0.91, 0.89])
+    tied = judged([1.0, 1.0, 1.0], np.kron(np.eye(3), [spread, -spread]))
+    free = judged([0.9, 0.91, 0.89], np.zeros((3, 6)))
     choice = _nested._decide(tied, [free], [0.0])
     assert choice.tau == tau
     between, within = 0.01 / 3**0.5, (3 * 2 * spread**2) ** 0.5 / 3
     assert choice.errors == pytest.approx([max(between, within)])
+
+
+def test_samples_that_several_folds_test_are_not_counted_as_others():
+    """Four folds, of which two and two test the same ten samples: the error is that of two means of ten, not of four."""
+    x, y = sparse(80, 5)
+    tests = np.arange(10), np.arange(10), np.arange(10, 20), np.arange(10, 20)
+    trains = [np.r_[np.arange(20, 80)[i % 2 :: 2], tests[(i + 2) % 4]] for i in range(4)]
+    cv = list(zip(trains, tests, strict=True))
+    seen = []
+
+    def noted(of):
+        def with_influences(self, *given):
+            found = of(self, *given)
+            seen.append(found[0][1].numpy())
+            return found
+
+        return with_influences
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            CrossValidatedLoss, "with_influences", noted(CrossValidatedLoss.with_influences)
+        )
+        search = HypergradientSearchCV(
+            RIDGE, SPACE, scoring="neg_mean_squared_error", n_trials=4, cv=cv, random_state=0
+        ).fit(x, y)
+    tied, first = seen[:4], seen[4:8]
+    moved = [b - a for a, b in zip(tied, first, strict=True)]
+    alike = np.square(moved[0] + moved[1]).sum() + np.square(moved[2] + moved[3]).sum()
+    losses = np.array(search.nested_.fold_losses)
+    between = (losses[:, 1] - losses[:, 0]).std(ddof=1) / 2
+    assert search.nested_.errors[0] == pytest.approx(max(between, alike**0.5 / 4), rel=1e-9)
+    assert alike**0.5 / 4 > between  # otherwise nothing is shown
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -109,6 +109,20 @@ def test_weights_that_are_none_are_refused(given: dict[str, Any], message: str) 
         ohg.HypergradientClassifier(**QUICK).fit(x, y, **given)
 
 
+def test_classes_are_those_of_y_whatever_the_type_of_what_is_held_back() -> None:
+    x, y = X[:60], Y[:60]
+    model = ohg.HypergradientClassifier(**QUICK)
+    expected = clone(model).fit(x, y, X_val=x, y_val=y)
+    found = clone(model).fit(x, y, X_val=x, y_val=y.astype(float))
+    assert found.classes_.dtype == y.dtype
+    assert np.array_equal(found.predict_proba(x), expected.predict_proba(x))
+    named = np.array(["a", "bc"])[(y > 4).astype(int)]
+    wide = clone(model).fit(x, named, X_val=x, y_val=named.astype(object))
+    assert wide.classes_.dtype == named.dtype
+    with pytest.raises(ValueError, match="Mix of label input types"):
+        clone(model).fit(x, y, X_val=x, y_val=y.astype(str))
+
+
 def test_weights_are_routed() -> None:
     x, y = X[:80], Y[:80]
     weights = 1.0 + np.arange(80) % 3

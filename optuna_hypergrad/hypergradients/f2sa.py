@@ -98,7 +98,7 @@ class F2SA(AbstractPenalty):
 
         above, below = shifted("y", 1.0 / s, y_before), z
         if self.central:
-            before = part(state.tensors, "y-/") if warm else y_before
+            before = (part(state.tensors, "y-/") if warm else {}) or y_before
             below = shifted("y-", -1.0 / s, before)
             tensors |= {f"y-/{k}": v for k, v in below.inner_params.items()}
         batch = problem.inner_batch(state.inner_index + z.num_steps)

@@ -70,6 +70,11 @@ class TwoPhase(AbstractHypergradientEstimator):
             )
 
     @property
+    def solves(self) -> bool:  # type: ignore[override]
+        """As ``second``, with which a run ends."""
+        return self.second.solves
+
+    @property
     def carries(self) -> str | None:
         if isinstance(self.switch, Stalled):
             return "the outer values that Stalled looks at (pass an outer step as switch=)"

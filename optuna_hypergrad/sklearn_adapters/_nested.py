@@ -81,7 +81,8 @@ class Judged:
 
     Attributes:
         losses: ``(folds,)``; infinite where there is none.
-        influences: Of the test samples of each fold, times their shares; see ``CrossValidatedLoss.with_influences``.
+        influences: Of each sample on the loss of each fold, times its share, ``(n_samples,)``; zero where it is not tested. See
+            ``CrossValidatedLoss.with_influences``.
     """
 
     losses: np.ndarray
@@ -92,15 +93,14 @@ class Judged:
 
         There are two estimates of the error, and it is the larger one. The variance between folds has all that varies, models
         among it, and few degrees of freedom: five folds that agree by chance are common. The variance between samples has
-        many, and leaves out that models vary.
+        many, and leaves out that models vary. A sample that several folds test is one sample.
         """
         count, fitted = int(folds.sum()), np.isfinite(other.losses[folds]).all()
         if count < 2 or not fitted:
             return -math.inf, math.inf
         each = (self.losses - other.losses)[folds]
-        total = 0.0
-        for i in np.flatnonzero(folds):
-            total += float(np.square(self.influences[i] - other.influences[i]).sum())
+        differences = [self.influences[i] - other.influences[i] for i in np.flatnonzero(folds)]
+        total = float(np.square(np.sum(differences, 0)).sum())
         between = float(each.std(ddof=1)) / count**0.5
         return float(each.mean()), max(between, total**0.5 / count)
 
@@ -180,10 +180,13 @@ def nested_choice(
     inner = [loss_of(parts) for _, parts in folds]
     tied = [_tied(part, chosen, freedom) for part in inner]
     points = [freedom.untied(_tensors(t)) for t in tied]
+    tests = [test for (_, test), _ in folds]
+    size = 1 + max(int(test.max()) for test in tests)
 
     def judged() -> Judged:
         each = [_judged(o, chosen, p) for o, p in zip(outer, points, strict=True)]
-        return Judged(np.array([loss for loss, _ in each]), [influence for _, influence in each])
+        influences = [np.bincount(t, i, size) for t, (_, i) in zip(tests, each, strict=True)]
+        return Judged(np.array([loss for loss, _ in each]), influences)
 
     base = judged()
     found: list[Judged] = []

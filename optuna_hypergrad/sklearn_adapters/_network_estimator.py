@@ -12,6 +12,7 @@ from sklearn.base import BaseEstimator, _fit_context
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.multiclass import unique_labels
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
 
@@ -143,8 +144,8 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
             X_val, y_val = validate_data(self, X_val, y_val, dtype=np.float64, reset=False)
             held_places, more = counted(sample_weight_val, X_val, "sample_weight_val")
             X_val, y_val = X_val[held_places], column_or_1d(y_val)[held_places]
-            if self._classes and not np.isin(y_val, y).all():
-                raise ValueError("y_val holds a class that y does not hold.")
+            if self._classes:
+                y_val = _alike(y_val, y)
             X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
             weights = np.concatenate([weights, more])
         y = self._targets(y, relative(weights))
@@ -292,3 +293,15 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
     @abc.abstractmethod
     def _loss(outputs: Tensor, targets: Tensor) -> Tensor:
         """``(n, k), (n,) -> (n,)``."""
+
+
+def _alike(y_val: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Labels ``y_val`` as those of ``y``, of its dtype: what is predicted is what was given as ``y``.
+
+    Raises:
+        ValueError: if some are none of ``y``, or strings where those are numbers.
+    """
+    unique_labels(y, y_val)
+    if not np.isin(y_val, y).all():
+        raise ValueError("y_val holds a class that y does not hold.")
+    return y_val.astype(y.dtype)

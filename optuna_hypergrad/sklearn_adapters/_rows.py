@@ -16,6 +16,28 @@ class FailedTrialError(ValueError):
     """A setting cannot be fitted; ``args`` say why."""
 
 
+def as_indices(splits: Iterable[tuple[Any, Any]], num_samples: int) -> list[Split]:
+    """Splits as arrays of indices from 0 on, where a user's own are lists, masks, or counted from the end.
+
+    Raises:
+        ValueError: for a mask of another length.
+    """
+
+    def of(given: Any) -> np.ndarray:
+        part = np.asarray(given)
+        if part.dtype == bool:
+            if len(part) != num_samples:
+                raise ValueError(
+                    f"cv= has a mask of {len(part)} samples, and there are {num_samples}."
+                )
+            return np.flatnonzero(part)
+        if not part.size:
+            return part.astype(np.intp)
+        return np.where(part < 0, part + num_samples, part) if part.min() < 0 else part
+
+    return [(of(train), of(test)) for train, test in splits]
+
+
 class FrozenSplits:
     """Splits that were made before, in the place of a splitter."""
 

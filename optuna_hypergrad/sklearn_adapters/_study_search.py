@@ -16,6 +16,7 @@ from optuna.study import Study
 from sklearn.base import clone
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import check_random_state, get_tags
+from sklearn.utils.validation import _num_samples
 
 from .. import _optuna
 from ..step_rules import TrustRegion
@@ -26,7 +27,7 @@ from ._descent import ROUGH
 from ._distributions import Space
 from ._folds import last_step
 from ._following import Followed, NotFollowedError
-from ._rows import FrozenSplits
+from ._rows import FrozenSplits, as_indices
 from ._study import fingerprint, finished, open_study, quiet
 from ._vectors import SAMPLE_WEIGHT, is_sample_weight
 from ._weighting import SampleWeighting
@@ -111,12 +112,12 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
     def _splits(self) -> list[Split]:
         X, y, params = self._data
         routed = self._get_routed_params_for_fit(params).splitter.split
-        splits = list(self._checked_cv_orig.split(X, y, **routed))
+        splits = as_indices(self._checked_cv_orig.split(X, y, **routed), _num_samples(X))
         if self.resume:
-            again = list(self._checked_cv_orig.split(X, y, **routed))
+            again = as_indices(self._checked_cv_orig.split(X, y, **routed), _num_samples(X))
             if not all(np.array_equal(a[1], b[1]) for a, b in zip(splits, again, strict=True)):
                 raise ValueError(
-                    f"resume=True continues a study of the same splits, and cv={self.cv!r} gives others each time; give "
+                    f"resume=True continues a study of the same splits, and cv={self.cv!r:.80} gives others each time; give "
                     f"it a random_state."
                 )
         return splits

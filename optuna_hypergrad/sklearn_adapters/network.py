@@ -67,7 +67,8 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
-                f"{type(self).__name__} cannot tell apart one class: y holds {self.classes_[0]!r} only."
+                f"{type(self).__name__} cannot tell apart one class: y holds {self.classes_[0]} only, as far as samples have a "
+                f"weight."
             )
         return np.asarray(labels)
 

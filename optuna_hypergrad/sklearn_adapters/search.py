@@ -266,7 +266,7 @@ class HypergradientSearchCV(StudySearch):
         guarded = followed is not None and bool(space.vectors) and self.guard is not None
         if followed is not None and guarded and not can_nest(splits.splits, followed.is_usable):
             raise ValueError(
-                f"guard={self.guard!r} compares what is found on nested folds, and cv={self.cv!r} makes no two folds of "
+                f"guard={self.guard!r} compares what is found on nested folds, and cv={self.cv!r:.80} makes no two folds of "
                 f"which each can be split by the other. Use more folds, or guard=None."
             )
         study = self.study_ = self._open(space, splits, followed is not None)
