@@ -145,8 +145,8 @@ def minimize_bilevel(
     Raises:
         HyperparameterError: bounds that cannot be used, a start outside of them, the name of another run
             of this trial, or a checkpoint that was begun otherwise: with other bounds, another
-            ``outer_params`` (and, for cold starts, ``inner_params``, of step 0 if it is a function), class of inner solver or optimizer,
-            or with more steps done than ``num_steps``.
+            ``outer_params`` (and, for cold starts, ``inner_params``, of step 0 if it is a function), class of inner
+            solver, estimator or optimizer, or with more steps done than ``num_steps``.
         ValueError: for a negative number of steps, or an ``lr_lambda`` that gives no finite number >= 0.
         ProblemError: if ``inner_params`` is a function that cannot be replayed (steps 0 and 1 are asked twice), or gives
             other names, shapes or dtypes at a later step.
@@ -194,6 +194,7 @@ def minimize_bilevel(
             run.outer_params,
             None if warm_start else run.inner_params,
             inner_solver=type(inner_solver).__name__,
+            estimator=estimator.resumed_as,
             optimizer=run.optimizer_class,
             warm_start=str(warm_start),
         )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import cases
+import optuna
 import pytest
 import torch
 from problems import F64, Params, randn, relative_error
@@ -392,3 +394,28 @@ def test_a_check_of_the_penalized_variable_says_how_to_check() -> None:
             estimator=ohg.BOME(returns="penalized"),
             inner_solver=ohg.GradientDescent(0.1, 5),
         )
+
+
+def test_a_checkpoint_is_not_gone_on_from_with_the_other_variable() -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: ((w["w"] - lam["c"]) ** 2).sum(), lambda w, lam, _: w["w"].square().sum()
+    )
+    study = optuna.create_study()
+    number = study.ask()._trial_id
+
+    def run(num_steps: int, estimator: Any) -> Any:
+        return ohg.minimize_bilevel(
+            problem,
+            {"w": torch.zeros(3, dtype=F64)},
+            {"c": torch.ones(3, dtype=F64)},
+            estimator=estimator,
+            inner_solver=ohg.GradientDescent(0.1, 2),
+            num_steps=num_steps,
+            trial=optuna.Trial(study, number),
+            checkpoint_every=1,
+        )
+
+    run(2, ohg.F2SA())
+    with pytest.raises(ohg.HyperparameterError, match=r"estimator .then F2SA.returns='inner'."):
+        run(4, ohg.F2SA(returns="penalized"))
+    assert len(run(4, ohg.F2SA()).history) == 4

@@ -153,3 +153,14 @@ def test_a_start_without_a_loss_is_passed_over(monkeypatch: pytest.MonkeyPatch) 
     assert 1 not in starts
     assert 3 in starts
     assert sum(t.params["descent"] == 1 for t in study.trials) == 1
+
+
+def test_a_search_ends_where_nothing_is_left_to_gain() -> None:
+    space = {WEIGHTS: TensorDistribution("per_feature", 0.9, 1.1)}
+    search, _ = watched(LASSO, space, sparse(80, 10, 4), n_trials=40)
+    trials = search.study_.trials
+    last = trials[-1].params["descent"]
+    of_last = [t.value for t in trials if t.params["descent"] == last]
+    others = [t.value for t in trials if t.params["descent"] < last]
+    assert len(trials) < 40
+    assert min(of_last) == pytest.approx(min(others), rel=1e-6)

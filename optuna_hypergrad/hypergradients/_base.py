@@ -118,6 +118,11 @@ class AbstractHypergradientEstimator(abc.ABC):
     """Whether it solves the inner problem, so that a run ends with a solve at its last ``lam``; otherwise it moves ``w``."""
 
     @property
+    def resumed_as(self) -> str:
+        """What a run that goes on from a checkpoint must have in common with the one that began: what its state means."""
+        return type(self).__name__
+
+    @property
     def carries(self) -> str | None:
         """In words, what its state hands on from step to step beside the inner solver's memory; ``None`` for nothing."""
         return None

@@ -69,6 +69,10 @@ class AbstractPenalty(AbstractHypergradientEstimator):
         return self.returns == "inner"
 
     @property
+    def resumed_as(self) -> str:
+        return f"{type(self).__name__}(returns={self.returns!r})"
+
+    @property
     def carries(self) -> str:
         return "its second inner variable, and the number of steps that its penalty depends on"
 

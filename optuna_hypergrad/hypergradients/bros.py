@@ -120,6 +120,10 @@ class BROS(AbstractOneStep):
     share: float | None = field(default=None, kw_only=True)
     whole: tuple[str, ...] = field(default=(), kw_only=True)
 
+    @property
+    def resumed_as(self) -> str:
+        return f"BROS(whole={self.whole!r}, share={self.share!r})"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_theta("BROS", self.theta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from optuna.samplers import BaseSampler
@@ -25,6 +26,9 @@ sparse model, or outvoted, and its weight has no slope there; where all of them 
 NEARBY = (3.0, 10.0, 0.3)
 """Times which all entries are the best ones where later descents begin."""
 
+_GAIN = 1e-7
+"""Of a loss, relatively, below which going on is in vain."""
+
 _LEAST = 15
 """Trials without which another start is not tried: the best one so far has more use for them."""
 
@@ -39,7 +43,8 @@ def restarted_search(
     """All trials of a search of vectors, or what is left of them in a study that was cut.
 
     The first descents begin with all entries of a vector equal, and looser each time; then one goes on from the best of all
-    until nothing is left to gain; then others begin near the best, all entries times a factor, and so on in turns. All but those that go on
+    until nothing is left to gain; then others begin near the best, all entries times a factor, and so on in turns. The search ends
+    before its last trial where going on from the best is all that is left to do, and gains nothing. All but those that go on
     end where little is to be gained. A start is a function of the trials before it, so that a study which was cut goes on as if it had not been.
 
     Reference: Lourenço, Martin & Stützle (2003), "Iterated local search"; for weights that begin loose, Zou (2006), "The
@@ -57,6 +62,8 @@ def restarted_search(
         while (left := n_trials - len(finished(study))) > 0:
             number = _next(study)
             factor = _factor(number, n_trials - _begun(study, number))
+            if factor == 1 and _has_gone_on_in_vain(study, number - 1, n_trials):
+                return
             objective.start = None if number == 0 else _start(number, factor, study, objective)
             rough = number == 0 or factor != 1
             study.sampler = held(sampler_with(rough=rough), {DESCENT: number})
@@ -99,6 +106,16 @@ def _factor(number: int, left: int) -> float:
     if number < len(LOOSER):
         return LOOSER[number]
     return (1.0, *NEARBY)[(number - len(LOOSER)) % (1 + len(NEARBY))]
+
+
+def _has_gone_on_in_vain(study: Study, number: int, n_trials: int) -> bool:
+    """Whether a descent that went on from the best trial found nothing better."""
+    if number < 1 or _factor(number, n_trials - _begun(study, number)) != 1:
+        return False
+    values = {t.number: float(t.value or 0.0) for t in completed(study)}
+    begun = _begun(study, number)
+    before = min((v for n, v in values.items() if n < begun), default=math.inf)
+    return not min(values.values(), default=math.inf) < before - _GAIN * abs(before)
 
 
 def _start(
