@@ -170,7 +170,7 @@ class _Unroll(ohg.Unroll):
             outer = {k: self.poison.into(v, "linear solver") for k, v in pulled.outer.items()}
             return replace(pulled, outer=outer)
 
-        return replace(solved, pullback=pullback)
+        return replace(solved, pullback=pullback, last_pullback=None)
 
 
 def study_with(poison: Poison) -> list[str]:
