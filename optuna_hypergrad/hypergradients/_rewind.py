@@ -355,10 +355,10 @@ def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) ->
             retain_graph=keep,
         )
     at.point[:] = found[: len(at.point)]
-    at.outer[:] = map(added, at.outer, found[len(at.point) :])
+    at.outer[:] = map(_added, at.outer, found[len(at.point) :])
 
 
-def added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """``total``, which is ours and is changed, plus ``part``, which may be shared."""
     if part is None:
         return total

@@ -22,7 +22,7 @@ from .._typing import Batch, Objective, Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
 from ._memory import num_bytes
-from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, added
+from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
 from .compiled import compiled_whole, paths_of
 
 _CACHE_SIZE = 16
@@ -207,7 +207,7 @@ class CompiledRewinder(Rewinder):
 
     def _pull_step(self, point: Point, index: int, at: Cotangent) -> None:
         before = point.map(_tree.leaves)
-        lam = {k: v.detach().requires_grad_() for k, v in self._lam.items()}
+        lam = _tree.leaves(self._lam)
         names = tuple(point.inner_params)
 
         def evaluate(w: Params) -> tuple[Tensor, Params]:
@@ -220,19 +220,7 @@ class CompiledRewinder(Rewinder):
             w, state, _, _ = self._solver.step(
                 evaluate, before.inner_params, lam, before.state, index
             )
-        ends = [
-            (output, cotangent.to(output.dtype))
-            for output, cotangent in zip(Point(w, state).tensors(), at.point, strict=True)
-            if output.requires_grad and cotangent is not None
-        ]
-        found = torch.autograd.grad(
-            [output for output, _ in ends],
-            (*before.tensors(), *lam.values()),
-            [cotangent for _, cotangent in ends],
-            allow_unused=True,
-        )
-        at.point[:] = found[: len(at.point)]
-        at.outer[:] = map(added, at.outer, found[len(at.point) :])
+        pull_through(Tape(before, Point(w, state)), lam, at, keep=False)
 
 
 class _Evaluated(torch.autograd.Function):
