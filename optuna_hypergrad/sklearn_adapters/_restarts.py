@@ -43,9 +43,9 @@ def restarted_search(
     """All trials of a search of vectors, or what is left of them in a study that was cut.
 
     The first descents begin with all entries of a vector equal, and looser each time; then one goes on from the best of all
-    until nothing is left to gain; then others begin near the best, all entries times a factor, and so on in turns. The search ends
-    before its last trial where going on from the best is all that is left to do, and gains nothing. All but those that go on
-    end where little is to be gained. A start is a function of the trials before it, so that a study which was cut goes on as if it had not been.
+    until nothing is left to gain; then others begin near the best, all entries times a factor, and so on in turns. All but
+    those that go on end where little is to be gained, and the search ends where going on is all that is left and gains
+    nothing. A start is a function of the trials before it, so that a study which was cut goes on as if it had not been.
 
     Reference: Lourenço, Martin & Stützle (2003), "Iterated local search"; for weights that begin loose, Zou (2006), "The
     adaptive lasso and its oracle properties".
