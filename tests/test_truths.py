@@ -439,7 +439,7 @@ def test_a_million_hyperparameters_match_woodbury_in_bounded_memory() -> None:
         u = -1.0 + 0.3 * torch.randn(p, generator=gen, dtype=dtype)
 
         def g(w, lam, _):
-            return 0.5 * ((x @ w["w"] - y) ** 2).sum() + 0.5 * torch.dot(lam["u"].exp() * w["w"], w["w"])
+            return 0.5 * ((x @ w["w"] - y) ** 2).sum() + 0.5 * torch.dot(lam["u"].exp(), w["w"] * w["w"])
 
         def f(w, lam, _):
             return 0.5 * ((xv @ w["w"] - yv) ** 2).sum() + 1e-6 * 0.5 * (lam["u"] ** 2).sum()
