@@ -396,13 +396,13 @@ def test_a_blob_that_cannot_be_written_is_an_error_of_the_database(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("DELETE FROM hypergrad_chunks WHERE chunk = 1", "hold 1048586 bytes"),
+        ("DELETE FROM hypergrad_chunks WHERE chunk = 1", f"hold {CHUNK + 10} bytes"),
         ("DELETE FROM hypergrad_chunks", "its 0 rows in hypergrad_chunks hold 0 bytes"),
         ("DELETE FROM hypergrad_blobs", "says None bytes"),
         ("UPDATE hypergrad_blobs SET num_bytes = 9000000000000", "says 9000000000000 bytes"),
         ("UPDATE hypergrad_blobs SET num_bytes = 'many'", "says many bytes"),
         ("UPDATE hypergrad_chunks SET chunk = 7 WHERE chunk = 2", "the last numbered 7"),
-        ("UPDATE hypergrad_chunks SET data = 'text 0123' WHERE chunk = 2", "hold 2097161 bytes"),
+        ("UPDATE hypergrad_chunks SET data = 'text 0123' WHERE chunk = 2", f"hold {2 * CHUNK + 9} bytes"),
         ("UPDATE hypergrad_chunks SET data = 'text 01234' WHERE chunk = 2", "does not hold bytes"),
     ],
 )

@@ -118,7 +118,7 @@ def test_a_small_sqlite_database_gets_large_pages(tmp_path: Path) -> None:
     before = study.trials
     assert page_bytes(storage) == 4096
     save(study, study.ask())
-    assert page_bytes(opened("sqlite", tmp_path)) == 32768
+    assert page_bytes(opened("sqlite", tmp_path)) == 65536
     assert (
         optuna.load_study(study_name="s", storage=opened("sqlite", tmp_path)).trials[:3] == before
     )

@@ -718,7 +718,7 @@ def test_what_only_finished_meanwhile_is_not_written(
 
 def test_one_wrong_byte_in_any_chunk_is_found(desk: Desk) -> None:
     rng = random.Random(0)
-    pointer = desk.save(desk.running(), {"x": torch.randn(900_000)})  # 3.6 MB
+    pointer = desk.save(desk.running(), {"x": torch.randn(450_000)})  # 1.8 MB
     engine = desk.storage._backend.engine  # type: ignore[attr-defined]
     chunks = sa.table("hypergrad_chunks", sa.column("chunk"), sa.column("data", sa.LargeBinary))
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from _table import write_table
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.stores.rdb import CHUNK_BYTES
 
 LIMIT = 2.0
 
@@ -59,8 +60,10 @@ def write_rows(path: Path, data: Any) -> None:
     )
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("DELETE FROM t")
-    for k, start in enumerate(range(0, len(data), 1 << 20)):
-        connection.execute("INSERT INTO t VALUES ('a', ?, ?)", (k, data[start : start + (1 << 20)]))
+    for k, start in enumerate(range(0, len(data), CHUNK_BYTES)):
+        connection.execute(
+            "INSERT INTO t VALUES ('a', ?, ?)", (k, data[start : start + CHUNK_BYTES])
+        )
     connection.execute("COMMIT")
     connection.close()
 

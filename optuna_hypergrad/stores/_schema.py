@@ -27,7 +27,7 @@ from ._secrets import without_password
 
 SCHEMA_VERSION = 1
 _ATTEMPTS = 20
-_PAGE_BYTES = 1 << 15
+_PAGE_BYTES = 1 << 16
 _SMALL_BYTES = 1 << 24  # written anew in an instant
 
 

@@ -12,7 +12,9 @@ from sqlalchemy.engine import Connection
 
 _TABLE, _COLUMN = "hypergrad_chunks", "data"
 _INSERT = f"INSERT INTO {_TABLE} (artifact_id, chunk, {_COLUMN}) VALUES (?, ?, zeroblob(?))"
-_CACHE = "-1200"  # KiB: a chunk, and the pages that point to it
+_CACHE = (
+    "-1200"  # KiB: a chunk twice over, so that no page of it goes to the file before it is full
+)
 
 
 @contextmanager

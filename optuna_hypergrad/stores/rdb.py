@@ -1,4 +1,4 @@
-"""Blobs in the study's own database, as rows of about 1 MiB.
+"""Blobs in the study's own database, as rows of about 512 KiB.
 
 Code for the common subset of SQLAlchemy 1.4.2 and 2.
 """
@@ -30,7 +30,7 @@ from ._schema import has_tables, make_tables
 from ._sqlite import can_write_in_place, insert_in_place
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
 
 # Made once: to make a statement takes SQLAlchemy longer than to execute it.
