@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._typing import Params
+from . import _line
 from ._abstract import AbstractStepRule, Bounds, Proposal, StepState
 from ._box import Layout, floored, minimize_in_box, projected, secant_model
 from ._noisy import averaged_step, start_averaging, take_in_noisy
@@ -34,6 +35,10 @@ class TrustRegion(AbstractStepRule):
     row, the trapezoidal rule along the step is off by more than ``noise``; for smooth losses its
     error is of third order. From then on steps are those of Adam (Kingma & Ba 2015) with decaying
     lengths, and worse values stand.
+
+    A single hyperparameter has values to go by, too: once two evaluations have a minimum between
+    them, the next is where a cubic through the last two puts it (Moré & Thuente 1994), and a kink
+    between two slopes that a convex loss may have is not taken for noise.
 
     Args:
         power: Of the gradient's size in the diagonal.
@@ -108,6 +113,8 @@ class TrustRegion(AbstractStepRule):
         if not math.isfinite(error) or (doubtful and steep and gain < 0):
             n["radius"] = 0.3 * min(reach, n["radius"])  # it exploded: nothing to learn from
             return
+        line = step.numel() == 1
+        doubtful &= not (line and before <= -gain <= after)  # as between a convex loss's tangents
         n["suspicious"] = n["suspicious"] + 1 if doubtful else 0
         if n["suspicious"] >= 2:
             if error <= 1e-5 * work.progress() + 1e-12 * abs(work.value):
@@ -116,6 +123,12 @@ class TrustRegion(AbstractStepRule):
                 start_averaging(work, n.get("reach", reach), error)
                 return
         self._learn(base, n, step, change)
+        if line and doubtful:
+            _line.forget(n)
+        elif line:
+            _line.take_in(
+                n, _kept(work), _line.OnLine(float(work.point), work.value, float(work.slope))
+            )
         if gain < 0:
             n["radius"] *= 0.4
             return
@@ -157,6 +170,11 @@ class TrustRegion(AbstractStepRule):
         high = (work.high - base["point"]).clamp(max=radius)
         max_steps, rtol = (80, 1e-8) if not work.layout.large else (6, 1e-3)
         step, predicted = minimize_in_box(slope, product, diagonal, low, high, max_steps, rtol)
+        if slope.numel() == 1:
+            by_slopes = float(step)
+            length = _line.step_from(n, _kept(work), by_slopes)
+            if length != by_slopes:
+                step, predicted = step.new_tensor([length]), -0.5 * float(slope) * length
         n["predicted"] = predicted
         return base["point"] + step
 
@@ -175,3 +193,8 @@ class TrustRegion(AbstractStepRule):
             work.stop = f"Steps were taken back until they were below {self.min_radius:g}."
         elif n["since_best"] >= self.patience:
             work.stop = f"No better value in {self.patience} evaluations."
+
+
+def _kept(work: Work) -> _line.OnLine:
+    base = work.tensors
+    return _line.OnLine(float(base["point"]), work.numbers["value"], float(base["gradient"]))
