@@ -402,7 +402,10 @@ def test_a_blob_that_cannot_be_written_is_an_error_of_the_database(
         ("UPDATE hypergrad_blobs SET num_bytes = 9000000000000", "says 9000000000000 bytes"),
         ("UPDATE hypergrad_blobs SET num_bytes = 'many'", "says many bytes"),
         ("UPDATE hypergrad_chunks SET chunk = 7 WHERE chunk = 2", "the last numbered 7"),
-        ("UPDATE hypergrad_chunks SET data = 'text 0123' WHERE chunk = 2", f"hold {2 * CHUNK + 9} bytes"),
+        (
+            "UPDATE hypergrad_chunks SET data = 'text 0123' WHERE chunk = 2",
+            f"hold {2 * CHUNK + 9} bytes",
+        ),
         ("UPDATE hypergrad_chunks SET data = 'text 01234' WHERE chunk = 2", "does not hold bytes"),
     ],
 )

@@ -938,6 +938,34 @@ MUTANTS = [
         "scaled = value",
         "tests/test_sklearn_restarts.py::test_a_penalty_per_target_is_looser_where_it_is_smaller",
     ),
+    Mutant(
+        "the cubic's minimum from the wrong root",
+        "step_rules/_line.py",
+        "t = -c / (b + root) if b > 0",
+        "t = -c / (b - root) if b > 0",
+        "tests/test_line.py::test_the_minimum_of_a_cubic_is_one_step_away",
+    ),
+    Mutant(
+        "a lower value whose slope points back ends no interval",
+        "step_rules/_line.py",
+        "if worse or new.slope * (new.at - kept.at) >= 0:",
+        "if worse:",
+        "tests/test_line.py::test_a_single_hyperparameter_takes_fewer_evaluations_than_by_slopes_alone",
+    ),
+    Mutant(
+        "a kink is taken for noise",
+        "step_rules/trust_region.py",
+        "doubtful &= not (line and before <= -gain <= after)",
+        "doubtful &= True",
+        "tests/test_line.py::test_a_kink_is_not_taken_for_noise",
+    ),
+    Mutant(
+        "the trajectory begun last goes on first, however bad",
+        "studies/racing.py",
+        "return min(begun, key=final_value)",
+        "return begun[0]",
+        "tests/test_sklearn_search.py::test_a_few_choices_are_all_looked_at_first_and_the_best_is_gone_on_with",
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
 from sklearn.metrics import get_scorer, log_loss, make_scorer, mean_squared_error, r2_score
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, cross_val_score
@@ -24,6 +25,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from sklearn.utils.estimator_checks import check_estimator
 
+from optuna_hypergrad import HypergradientSampler
 from optuna_hypergrad.sklearn_adapters import (
     REGISTRY,
     FeatureWeights,
@@ -204,6 +206,46 @@ def test_discrete_choices_and_continuous_ones_share_a_study():
     )
     tried = {tuple(t.params[k] for k in space if k != "ridge__alpha") for t in search.study_.trials}
     assert len(tried) > 2
+
+
+KERNELS = {
+    "kernel": ["linear", "rbf", "laplacian"],
+    "alpha": FloatDistribution(1e-4, 1e2, log=True),
+    "gamma": FloatDistribution(1e-5, 1e1, log=True),
+}
+
+
+def kernels_of(search: HypergradientSearchCV) -> list[str]:
+    return [t.params["kernel"] for t in search.study_.trials]
+
+
+def test_a_few_choices_are_all_looked_at_first_and_the_best_is_gone_on_with():
+    x, y = small(load_diabetes)
+    search = HypergradientSearchCV(KernelRidge(), KERNELS, n_trials=6, cv=3, random_state=0)
+    search.fit(x, y)
+    tried, values = kernels_of(search), [t.value for t in search.study_.trials]
+    assert tried[:3] == KERNELS["kernel"]
+    assert tried[3:5] == 2 * [tried[int(np.argmin(values[:3]))]]
+    few = HypergradientSearchCV(KernelRidge(), KERNELS, n_trials=2, cv=3, random_state=0).fit(x, y)
+    assert len(few.study_.trials) == 2
+    own = search.set_params(sampler=HypergradientSampler(seed=0), n_trials=3).fit(x, y)
+    assert not any("fixed_params" in t.system_attrs for t in own.study_.trials)
+
+
+def test_a_search_that_was_cut_among_its_choices_goes_on(tmp_path):
+    x, y = small(load_diabetes)
+    settings: dict[str, Any] = {"n_trials": 6, "cv": 3, "random_state": 0}
+    whole = HypergradientSearchCV(KernelRidge(), KERNELS, **settings).fit(x, y)
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    stored = settings | {"storage": storage, "study_name": "a", "resume": True}
+
+    def cut(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        study.stop()
+
+    HypergradientSearchCV(KernelRidge(), KERNELS, **stored, callbacks=[cut]).fit(x, y)
+    second = HypergradientSearchCV(KernelRidge(), KERNELS, **stored).fit(x, y)
+    assert kernels_of(second) == kernels_of(whole)
+    assert [t.values for t in second.study_.trials] == [t.values for t in whole.study_.trials]
 
 
 @pytest.mark.parametrize(

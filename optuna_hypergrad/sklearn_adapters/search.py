@@ -30,6 +30,7 @@ from ._objective import LOSS, TrialLoss
 from ._restarts import restarted_search
 from ._rows import FrozenSplits, Rows
 from ._run import Run
+from ._settings import enqueue_each
 from ._study import check_url, completed, finished
 from ._study_search import StudySearch
 
@@ -296,6 +297,8 @@ class HypergradientSearchCV(StudySearch):
             elif objective.restarted:
                 restarted_search(study, objective, optimize, self.n_trials, self._sampler_with)
             else:
+                if self.sampler is None:
+                    enqueue_each(study, space, set(followed.floats), self.n_trials)
                 run.optimize(evaluated, self.n_trials - len(finished(study)))
         best = completed(study)
         self.n_fits_ = len(rows.numbers) * len(splits.splits)

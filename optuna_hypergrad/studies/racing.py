@@ -40,9 +40,9 @@ class Race:
     ) -> Trajectory | None:
         """The trajectory to continue, or ``None``: ask the base sampler for a setting."""
         free = [t for t in trajectories.values() if t.id not in taken and not self.is_over(t)]
-        for t in reversed(free):
-            if len(t.steps) not in self.rungs(len(t.steps)):
-                return t
+        begun = [t for t in reversed(free) if len(t.steps) not in self.rungs(len(t.steps))]
+        if begun:
+            return min(begun, key=final_value)
         for rung in reversed(self.rungs(max((len(t.steps) for t in free), default=0))):
             waiting = [t for t in free if len(t.steps) == rung]
             for t in sorted(waiting, key=final_value):
