@@ -131,6 +131,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "BOME",
     "BROS",
@@ -164,6 +168,7 @@ __all__ = [
     "Direct",
     "Domain",
     "Episodes",
+    "FeatureWeights",
     "FineTuning",
     "Fisher",
     "FixedPointImplicit",
@@ -175,9 +180,12 @@ __all__ = [
     "HeavyBall",
     "Hessian",
     "HypergradError",
+    "HypergradientClassifier",
     "HypergradientEstimate",
+    "HypergradientRegressor",
     "HypergradientReport",
     "HypergradientSampler",
+    "HypergradientSearchCV",
     "Hypernetwork",
     "HyperparameterError",
     "Identity",
@@ -208,6 +216,7 @@ __all__ = [
     "Status",
     "StorageError",
     "TakenOverError",
+    "TensorDistribution",
     "TensorStore",
     "TwoPhase",
     "Unroll",
@@ -229,4 +238,5 @@ __all__ = [
     "report_hypergradient",
     "solve",
     "two_stage",
+    "visualization",
 ]

@@ -48,7 +48,7 @@ class AbstractPenalty(AbstractHypergradientEstimator):
         returns: Which of them is ``w``, for the caller, who keeps it and gives it back; the other one is in the state.
             ``"inner"``: ``z``, which solves the bilevel problem's lower level, and has learned nothing from ``f``.
             ``"penalized"``: ``y``, which has. It is the better model where ``f`` is a loss of samples that may be
-            trained on; its ``outer_value`` is then one of training.
+            trained on; its ``outer_value`` is then one of training (PBGD, BOME: where the last step of ``y`` began).
     """
 
     begins_at_y: ClassVar[bool] = False

@@ -192,7 +192,8 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
         rule = TrustRegion(radius=radius, noise=_NOISE)
         if rough:
             rule = replace(rule, ftol=ROUGH.ftol, gtol=ROUGH.gtol, patience=ROUGH.patience)
-        return HypergradientSampler(seed=seed, retention=kept, optimizer=rule)
+        shown = self.storage is not None  # nobody else sees a study in memory
+        return HypergradientSampler(seed=seed, retention=kept, optimizer=rule, publish=shown)
 
     def _digest(self, space: Space, splits: FrozenSplits, follows: bool) -> str:
         """Of all that a trial's value depends on but its parameters."""
