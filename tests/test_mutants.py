@@ -938,6 +938,20 @@ MUTANTS = [
         "scaled = value",
         "tests/test_sklearn_restarts.py::test_a_penalty_per_target_is_looser_where_it_is_smaller",
     ),
+    Mutant(
+        "leave a product of few summands to BLAS",
+        "hypergradients/matrix_products.py",
+        "_MANY = 11",
+        "_MANY = 10",
+        f"{TRUTHS}::test_products_of_few_summands_become_sums",
+    ),
+    Mutant(
+        "forget what is added to a product that is rewritten",
+        "hypergradients/matrix_products.py",
+        "product = _call(graph, _aten.add.Tensor, product, added)",
+        "product = product",
+        f"{TRUTHS}::test_products_of_few_summands_become_sums",
+    ),
 ]
 
 
