@@ -966,6 +966,20 @@ MUTANTS = [
         "return begun[0]",
         "tests/test_sklearn_search.py::test_a_few_choices_are_all_looked_at_first_and_the_best_is_gone_on_with",
     ),
+    Mutant(
+        "leave a product of few summands to BLAS",
+        "hypergradients/matrix_products.py",
+        "_MANY = 11",
+        "_MANY = 10",
+        f"{TRUTHS}::test_products_of_few_summands_become_sums",
+    ),
+    Mutant(
+        "forget what is added to a product that is rewritten",
+        "hypergradients/matrix_products.py",
+        "product = _call(graph, _aten.add.Tensor, product, added)",
+        "product = product",
+        f"{TRUTHS}::test_products_of_few_summands_become_sums",
+    ),
 ]
 
 

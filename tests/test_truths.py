@@ -603,6 +603,60 @@ def test_rewritten_matrix_products_stay_what_they_were() -> None:
     assert shapes == [(3, 64), (3, 64), (3, 100), (100, 3)]  # two turned, no addmm, one as it was
 
 
+def test_compiled_products_of_a_classifier_equal_eager_ones() -> None:
+    """Its shapes are those of every rewritten product: many rows, wide layers, ten classes."""
+    x, labels = load_digits(return_X_y=True)
+    batch = torch.tensor(x[:96] / 16), torch.tensor(labels[:96])
+    w = {
+        "in": 0.2 * randn(64, 64, seed=1),
+        "bias": randn(64, seed=3),
+        "out": 0.2 * randn(10, 64, seed=2),
+    }
+    lam = {k: torch.full_like(v, -2.0) for k, v in w.items()}
+
+    def loss(w: ohg.Params, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        hidden = torch.nn.functional.linear(batch[0], w["in"], w["bias"]).tanh()
+        return torch.nn.functional.cross_entropy(hidden @ w["out"].T, batch[1])
+
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (
+            loss(w, batch) + 0.5 * sum((lam[k].exp() * w[k] ** 2).sum() for k in w)  # type: ignore[return-value]
+        ),
+        lambda w, lam, _: loss(w, (batch[0].flip(1), batch[1])),
+    )
+    eager, compiled = (
+        ohg.hypergradient(
+            problem,
+            w,
+            lam,
+            estimator=ohg.Implicit(ohg.CG(3, 0.0), damping=1.0, compile=compile),
+        )
+        for compile in (False, True)
+    )
+    assert relative_error(compiled.value, eager.value) < 1e-12
+    assert compiled.stats["residual"] == pytest.approx(eager.stats["residual"], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_sum"),
+    [((64, 10, 100), True), ((64, 11, 100), False), ((64, 1, 100), False), ((8, 10, 100), False)],
+)
+def test_products_of_few_summands_become_sums(shape, is_sum) -> None:
+    m, k, n = shape
+    a, b, c = randn(m, k, seed=1), randn(k, n, seed=2), randn(m, n, seed=3)
+
+    def product(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(c, a, b) * c
+
+    traced = make_fx(product, tracing_mode="fake")(a, b, c)
+    MatrixProducts()(traced.graph)
+    traced.recompile()
+    assert relative_error({"x": traced(a, b, c)}, {"x": (c + a @ b) * c}) < 1e-15
+    targets = [n.target for n in traced.graph.nodes]
+    assert (torch.ops.aten.sum.dim_IntList in targets) == is_sum
+    assert (torch.ops.aten.mm.default in targets) != is_sum
+
+
 def test_compiled_solve_reports_what_the_eager_one_does() -> None:
     problem = ohg.BilevelProblem(
         lambda w, lam, _: (
