@@ -263,4 +263,4 @@ def test_fits_of_a_race_are_counted() -> None:
     x, y = load_digits(return_X_y=True)
     search = HypergradientSearchCV(Ridge(), cv=5, n_trials=3, n_rescored=1, random_state=0)
     search.fit(x[:100], y[:100])
-    assert search.n_fits_ == 10 + 3 * 5 + 5
+    assert search.n_fits_ == 6 + 3 * 5 + 5

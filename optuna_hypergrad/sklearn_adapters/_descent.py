@@ -26,7 +26,7 @@ ROUGH = TrustRegion(gtol=1e-4, ftol=1e-4, patience=8)
 def scan(
     losses: Losses, domains: Mapping[str, Domain], more: Mapping[str, float], num_folds: int
 ) -> dict[str, float]:
-    """The best of four points that are spread over the box, the middle among them, and of one more.
+    """The best of four points that are spread over the box (of three for one number), the middle among them, and of one more.
 
     They race: all of them are fitted to a fifth of the folds, the better half to another fifth, and so on, until one is left or
     every fold was used. Points this far apart differ by more than folds do, and a start need not be the best of them.
@@ -48,7 +48,7 @@ def scan(
     ratio = _generalized_golden_ratio(len(names))
     middle = {n: domains[n].midpoint() for n in names}
     candidates = [middle]
-    for i in range(1, NUM_SCANNED):
+    for i in range(1, min(NUM_SCANNED, 2 + len(names))):
         shares = [(0.5 + i * ratio ** -(j + 1)) % 1.0 for j in range(len(names))]
         candidates.append({n: _at(domains[n], u) for n, u in zip(names, shares, strict=True)})
     inside = {
