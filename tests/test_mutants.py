@@ -257,7 +257,21 @@ MUTANTS = [
         "hypergradients/compiled_steps.py",
         "self._is_whole = not self._solver.depends_on_index(self._lam)",
         "self._is_whole = True",
-        "tests/test_compiled_steps.py::test_steps_that_go_their_own_ways_are_differentiated_as_they_are[OwnDecay]",
+        "tests/test_compiled_steps.py::test_steps_that_go_their_own_ways_are_differentiated_as_they_are[OwnDecay-never]",
+    ),
+    Mutant(
+        "keep compiled tapes that are larger than the memory they were given",
+        "hypergradients/compiled_steps.py",
+        "self._keeps_tapes = all_tapes <= self._tapes_within",
+        "self._keeps_tapes = True",
+        "tests/test_compiled_steps.py::test_hypergradients_equal_those_of_the_tape[adam]",
+    ),
+    Mutant(
+        "compute products of matrices again on the way back of a compiled tape",
+        "hypergradients/cut_after_products.py",
+        'if node in back or (node.op == "call_function" and cheap(node)):',
+        'if node in back or node.op == "call_function":',
+        "tests/test_compiled_steps.py::test_the_way_back_of_a_tape_takes_no_product_again",
     ),
     Mutant(
         "forget the mixed derivative in the tangent of the gradient",
