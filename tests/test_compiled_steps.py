@@ -11,10 +11,13 @@ from problems import F64, relative_error
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.hypergradients._halves import can_be_cut
 from optuna_hypergrad.hypergradients.compiled_steps import states_within
 
 Params = dict[str, Tensor]
 STEPS = 7
+KEEPS_TAPES = can_be_cut()
+tapes = pytest.mark.skipif(not KEEPS_TAPES, reason="this torch cannot be told what to keep")
 
 
 def start() -> Params:
@@ -81,7 +84,8 @@ def test_hypergradients_equal_those_of_the_tape(name: str) -> None:
             )
         assert relative_error(found.value, truth.value) < 1e-10, way
         assert relative_error(found.inner_params, truth.inner_params) < 1e-12
-        assert bool(found.stats["num_recomputed_steps"]) == bool(again)
+        if KEEPS_TAPES:
+            assert bool(found.stats["num_recomputed_steps"]) == bool(again)
         assert found.stats["num_recomputed_steps"] >= again
 
 
@@ -194,6 +198,7 @@ def test_steps_that_go_their_own_ways_are_differentiated_as_they_are(
     assert relative_error(found, truth) < 1e-10
 
 
+@tapes
 def test_steps_that_depend_on_the_value_need_all_tapes() -> None:
     found, truth = both(USES_ALL, ByValue(0.3, STEPS), hypers(), "never")
     assert relative_error(found, truth) < 1e-10
@@ -258,6 +263,7 @@ def products_on_the_way_back(**way: Any) -> int:
     return sum(e.count for e in seen.key_averages() if e.key in ("aten::mm", "aten::addmm"))
 
 
+@tapes
 def test_the_way_back_of_a_tape_takes_no_product_again() -> None:
     tape = products_on_the_way_back(recompute="never", compile=True)
     assert 0 < tape <= products_on_the_way_back(recompute="never")
@@ -279,6 +285,7 @@ def noisy(w: Params, lam: Params, batch: Any) -> Tensor:
     return 0.5 * (lam["a"] * torch.rand_like(w["w"]) * w["w"] ** 2).sum()
 
 
+@tapes
 def test_random_numbers_of_a_step_are_those_of_its_way_back() -> None:
     w = {"w": 1 + problems.randn(50, seed=1).abs()}
     found = ohg.hypergradient(

@@ -274,6 +274,13 @@ MUTANTS = [
         "tests/test_compiled_steps.py::test_the_way_back_of_a_tape_takes_no_product_again",
     ),
     Mutant(
+        "let a plain momentum hand its whole cotangent down",
+        "hypergradients/_reversing.py",
+        "at.point[:] = [*of_w, *(b.mul_(mu) for b in of_v)]",
+        "at.point[:] = [*of_w, *of_v]",
+        f"{REVERSIBLE}::test_gradients_reach_the_initialization_through_solve",
+    ),
+    Mutant(
         "forget the mixed derivative in the tangent of the gradient",
         "hypergradients/_tangents.py",
         "directions = (*block.point[: len(w)], *block.outer.values())",
