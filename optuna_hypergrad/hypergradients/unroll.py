@@ -45,7 +45,7 @@ class Unroll(AbstractPullbackEstimator):
             its batches, and solver (seconds to tens of seconds; define the objective once, not anew in every trial, and tune
             the solver's settings as hyperparameters, by name). With ``"never"``, and with ``"auto"`` where it fits into
             ``memory_budget``, each step keeps the results of its matrix products and convolutions for its way back, under
-            half of what a graph keeps: 2.3 gradient evaluations a step in all. Otherwise (and with a version of torch that
+            half of what a graph keeps: 2.0 to 2.5 gradient evaluations a step in all. Otherwise (and with a version of torch that
             cannot be told what to keep) states only are kept: before every step, or before every ``k``-th with
             ``"auto"``. In all about 2.7 gradient evaluations a step with all states, 3.1 with every third, for
             ``GradientDescent`` and ``HeavyBall`` whose settings are numbers or 0-d hyperparameters; one more for the others
