@@ -65,7 +65,8 @@ ROWS = [
     Row(ours("Unroll, whole tape", "whole tape"), target=2.4),
     Row(ours("Unroll, default", "default"), target=3.2, megabytes=135.0),
     Row(ours("Unroll, 100 MB", "100 MB")),
-    Row(ours("Unroll, compiled", "compiled")),
+    Row(ours("Unroll, compiled, whole tape", "compiled"), target=2.4),
+    Row(ours("Unroll, compiled, 300 MB", "compiled, 300 MB")),
     Row(ours("Unroll, compiled, 100 MB", "compiled, 100 MB"), target=3.2, megabytes=135.0),
     Row(ours("Unroll, tree", "tree")),
     Row(

@@ -27,6 +27,7 @@ def build(
         "default": ohg.Unroll(),
         "100 MB": ohg.Unroll(memory_budget=100e6),
         "compiled": ohg.Unroll(recompute="never", compile=True),
+        "compiled, 300 MB": ohg.Unroll(memory_budget=300e6, compile=True),
         "compiled, 100 MB": ohg.Unroll(memory_budget=100e6, compile=True),
         "tree": ohg.Unroll(recompute="tree"),
         "directions": ohg.ForwardGradient(DIRECTIONS, width=DIRECTIONS, memory_budget=2e9),

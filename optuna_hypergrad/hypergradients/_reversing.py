@@ -128,6 +128,10 @@ class Descent:
         self._exact.unmove(self._length(self._exact.velocity(), index))
         w, value, _, direction = self._evaluate(index)
         self._exact.unpush(_tree.detach(direction), self._momentum(index), index)
+        if self._has_plain_settings(direction):
+            self._pull_plain(w, direction, at)
+            self._at = index
+            return
         v = {"velocity": _tree.leaves(self._exact.velocity())}
         with torch.enable_grad():
             w_after, v_after, _, _ = self._bare.step(
@@ -135,6 +139,32 @@ class Descent:
             )
         pull_through(Tape(Point(w, v), Point(w_after, v_after)), self._lam, at, keep=False)
         self._at = index
+
+    def _has_plain_settings(self, direction: Params) -> bool:
+        settings = self._solver.step_size, self._solver.momentum
+        return all(isinstance(s, (int, float)) for s in settings) and all(
+            d.dtype == self._like[k].dtype for k, d in direction.items()
+        )
+
+    def _pull_plain(self, w: Params, direction: Params, at: Cotangent) -> None:
+        """Pull ``at`` through a step whose step size and momentum are numbers: only ``direction`` needs a graph."""
+        eta, mu = self._solver.step_size, self._solver.momentum
+        assert isinstance(eta, (int, float))
+        assert isinstance(mu, (int, float))
+        zeros = (torch.zeros_like(u) for u in self._like.values())
+        of_w = [z if c is None else c.to(z.dtype) for z, c in zip(zeros, at.point, strict=False)]
+        of_v = [  # of the velocity after the step, by what it is for the next one and for w
+            c * -eta if b is None else b.add_(c, alpha=-eta)
+            for c, b in zip(of_w, at.point[len(w) :], strict=True)
+        ]
+        through = Cotangent([*of_v], at.outer)
+        if any(d.requires_grad for d in direction.values()):
+            tape = Tape(Point(w, {}), Point(direction, {}))
+            pull_through(tape, self._lam, through, keep=False)
+            more = through.point
+            of_w = [c if b is None else c + b for c, b in zip(of_w, more, strict=True)]
+        mu = round(mu * DENOMINATOR) / DENOMINATOR
+        at.point[:] = [*of_w, *(b.mul_(mu) for b in of_v)]
 
     def _evaluate(self, index: int) -> tuple[Params, Tensor, Params, Params]:
         """``w``, ``g``, ``dg/dw`` and what is added to the velocity.

@@ -253,12 +253,14 @@ class Rewinder:
         with saved_storages() as held:
             begun = self._record(point, 0)
         check_differentiable_twice(begun[1], begun[0].after.tensors())
-        shared = set(storages(self._lam.values()))
-        if self._planner is not whole_tape:
-            shared |= self._data(begun[0])
-        size = sum(n for address, n in held.items() if address not in shared)
+        size = 0 if self._planner is whole_tape else self._own_bytes(begun[0], held)
         self._plan = self._planner(self._num_steps, size, num_bytes(point.tensors()))
         return begun
+
+    def _own_bytes(self, tape: Tape, held: dict[int, int]) -> int:
+        """Of the storages that ``tape`` holds on to, those that it does not share with every other tape."""
+        shared = storages(self._lam.values()).keys() | self._data(tape)
+        return sum(n for address, n in held.items() if address not in shared)
 
     def _data(self, tape: Tape) -> set[int]:
         """Where the data lie that every tape refers to: what a second graph saves from where ``tape`` does."""

@@ -64,14 +64,15 @@ def _compiled(
     return compiled_whole(run, cpp_wrapper=_CALLS_IN_CPP and device == "cpu")
 
 
-def compiled_whole(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """``function`` as one graph, anew for other shapes; other functions do not count toward torch's limit on that.
 
-    ``settings`` are those of ``torch.compile``'s options.
+    Args:
+        more: Options of the compiler.
     """
     from .matrix_products import MatrixProducts  # takes a second: the compiler comes with it
 
-    options: dict[str, Any] = {"post_grad_custom_post_pass": MatrixProducts()} | settings
+    options: dict[str, Any] = {"post_grad_custom_post_pass": MatrixProducts(), **more}
     compiled: Callable[..., Any] = torch.compile(
         function, fullgraph=True, dynamic=False, options=options, **_ISOLATED
     )

@@ -1,8 +1,9 @@
 """Inner steps whose gradients, and the products on the way back, are compiled functions.
 
-A compiled product with the derivative of the gradient takes the forward pass again within itself, and leaves out
-what it does not need of it, such as the gradient: it costs 1.7 gradient evaluations where a tape and its way back cost 2.5,
-and nothing is kept between steps but states.
+Where there is room, a step hands the results of its matrix products over to its way back. Otherwise nothing is kept between
+steps but states: a compiled product with the derivative of the gradient takes the forward pass again within itself, and
+leaves out what it does not need of it, such as the gradient. It costs 1.7 gradient evaluations, where a tape and its way
+back cost 2.5.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from .._errors import RequirementError
 from .._typing import Batch, Objective, Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
-from ._memory import num_bytes
+from ._base import Cotangents
+from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
+from ._memory import num_bytes, saved_storages
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
 from .compiled import compiled_whole, paths_of
 
@@ -86,6 +89,24 @@ def _steps(
     return compiled_whole(step), compiled_whole(pull)
 
 
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _gradient_in_halves(inner_objective: Objective) -> Callable[..., Any]:
+    """``(w, lam, batch) -> (g, dg/dw)``, with a graph."""
+    return compiled_in_halves(_gradient_of(inner_objective))
+
+
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _step_in_halves(inner_objective: Objective, solver: AbstractStepSolver) -> Callable[..., Any]:
+    """A whole step of a solver that does not depend on its index, with a graph behind ``w'`` and ``state'``."""
+    gradient = _gradient_of(inner_objective)
+
+    def step(w: Params, state: InnerState, lam: Params, batch: Batch) -> Moved:
+        w, state, value, slope = solver.step(lambda at: gradient(at, lam, batch), w, lam, state, 0)
+        return w, state, value.detach(), _tree.detach(slope)
+
+    return compiled_in_halves(step)
+
+
 def all_states(num_steps: int, tape: int, state: int) -> Plan:
     """The state before every step: none is taken twice."""
     return Plan(1)
@@ -117,32 +138,83 @@ def states_within(budget: float) -> Planner:
 
 
 class CompiledRewinder(Rewinder):
-    """Keeps states only. Steps that do not depend on their index are compiled whole, and what their way back does not need,
-    such as the gradient, is left out; other solvers pay for one more evaluation a step."""
+    """Keeps what the way back takes over of all steps, or states only. Steps that do not depend on their index are compiled
+    whole, and what their way back does not need, such as the gradient, is left out; other solvers pay for one more
+    evaluation a step where states are kept.
+
+    Args:
+        tapes_within: Bytes that all tapes together may take; more than that, and states are kept as ``planner`` says.
+    """
 
     _reached: frozenset[str] = frozenset()
-    _is_whole = False
+    _is_whole = _keeps_tapes = False
     _start: Params
+
+    def __init__(self, *arguments: Any, tapes_within: float) -> None:
+        super().__init__(*arguments)
+        self._tapes_within = tapes_within
 
     def take(self, inner_params: Params, state: InnerState, index: int) -> Moved:
         point, position = Point(inner_params, state), self._count
-        self._count += 1
         if position == 0:
-            self._first = index
-            self._start = inner_params
-            if not isinstance(self._problem.inner_objective, Hashable):
-                raise RequirementError(
-                    "Unroll(compile=True) keeps what it compiles by inner_objective, which must be hashable: define a "
-                    "function, or give its class a __hash__ (a dataclass: eq=False). Or use Unroll(compile=False)."
-                )
-            self._is_whole = not self._solver.depends_on_index(self._lam)
-            size = num_bytes(point.tensors())
-            self._plan = self._planner(self._num_steps, size, size)
+            self._look_at(point, index)
+        if self._keeps_tapes:
+            return super().take(inner_params, state, index)
+        self._count += 1
         if position % self._plan.stride(self._num_steps) == 0:
             self._keep(position, point)
         moved = self._step(point, position)
         self._last = Point(moved[0], moved[1])
         return moved
+
+    def pull(self, cotangent: Params, keep: bool) -> tuple[Cotangents, Cotangents]:
+        with graphs_kept():
+            return super().pull(cotangent, keep)
+
+    def _look_at(self, point: Point, index: int) -> None:
+        self._first = index
+        self._start = point.inner_params
+        if not isinstance(self._problem.inner_objective, Hashable):
+            raise RequirementError(
+                "Unroll(compile=True) keeps what it compiles by inner_objective, which must be hashable: define a "
+                "function, or give its class a __hash__ (a dataclass: eq=False). Or use Unroll(compile=False)."
+            )
+        self._is_whole = not self._solver.depends_on_index(self._lam)
+        size = num_bytes(point.tensors())
+        self._plan = self._planner(self._num_steps, size, size)
+        # A tape holds its state at least: with no room for those there is nothing to be tried.
+        self._keeps_tapes = self._num_steps * size <= self._tapes_within and can_be_cut()
+
+    def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
+        begun = self._record(point, 0)
+        if math.isfinite(self._tapes_within):
+            with saved_storages() as held:  # torch.func is not traced under these
+                begun = self._record(point, 0)
+            all_tapes = self._num_steps * self._own_bytes(begun[0], held)
+            self._keeps_tapes = all_tapes <= self._tapes_within
+        return begun
+
+    def _keeps_tape(self, position: int) -> bool:
+        return self._keeps_tapes
+
+    def _record(self, point: Point, position: int) -> tuple[Tape, Tensor, Params]:
+        before, index, lam = point.map(_tree.leaves), self._first + position, self._lam
+        batch, w, state = self._batch(index), before.inner_params, before.state
+        objective = self._problem.inner_objective
+
+        def evaluate(at: Params) -> tuple[Tensor, Params]:
+            run = _gradient_in_halves(objective)
+            with no_word_on_what_is_no_leaf():
+                found: tuple[Tensor, Params] = _called(run, at, lam, batch, graph=True)
+            return found
+
+        with graphs_kept(), torch.enable_grad():
+            if self._is_whole:
+                run = _step_in_halves(objective, self._one_step())
+                moved: Moved = _called(run, w, state, lam, batch, graph=True)
+            else:
+                moved = self._solver.step(evaluate, w, lam, state, index)
+        return Tape(before, Point(moved[0], moved[1])), moved[2], _tree.detach(moved[3])
 
     def _step(self, point: Point, position: int) -> Moved:
         w, lam, index = point.inner_params, _tree.detach(self._lam), self._first + position
@@ -160,8 +232,11 @@ class CompiledRewinder(Rewinder):
         return found
 
     def _steps(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        solver = replace(self._solver, max_steps=1, rtol=0.0, atol=0.0)
-        return _steps(self._problem.inner_objective, solver)
+        return _steps(self._problem.inner_objective, self._one_step())
+
+    def _one_step(self) -> AbstractStepSolver:
+        """The solver without what its steps do not depend on."""
+        return replace(self._solver, max_steps=1, rtol=0.0, atol=0.0)
 
     def _batch(self, index: int) -> Batch:
         batch = self._problem.inner_batch(index)
@@ -255,9 +330,9 @@ class _Evaluated(torch.autograd.Function):
         return None, None, None, *(products[k] for k in w), *reached
 
 
-def _called(run: Callable[..., Any], *arguments: Any) -> Any:
+def _called(run: Callable[..., Any], *arguments: Any, graph: bool = False) -> Any:
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph):
             return run(*arguments)
     except Exception as error:
         raise RequirementError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -39,12 +41,15 @@ class Unroll(AbstractPullbackEstimator):
             T)``, and every step is taken about ``1 + log_8 T`` times; ``"auto"``: the first of them, or of what
             lies between, that fits into ``memory_budget``.
         memory_budget: Bytes for states and graphs, beside a few vectors of the size of ``w`` and ``lam``.
-        compile: Compile the inner gradient and the products of the way back with ``torch.compile``, once for each inner
-            objective, shapes of its batches, and solver (seconds to tens of seconds; define the objective once, not anew in
-            every trial, and tune the solver's settings as hyperparameters, by name). No graph is kept then, states only:
-            before every step with ``"never"``, before every ``k``-th with ``"auto"``. In all about 2.7 gradient evaluations
-            a step with all states, 3.1 with every third, for ``GradientDescent`` and ``HeavyBall`` whose settings are numbers
-            or 0-d hyperparameters; one more for the others (``Adam``, ``Lookahead``, schedules, solvers of your own).
+        compile: Compile the inner steps and their way back with ``torch.compile``, once for each inner objective, shapes of
+            its batches, and solver (seconds to tens of seconds; define the objective once, not anew in every trial, and tune
+            the solver's settings as hyperparameters, by name). With ``"never"``, and with ``"auto"`` where it fits into
+            ``memory_budget``, each step keeps the results of its matrix products and convolutions for its way back, under
+            half of what a graph keeps: 2.0 to 2.5 gradient evaluations a step in all. Otherwise (and with a version of torch that
+            cannot be told what to keep) states only are kept: before every step, or before every ``k``-th with
+            ``"auto"``. In all about 2.7 gradient evaluations a step with all states, 3.1 with every third, for
+            ``GradientDescent`` and ``HeavyBall`` whose settings are numbers or 0-d hyperparameters; one more for the others
+            (``Adam``, ``Lookahead``, schedules, solvers of your own).
     """
 
     name: ClassVar[str] = "unroll"
@@ -173,12 +178,13 @@ class Unroll(AbstractPullbackEstimator):
         solution = replace(tail, num_steps=skipped + tail.num_steps)
         return Solved(solution, partial(pullback, True), partial(pullback, False))
 
-    def _rewinder(self) -> type[Rewinder]:
+    def _rewinder(self) -> Callable[..., Rewinder]:
         if not self.compile:
             return Rewinder
         from .compiled_steps import CompiledRewinder
 
-        return CompiledRewinder
+        room = {"auto": self.memory_budget, "never": math.inf}
+        return partial(CompiledRewinder, tapes_within=room.get(self.recompute, 0.0))
 
     def _planner(self) -> Planner:
         if self.compile:
