@@ -102,3 +102,26 @@ def test_a_kink_is_not_taken_for_noise() -> None:
         evaluations(lambda x: (x - 2.3).abs(), start, 1e-4) for start in (-4.0, 0.0, 1.0, 7.0)
     ]
     assert max(counts) <= 22
+
+
+@pytest.mark.parametrize(("worse", "slope"), [(math.nan, math.nan), (100.0, 1e5), (100.0, -1e5)])
+def test_a_step_into_a_hole_of_the_interval_is_not_taken_again(worse: float, slope: float) -> None:
+    """Where it failed once it fails again: each further evaluation there would be in vain."""
+    rule, bounds = TrustRegion(), ({"x": -6.0}, {"x": 8.0})
+    for start in (-1.0, 1.0, 5.0):
+        point = {"x": torch.tensor(start, dtype=torch.float64)}
+        state, hole, seen = rule.init(point, *bounds), math.nan, []
+        for _ in range(60):
+            now = at(SMOOTH["exponentials"], float(point["x"]))
+            if math.isnan(hole) and {e.slope > 0 for e in seen} == {True, False}:
+                hole = now.at
+            if abs(now.at - hole) < 0.05:
+                now = OnLine(now.at, now.value + worse, now.slope + slope)
+            seen.append(now)
+            gradient = {"x": torch.tensor(now.slope, dtype=torch.float64)}
+            proposal = rule.step(state, point, now.value, gradient, *bounds)
+            if proposal.stop is not None:
+                break
+            point, state = proposal.point, proposal.state
+        assert not math.isnan(hole)
+        assert len({e.at for e in seen}) == len(seen)

@@ -981,6 +981,13 @@ MUTANTS = [
         "tests/test_line.py::test_a_kink_is_not_taken_for_noise",
     ),
     Mutant(
+        "an interval outlives a step into a hole",
+        "step_rules/trust_region.py",
+        "        _line.forget(n)\n\n    def _learn",
+        "\n    def _learn",
+        "tests/test_line.py::test_a_step_into_a_hole_of_the_interval_is_not_taken_again",
+    ),
+    Mutant(
         "the trajectory begun last goes on first, however bad",
         "studies/racing.py",
         "return min(begun, key=final_value)",

@@ -102,7 +102,7 @@ class TrustRegion(AbstractStepRule):
         reach = float(step.abs().max())
         work.count()
         if work.slope is None:
-            n["radius"] = 0.3 * min(reach, n["radius"])
+            self._shorten(n, reach)
             return
         change = work.slope - base["gradient"]
         before, after = float(base["gradient"] @ step), float(work.slope @ step)
@@ -111,7 +111,7 @@ class TrustRegion(AbstractStepRule):
         doubtful = error > self.noise * 0.5 * (abs(before) + abs(after))
         steep = float(work.slope.abs().max()) > 10 * float(base["size"].max())
         if not math.isfinite(error) or (doubtful and steep and gain < 0):
-            n["radius"] = 0.3 * min(reach, n["radius"])  # it exploded: nothing to learn from
+            self._shorten(n, reach)  # it exploded: nothing to learn from
             return
         line = step.numel() == 1
         doubtful &= not (line and before <= -gain <= after)  # as between a convex loss's tangents
@@ -140,6 +140,11 @@ class TrustRegion(AbstractStepRule):
         n["reach"] = reach
         base["size"] = torch.maximum(work.slope.abs(), self.memory * base["size"])
         work.keep()
+
+    def _shorten(self, n: dict[str, float], reach: float) -> None:
+        """Take back a step to where there is nothing to learn from; the next one goes by slopes, and less far."""
+        n["radius"] = 0.3 * min(reach, n["radius"])
+        _line.forget(n)
 
     def _learn(self, base: Params, n: dict[str, float], step: Tensor, change: Tensor) -> None:
         """Add a secant pair, unless the loss bends downwards along it."""
