@@ -232,6 +232,23 @@ def test_a_few_choices_are_all_looked_at_first_and_the_best_is_gone_on_with():
     assert not any("fixed_params" in t.system_attrs for t in own.study_.trials)
 
 
+def test_a_parameter_of_a_choice_is_left_out_under_others():
+    x, y = small(load_diabetes)
+    space = {
+        "reduce": [PCA(), "passthrough"],
+        "reduce__n_components": [2, 5],
+        "ridge__alpha": ALPHA,
+    }
+    pipeline = Pipeline([("reduce", "passthrough"), ("ridge", Ridge())])
+    search = HypergradientSearchCV(pipeline, space, n_trials=8, cv=3, random_state=0).fit(x, y)
+    plain = cross_val_score(Ridge(alpha=search.best_params_["ridge__alpha"]), x, y, cv=3)
+    assert search.best_params_["reduce"] == "passthrough"
+    assert "reduce__n_components" not in search.best_params_
+    assert search.best_score_ == pytest.approx(plain.mean(), rel=1e-9)
+    reduced = [p for p in search.cv_results_["params"] if p["reduce"] != "passthrough"]
+    assert all(p["reduce__n_components"] in (2, 5) for p in reduced)
+
+
 def test_a_search_that_was_cut_among_its_choices_goes_on(tmp_path):
     x, y = small(load_diabetes)
     settings: dict[str, Any] = {"n_trials": 6, "cv": 3, "random_state": 0}

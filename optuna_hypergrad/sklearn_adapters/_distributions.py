@@ -42,10 +42,20 @@ class Space:
         return self.distributions.items()
 
     def decode(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters for the estimator, from those of a trial."""
-        return {
+        """Parameters for the estimator, from those of a trial; without those of a step for which something is chosen that
+        does not have them."""
+        found = {
             name: self.choices[name][value] if name in self.choices else value
             for name, value in params.items()
+        }
+        return {name: value for name, value in found.items() if _applies(name, found)}
+
+    def steps_of(self, name: str) -> dict[str, tuple[Any, ...]]:
+        """Steps for which something is chosen and of which ``name`` is a parameter, with what may be chosen."""
+        return {
+            step: d.choices
+            for step, d in self.distributions.items()
+            if isinstance(d, CategoricalDistribution) and name.startswith(f"{step}__")
         }
 
 
@@ -93,6 +103,17 @@ def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
                 f"list of choices, got {what!r:.80}."
             )
     return Space(distributions, choices, vectors)
+
+
+def _applies(name: str, chosen: Mapping[str, Any]) -> bool:
+    """Whether what is chosen for a step, if anything is, has the parameter."""
+    path = name.split("__")
+    for i in range(1, len(path)):
+        step = "__".join(path[:i])
+        if step in chosen:
+            owner = chosen[step]
+            return hasattr(owner, "get_params") and "__".join(path[i:]) in owner.get_params()
+    return True
 
 
 def _of_a_choice(name: str, given: Mapping[str, Any]) -> bool:

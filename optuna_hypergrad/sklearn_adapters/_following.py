@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -265,11 +266,16 @@ class Followed:
         for name, distribution in self.space.items():
             if name in self.names:
                 continue
+            steps = self.space.steps_of(name)
             if isinstance(distribution, CategoricalDistribution):
-                yield from (self.space.decode({name: c}) for c in distribution.choices)
+                for chosen in itertools.product(distribution.choices, *steps.values()):
+                    yield self.space.decode(dict(zip((name, *steps), chosen, strict=True)))
             elif name.startswith(self._prefix):
                 assert isinstance(distribution, (FloatDistribution, IntDistribution))
-                yield from ({name: v} for v in (distribution.low, distribution.high))
+                for chosen in itertools.product(
+                    (distribution.low, distribution.high), *steps.values()
+                ):
+                    yield self.space.decode(dict(zip((name, *steps), chosen, strict=True)))
 
 
 def _defined(

@@ -27,10 +27,9 @@ from ._database import read, transaction, unwrap_rdb, write
 from ._encoding import Pieces, cut
 from ._optuna_tables import hold_trial, set_attributes
 from ._schema import has_tables, make_tables
-from ._sqlite import can_write_in_place, insert_in_place
+from ._sqlite import CHUNK_BYTES, can_write_in_place, insert_in_place
 from .artifact_store import AbstractArtifactStore, StoredArtifact
 
-CHUNK_BYTES = 1 << 19
 _MAX_CHUNK_BYTES = 1 << 24  # what is read into memory at once, whatever a row holds
 
 # Made once: to make a statement takes SQLAlchemy longer than to execute it.
