@@ -44,6 +44,16 @@ def _gradient_of(
     return gradient
 
 
+def _step_of(inner_objective: Objective, solver: AbstractStepSolver) -> Callable[..., Moved]:
+    """``(w, state, lam, batch) -> Moved``: a step of a solver that does not depend on its index."""
+    gradient = _gradient_of(inner_objective)
+
+    def step(w: Params, state: InnerState, lam: Params, batch: Batch) -> Moved:
+        return solver.step(lambda at: gradient(at, lam, batch), w, lam, state, 0)
+
+    return step
+
+
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _gradients(inner_objective: Objective) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """``(w, lam, batch) -> (g, dg/dw)`` and ``(w, lam, batch, v) -> (H v, M^T v)``, ``M = d2g/dw dlam``."""
@@ -63,10 +73,7 @@ def _steps(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """A whole step of a solver that does not depend on its index, and its pullback, which adds to ``outer`` and
     gives the numbers in it anew."""
-    gradient = _gradient_of(inner_objective)
-
-    def step(w: Params, state: InnerState, lam: Params, batch: Batch) -> Moved:
-        return solver.step(lambda at: gradient(at, lam, batch), w, lam, state, 0)
+    step = _step_of(inner_objective, solver)
 
     def pull(
         w: Params,
@@ -97,14 +104,14 @@ def _gradient_in_halves(inner_objective: Objective) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=_CACHE_SIZE)
 def _step_in_halves(inner_objective: Objective, solver: AbstractStepSolver) -> Callable[..., Any]:
-    """A whole step of a solver that does not depend on its index, with a graph behind ``w'`` and ``state'``."""
-    gradient = _gradient_of(inner_objective)
+    """The same step with a graph, behind ``w'`` and ``state'`` only."""
+    step = _step_of(inner_objective, solver)
 
-    def step(w: Params, state: InnerState, lam: Params, batch: Batch) -> Moved:
-        w, state, value, slope = solver.step(lambda at: gradient(at, lam, batch), w, lam, state, 0)
+    def run(w: Params, state: InnerState, lam: Params, batch: Batch) -> Moved:
+        w, state, value, slope = step(w, state, lam, batch)
         return w, state, value.detach(), _tree.detach(slope)
 
-    return compiled_in_halves(step)
+    return compiled_in_halves(run)
 
 
 def all_states(num_steps: int, tape: int, state: int) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import ItemsView, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -52,11 +52,8 @@ class Space:
 
     def steps_of(self, name: str) -> dict[str, tuple[Any, ...]]:
         """Steps for which something is chosen and of which ``name`` is a parameter, with what may be chosen."""
-        return {
-            step: d.choices
-            for step, d in self.distributions.items()
-            if isinstance(d, CategoricalDistribution) and name.startswith(f"{step}__")
-        }
+        chosen = ((step, self.distributions.get(step)) for step, _ in _owners(name))
+        return {step: d.choices for step, d in chosen if isinstance(d, CategoricalDistribution)}
 
 
 def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
@@ -107,26 +104,24 @@ def space_of(estimator: BaseEstimator, given: Mapping[str, Any]) -> Space:
 
 def _applies(name: str, chosen: Mapping[str, Any]) -> bool:
     """Whether what is chosen for a step, if anything is, has the parameter."""
-    path = name.split("__")
-    for i in range(1, len(path)):
-        step = "__".join(path[:i])
-        if step in chosen:
-            owner = chosen[step]
-            return hasattr(owner, "get_params") and "__".join(path[i:]) in owner.get_params()
-    return True
+    return next((_has(chosen[step], rest) for step, rest in _owners(name) if step in chosen), True)
 
 
 def _of_a_choice(name: str, given: Mapping[str, Any]) -> bool:
     """Whether it is a parameter of what is chosen for a step."""
+    offered = ((given.get(step), rest) for step, rest in _owners(name))
+    return any(isinstance(c, Sequence) and any(_has(o, rest) for o in c) for c, rest in offered)
+
+
+def _owners(name: str) -> Iterator[tuple[str, str]]:
+    """Steps that may have the parameter, the outermost first, and what it is called there."""
     path = name.split("__")
     for i in range(1, len(path)):
-        choices = given.get("__".join(path[:i]))
-        rest = "__".join(path[i:])
-        if isinstance(choices, Sequence) and any(
-            hasattr(c, "get_params") and rest in c.get_params() for c in choices
-        ):
-            return True
-    return False
+        yield "__".join(path[:i]), "__".join(path[i:])
+
+
+def _has(owner: Any, name: str) -> bool:
+    return hasattr(owner, "get_params") and name in owner.get_params()
 
 
 def _check_kind(

@@ -266,16 +266,16 @@ class Followed:
         for name, distribution in self.space.items():
             if name in self.names:
                 continue
-            steps = self.space.steps_of(name)
             if isinstance(distribution, CategoricalDistribution):
-                for chosen in itertools.product(distribution.choices, *steps.values()):
-                    yield self.space.decode(dict(zip((name, *steps), chosen, strict=True)))
+                values = distribution.choices
             elif name.startswith(self._prefix):
                 assert isinstance(distribution, (FloatDistribution, IntDistribution))
-                for chosen in itertools.product(
-                    (distribution.low, distribution.high), *steps.values()
-                ):
-                    yield self.space.decode(dict(zip((name, *steps), chosen, strict=True)))
+                values = (distribution.low, distribution.high)
+            else:
+                continue
+            steps = self.space.steps_of(name)
+            for chosen in itertools.product(values, *steps.values()):
+                yield self.space.decode(dict(zip((name, *steps), chosen, strict=True)))
 
 
 def _defined(

@@ -47,8 +47,8 @@ class HypergradientSearchCV(StudySearch):
     evaluation of it with its gradient over all folds. A descent begins at the best of about four points that are spread over the
     space. Transformers before it are fitted once per fold and setting. Everything else is left to the sampler's base sampler, in
     the same study; where that is at most eight combinations of choices (no numbers), and ``sampler`` is not given, the first
-    trials are one under each of them. A parameter of a step for which something is chosen is left out where that lacks it. At the end the best ``n_rescored`` settings are fitted by
-    scikit-learn and ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a
+    trials are one under each of them. A parameter of a step for which something is chosen is left out where that lacks it. At the
+    end the best ``n_rescored`` settings are fitted by scikit-learn and ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a
     common one. :attr:`followed_` says which of the two it was, and why.
 
     *Vectors of hyperparameters* have a :class:`TensorDistribution`: the ``weights`` of a :class:`FeatureWeights` right before

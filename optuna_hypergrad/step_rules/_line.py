@@ -2,8 +2,9 @@
 
 What is known of the line is kept among the numbers of the rule's state. One end of the interval is the best evaluation so
 far, ``kept`` by the rule; the other one is at ``end_at``. The cubic goes through ``kept`` and the last evaluation that was not,
-which need not be that end. In an interval the rule's radius limits no step: a step that fails must have it forgotten. After Moré & Thuente 1994, "Line search
-algorithms with guaranteed sufficient decrease".
+which need not be that end. In an interval the rule's radius limits no step: a step that fails must have it forgotten.
+
+After Moré & Thuente 1994, "Line search algorithms with guaranteed sufficient decrease".
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ _CACHE = f"-{CHUNK_BYTES * 9 // 8 * 2 // 1000}"  # KiB: a chunk, the zeros that 
 def set_for_writing(connection: Connection) -> Iterator[None]:
     """Settings of a connection for one transaction; those of other databases are left alone.
 
-    Deleted pages are not filled with zeros, as Debian's SQLite does. A small cache, which holds a chunk
-    and no more: pages go to the file while the next chunk is copied and hashed, rather than all of them at the end. A journal that would be deleted after each
+    Deleted pages are not filled with zeros, as Debian's SQLite does. A small cache, which holds a chunk and
+    no more: pages go to the file while the next chunk is copied and hashed, rather than all of them at the end. A journal that
+    would be deleted after each
     transaction is kept by this connection, with its header cleared: that spares two of four waits for the disk. The
     file, ``study.db-journal``, stays when the connection is closed, until somebody else's transaction deletes it.
     """
