@@ -47,9 +47,12 @@ METHODS = (REAL, *CHEAP, FORWARD, TWO_PHASES, FULL)
 OUTER_LR, OUTER_STEPS = {1: 3e-2, 10: 1e-2}, {1: 60, 10: 40}  # by images per class
 
 
-def estimator_of(method: str, s: Setting, seed: int) -> AbstractHypergradientEstimator:
+def estimator_of(
+    method: str, s: Setting, seed: int, device: torch.device
+) -> AbstractHypergradientEstimator:
     truncated = ohg.Unroll(truncation=s.truncation)
-    forward = ohg.ForwardGradient(s.num_directions, seed=seed, width=64)
+    large = {"width": 256, "memory_budget": 40e9} if device.type == "cuda" else {"width": 64}
+    forward = ohg.ForwardGradient(s.num_directions, seed=seed, **large)
     corrected = dataclasses.replace(forward, control_variate=truncated)
     return {
         "truncated": truncated,
@@ -62,19 +65,20 @@ def estimator_of(method: str, s: Setting, seed: int) -> AbstractHypergradientEst
 
 
 def condense(s: Setting, data: Data, method: str, seed: int) -> tuple[Tensor, list[float], float]:
-    """The images, the outer loss of each step, and CPU seconds."""
+    """The images, the outer loss of each step, and seconds: of the CPU, or passed if a GPU works."""
     images = real_images(s, data, seed)
     if method == REAL:
         return images, [], 0.0
     images.requires_grad_(True)
     problem, solver = make_problem(s, data, seed), s.solver()
-    estimator = estimator_of(method, s, seed)
+    estimator = estimator_of(method, s, seed, data.device)
     optimizer = torch.optim.Adam([images], lr=s.outer_lr)
-    state, losses, begun = EstimatorState(), [], time.process_time()
+    state, losses, begun = EstimatorState(), [], clock(data)
     bar = tqdm(range(s.num_steps), f"{s.per_class} per class, seed {seed}, {method}", leave=False)
     for step in bar:
         lam = {"images": images.detach().clone()}
-        found = estimator.estimate(problem, solver, initial(s, seed, 0, step), lam, step, state)
+        start = initial(s, data.device, seed, 0, step)
+        found = estimator.estimate(problem, solver, start, lam, step, state)
         if not found.value["images"].isfinite().all():
             found.result.raise_if_failed()
         state, images.grad = found.state.cold(), found.value["images"]
@@ -84,7 +88,11 @@ def condense(s: Setting, data: Data, method: str, seed: int) -> tuple[Tensor, li
             images.clamp_(0, 1)
         losses.append(float(found.outer_value))
         bar.set_postfix_str(f"loss {np.mean(losses[-10:]):.3f}", refresh=False)
-    return images.detach(), losses, time.process_time() - begun
+    return images.detach(), losses, clock(data) - begun
+
+
+def clock(data: Data) -> float:
+    return time.process_time() if data.device.type == "cpu" else time.perf_counter()
 
 
 def cosines(s: Setting, data: Data, seed: int) -> dict[str, list[float]]:
@@ -93,10 +101,11 @@ def cosines(s: Setting, data: Data, seed: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for step in (s.num_steps, s.num_steps + 1):
         lam = {"images": real_images(s, data, seed)}
-        at = problem, solver, initial(s, seed, 0, step), lam, step
-        exact = estimator_of(FULL, s, seed).estimate(*at).value["images"].flatten()
+        at = problem, solver, initial(s, data.device, seed, 0, step), lam, step
+        exact = estimator_of(FULL, s, seed, data.device).estimate(*at).value["images"].flatten()
         for method in (*CHEAP, FORWARD, TWO_PHASES):
-            value = estimator_of(method, s, seed).estimate(*at).value["images"].flatten()
+            estimator = estimator_of(method, s, seed, data.device)
+            value = estimator.estimate(*at).value["images"].flatten()
             found.setdefault(method, []).append(float(torch.cosine_similarity(value, exact, dim=0)))
     return found
 
@@ -123,8 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mnist", type=Path, required=True, help="folder of the four idx files")
     parser.add_argument("--per-class", type=int, nargs="+", default=[1, 10])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--cosines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--size", type=int, default=8, choices=tuple(GRID))
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--inner-steps", type=int, default=20)
@@ -141,13 +152,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small
-    data = load_mnist(arguments.mnist, arguments.size)
+    data = load_mnist(arguments.mnist, arguments.size, arguments.device)
     path = arguments.results / "condensation.json"
     store = json.loads(path.read_text()) if path.exists() else {}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for per_class in arguments.per_class:
             s = setting_of(arguments, per_class)
-            for method in (*arguments.methods, "cosines"):
+            for method in (*arguments.methods, *["cosines"] * arguments.cosines):
                 key, done = f"{per_class}/{seed}/{method}", {"setting": dataclasses.asdict(s)}
                 if store.get(key, {}).get("setting") == done["setting"]:
                     continue

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, cross_entropy, instance_norm, relu, unfold
+from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, relu
 
 import optuna_hypergrad as ohg
 
@@ -56,15 +56,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Data:
-    """Images ``(n, 1, size, size)`` in [0, 1] and labels ``(n,)``."""
+    """Images ``(n, 1, size, size)`` in [0, 1] and labels ``(n,)``; all that is computed is on their device."""
 
     images: Tensor
     labels: Tensor
     test_images: Tensor
     test_labels: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
 
-def load_mnist(folder: Path, size: int) -> Data:
+
+def load_mnist(folder: Path, size: int, device: str = "cpu") -> Data:
     """The four gzipped idx files of MNIST in ``folder``."""
     parts = []
     for part in ("train", "t10k"):
@@ -73,7 +77,7 @@ def load_mnist(folder: Path, size: int) -> Data:
             images = images[..., 2:26, 2:26]  # blank around it but for a few strokes
         parts.append(avg_pool2d(images, images.shape[-1] // size))
         parts.append(_idx(folder / f"{part}-labels-idx1-ubyte.gz").long())
-    return Data(*parts)
+    return Data(*(t.to(device) for t in parts))
 
 
 def _idx(path: Path) -> Tensor:
@@ -87,7 +91,7 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(mixed[0]) >> 1)
 
 
-def initial(setting: Setting, *key: int) -> Params:
+def initial(setting: Setting, device: torch.device, *key: int) -> Params:
     """Weights of a fresh network; a function of ``key`` alone, so that a step can be replayed."""
     g, w, channels, grid = generator(*key), {}, 1, GRID[setting.size] ** 2
     for i in range(3):
@@ -100,16 +104,16 @@ def initial(setting: Setting, *key: int) -> Params:
         channels = setting.width
     w["last"] = torch.randn(10, grid * channels, generator=g) * (1 / (grid * channels)) ** 0.5
     w["last_bias"] = torch.zeros(10)
-    return w
+    return {k: v.to(device) for k, v in w.items()}
 
 
 def convnet(w: Params, x: Tensor) -> Tensor:
     """Three blocks of convolution, instance norm, ReLU and average pooling, down to a grid of 3 x 3 or 2 x 2."""
     for i in range(3):
-        # As a product: twice as fast as conv2d where many tangents are pushed together.
-        patches, kernel = unfold(x, 3, padding=1), w[f"kernel{i}"]
-        x = (kernel.flatten(1) @ patches + w[f"bias{i}"][:, None]).unflatten(2, x.shape[2:])
-        x = relu(instance_norm(x, weight=w[f"scale{i}"], bias=w[f"shift{i}"], eps=EPS))
+        x = conv2d(x, w[f"kernel{i}"], w[f"bias{i}"], padding=1)
+        x = x - x.mean((2, 3), keepdim=True)
+        x = x * (x.square().mean((2, 3), keepdim=True) + EPS).rsqrt()
+        x = relu(x * w[f"scale{i}"][:, None, None] + w[f"shift{i}"][:, None, None])
         if x.shape[-1] > 3:  # the third block of small images has nothing to pool
             x = avg_pool2d(x, 2)
     return x.flatten(1) @ w["last"].T + w["last_bias"]
@@ -122,15 +126,15 @@ def fixed_labels(setting: Setting) -> Tensor:
 def real_images(setting: Setting, data: Data, seed: int) -> Tensor:
     """Random training images, in the order of ``fixed_labels``: the start, and the baseline."""
     order = torch.randperm(len(data.labels), generator=generator(seed, 1))
-    chosen = torch.empty(setting.per_class, 10, dtype=torch.long)
+    chosen, labels = torch.empty(setting.per_class, 10, dtype=torch.long), data.labels.cpu()
     for label in range(10):
-        chosen[:, label] = order[data.labels[order] == label][: setting.per_class]
+        chosen[:, label] = order[labels[order] == label][: setting.per_class]
     return data.images[chosen.flatten()].clone()
 
 
 def make_problem(setting: Setting, data: Data, seed: int) -> ohg.BilevelProblem:
     """Inner: a network on the condensed images. Outer: its loss on real ones."""
-    labels = fixed_labels(setting)
+    labels = fixed_labels(setting).to(data.device)
 
     def training_loss(w: Params, lam: Params, rows: Tensor) -> Tensor:
         return cross_entropy(convnet(w, lam["images"][rows]), labels[rows])
@@ -139,13 +143,14 @@ def make_problem(setting: Setting, data: Data, seed: int) -> ohg.BilevelProblem:
         return cross_entropy(convnet(w, data.images[rows]), data.labels[rows])
 
     def real_batch(step: int) -> Tensor:
-        return torch.randint(
-            len(data.labels), (setting.outer_batch,), generator=generator(seed, 2, step)
-        )
+        rng = generator(seed, 2, step)
+        rows = torch.randint(len(data.labels), (setting.outer_batch,), generator=rng)
+        return rows.to(data.device)
 
-    return ohg.BilevelProblem(
-        training_loss, real_loss, lambda step: balanced_rows(setting, step), real_batch
-    )
+    def condensed_batch(step: int) -> Tensor:
+        return balanced_rows(setting, step).to(data.device)
+
+    return ohg.BilevelProblem(training_loss, real_loss, condensed_batch, real_batch)
 
 
 def balanced_rows(setting: Setting, step: int) -> Tensor:
@@ -171,7 +176,7 @@ def accuracies(
         trained = ohg.inner_solve(
             problem,
             setting.solver(),
-            initial(setting, 4, i),
+            initial(setting, data.device, 4, i),
             {"images": images},
             num_steps=num_steps,
         )

@@ -202,14 +202,7 @@ class InnerGraph:
             for i in self._alive
         ]
         try:
-            products = torch.autograd.grad(
-                self._gradients,
-                self._leaves,
-                cotangents,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+            products = vjps_of_rows(self._gradients, self._leaves, cotangents)
         except RuntimeError:
             return torch.stack([self.hvp(v) for v in vectors])
         flat = [
@@ -230,6 +223,30 @@ class InnerGraph:
     def _cotangents(self, vector: Tensor) -> list[Tensor]:
         parts = self.layout.split(vector)
         return parts if len(self._alive) == len(parts) else [parts[i] for i in self._alive]
+
+
+def vjps_of_rows(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """For rows of ``cotangents``, ``(B, *shape)``, in one walk of the graph, which is kept: ``(B, *shape)``.
+
+    ``None`` for an input without a path. ``torch.autograd.grad(..., is_grads_batched=True)`` gives the same, but
+    takes convolutions, pooling and normalizations one row after the other.
+
+    Raises:
+        RuntimeError: if an operation cannot be batched.
+    """
+    dead: list[bool] = []
+
+    def pull(*row: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
+        dead[:] = [f is None for f in found]
+        return tuple(f for f in found if f is not None)
+
+    alive = iter(torch.func.vmap(pull)(*cotangents))
+    return [None if d else next(alive) for d in dead]
 
 
 def vjp_through_kept_graph(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +15,16 @@ from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from ..ihvp import AbstractLinearSolver, LinearSolution, Neumann, linear_solve
 from ..ihvp._base import without_products
-from ..operators import AbstractLinearOperator, Flattener
+from ..operators import (
+    AbstractLinearOperator,
+    Flattener,
+    vjp_through_kept_graph,
+    vjps_of_rows,
+)
 from ._base import AbstractFixedPointSolver, find_fixed_point
 from .phantom import Phantom
+
+_Vjp = Callable[[Any, tuple[Tensor, ...], list[Tensor]], Sequence[Tensor | None]]
 
 AdjointSolver = Phantom | AbstractLinearSolver | AbstractFixedPointSolver
 """What solves ``(I - J^T) u = b``. It is a fixed point itself, ``u = J^T u + b``."""
@@ -64,7 +73,7 @@ class AdjointOperator(AbstractLinearOperator):
             for i, dtype in zip(self._alive, self._dtypes, strict=True)
         ]
         try:
-            found = self._grad(cotangents, batched=True)
+            found = self._grad(cotangents, vjps_of_rows)
         except RuntimeError:  # an operation that cannot be batched
             return torch.stack([self._apply(v, None) for v in vectors])
         flat = [
@@ -78,7 +87,7 @@ class AdjointOperator(AbstractLinearOperator):
     def _pulled(self, vector: Tensor) -> Tensor:
         parts = self.layout.split(vector)
         cotangents = [parts[i].to(d) for i, d in zip(self._alive, self._dtypes, strict=True)]
-        found = self._grad(cotangents, batched=False)
+        found = self._grad(cotangents, vjp_through_kept_graph)
         return self.layout.flatten(
             [
                 torch.zeros_like(p) if g is None else g
@@ -86,16 +95,11 @@ class AdjointOperator(AbstractLinearOperator):
             ]
         )
 
-    def _grad(self, cotangents: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-        if not self._images:
-            return (None,) * len(self._points)
-        return torch.autograd.grad(
-            self._images,
-            self._points,
-            cotangents,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
+    def _grad(self, cotangents: list[Tensor], vjp: _Vjp) -> Sequence[Tensor | None]:
+        return (
+            vjp(self._images, self._points, cotangents)
+            if self._images
+            else (None,) * len(self._points)
         )
 
 

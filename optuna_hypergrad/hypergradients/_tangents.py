@@ -21,7 +21,7 @@ from .._twice import goes_through_once_differentiable, nodes_of, other_ways
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
-from ..operators import scalar
+from ..operators import scalar, vjps_of_rows
 from ..problem import BilevelProblem
 from ._rewind import Point
 
@@ -150,6 +150,13 @@ class Pushforward:
         index: int,
     ) -> list[Tensor]:
         """Tangents of the next point, through the solver's own algebra."""
+        if self._solver.is_linear():
+            at = _filled(before, block.point)
+            slopes = dict(zip(gradient, bent, strict=True))
+            step = self._solver.step(
+                lambda _: (value, slopes), at.inner_params, lam, at.state, index
+            )
+            return Point(step[0], step[1]).tensors()
         tensors = before.tensors()
         inputs = (*tensors, *gradient.values(), *lam.values())
 
@@ -236,9 +243,7 @@ class Pushforward:
         alive, cotangents = [o for o, _ in pairs], [d for _, d in pairs]
         if self._batched and rows > 1:
             try:
-                found = torch.autograd.grad(
-                    alive, inputs, cotangents, True, allow_unused=True, is_grads_batched=True
-                )
+                found = vjps_of_rows(alive, inputs, cotangents)
                 return [
                     t.new_zeros(rows, *t.shape) if f is None else f
                     for t, f in zip(inputs, found, strict=True)

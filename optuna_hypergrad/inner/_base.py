@@ -172,6 +172,15 @@ class AbstractStepSolver(AbstractInnerSolver):
         """Whether the same step would be another one at another index, its batch aside."""
         return True
 
+    def is_linear(self) -> bool:
+        """Whether the step is linear in point and gradient, and in nothing else: its tangent is then itself."""
+        return False
+
+    def has_constant_settings(self) -> bool:
+        """Whether no setting is a hyperparameter or a schedule, and no gradient is scaled down."""
+        settings = (getattr(self, s) for s in self.settings)
+        return self.max_norm is None and all(isinstance(v, (int, float)) for v in settings)
+
     def setting(self, name: str, outer_params: Params, index: int) -> Value:
         """The value at a step of one of :attr:`settings`."""
         return resolve(getattr(self, name), outer_params, index, name)
@@ -313,7 +322,7 @@ def inner_solve(
     budget = solver.max_steps if num_steps is None else num_steps
     tolerant = num_steps is None and (solver.rtol > 0 or solver.atol > 0)
     taken, norm, first = 0, math.nan, math.nan
-    value = torch.tensor(math.nan)
+    value = torch.tensor(math.nan, device="cpu")
     converged = not tolerant
     while taken < budget and not (tolerant and converged):
         w, memory, value, gradient = take(w, memory, start + taken)

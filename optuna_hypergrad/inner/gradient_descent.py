@@ -25,6 +25,9 @@ class GradientDescent(AbstractStepSolver):
     def depends_on_index(self, outer_params: Params) -> bool:
         return type(self) is not GradientDescent or self.has_entry_for_each_step(outer_params)
 
+    def is_linear(self) -> bool:
+        return type(self) is GradientDescent and self.has_constant_settings()
+
     def init(self, inner_params: Params) -> InnerState:
         return {}
 

@@ -38,6 +38,9 @@ class HeavyBall(AbstractStepSolver):
     def depends_on_index(self, outer_params: Params) -> bool:
         return type(self) is not HeavyBall or self.has_entry_for_each_step(outer_params)
 
+    def is_linear(self) -> bool:
+        return type(self) is HeavyBall and self.has_constant_settings()
+
     def init(self, inner_params: Params) -> InnerState:
         return {"velocity": _tree.zeros_like(inner_params)}
 
