@@ -47,7 +47,7 @@ class Sketch:
         """
         shift = self.rounding + max(-float(self.eigenvalues()[0]), 0.0) * (1 + 1e-3)
         shifted = self.products.add(self.test, alpha=shift)
-        eye = torch.eye(len(self.core), dtype=self.core.dtype)
+        eye = torch.eye(len(self.core), dtype=self.core.dtype, device=self.core.device)
         factor = torch.linalg.cholesky(self.core + shift * eye).to(shifted)
         rows = torch.linalg.solve_triangular(factor, shifted, upper=False)
         q, r = torch.linalg.qr(rows.mT)
@@ -75,7 +75,7 @@ def draw_sketch(
             default.
     """
     rank = min(rank, operator.size)
-    drawn = torch.randn(operator.size, rank, generator=generator, dtype=torch.float32)
+    drawn = torch.randn(operator.size, rank, generator=generator, device="cpu", dtype=torch.float32)
     like = torch.empty(0, dtype=operator.dtype, device=operator.device)
     test = torch.linalg.qr(drawn.to(like))[0].mT.contiguous()
     products = torch.cat([operator.many(part) for part in test.split(at_once or rank)])

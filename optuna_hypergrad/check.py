@@ -229,7 +229,9 @@ def _direction(
     found = {}
     for k in names:
         v, mean = lam[k].double(), torch.stack([e[k] for e in estimates]).mean(0)
-        random = torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device)
+        random = torch.randn(v.shape, generator=generator, device="cpu", dtype=torch.float64).to(
+            v.device
+        )
         way = random / random.norm().clamp_min(1e-300)
         if float(mean.norm()) > 0:
             way = way + torch.where((way * mean).sum() < 0, -1.0, 1.0) * mean / mean.norm()

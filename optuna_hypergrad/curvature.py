@@ -59,12 +59,12 @@ def lanczos(operator: AbstractLinearOperator, start: Tensor, num_products: int) 
         off_diagonal.append(beta)
         q = w / beta
     m = len(diagonal)
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     if m > 1:
-        side = torch.tensor(off_diagonal[: m - 1], dtype=torch.float64)
+        side = torch.tensor(off_diagonal[: m - 1], dtype=torch.float64, device="cpu")
         tridiagonal = tridiagonal + torch.diag(side, 1) + torch.diag(side, -1)
     if not bool(torch.isfinite(tridiagonal).all()):
-        unknown = torch.full((m,), torch.nan, dtype=torch.float64)
+        unknown = torch.full((m,), torch.nan, dtype=torch.float64, device="cpu")
         return Ritz(unknown, unknown, unknown)
     values, vectors = torch.linalg.eigh(tridiagonal)
     return Ritz(values, beta * vectors[-1].abs(), vectors[0].square())
@@ -82,7 +82,7 @@ def ritz_values(
         seed: Of the start vector.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(operator.size, generator=generator, dtype=torch.float32)
+    start = torch.randn(operator.size, generator=generator, device="cpu", dtype=torch.float32)
     found = lanczos(operator, start.to(like), num_products)
     return found.values, float(found.bounds[-1])
 
@@ -115,7 +115,7 @@ def asymmetry(operator: AbstractLinearOperator, seed: int = 0) -> float:
         seed: Of the two vectors.
     """
     generator = torch.Generator().manual_seed(seed)
-    pair = torch.randn(2, operator.size, generator=generator, dtype=torch.float32)
+    pair = torch.randn(2, operator.size, generator=generator, device="cpu", dtype=torch.float32)
     u, v = pair.to(device=operator.device, dtype=operator.dtype)
     hu, hv = operator(u).clone(), operator(v)
     norm = torch.linalg.vector_norm

@@ -170,4 +170,4 @@ def _rounding(operator: AbstractLinearOperator) -> float:
 
 
 def _normal(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator, dtype=torch.float32)
+    return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32)

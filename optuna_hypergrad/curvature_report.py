@@ -161,7 +161,9 @@ class CurvatureReport:
             raise ValueError(f"density needs width > 0 or None, got {width!r:.80}.")
         low, high = float(self.nodes.min()), float(self.nodes.max())
         sigma = width or max(0.005 * (high - low), 1e-3 * max(abs(low), abs(high)), 1e-300)
-        x = torch.linspace(low - 6 * sigma, high + 6 * sigma, num_points, dtype=torch.float64)
+        x = torch.linspace(
+            low - 6 * sigma, high + 6 * sigma, num_points, dtype=torch.float64, device="cpu"
+        )
         bells = torch.exp(-0.5 * ((x[:, None] - self.nodes.cpu()) / sigma) ** 2)
         return x, bells @ self.weights.cpu() / (sigma * math.sqrt(2 * math.pi))
 

@@ -56,7 +56,9 @@ def cholesky(operator: AbstractLinearOperator, max_size: int) -> tuple[Tensor, T
 def _least_eigenvalue(factor: Tensor, num_steps: int = 4) -> float:
     """Of ``factor @ factor.T``, from above, by inverse iteration from a fixed start."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(len(factor), 1, generator=generator, dtype=torch.float32).to(factor)
+    v = torch.randn(len(factor), 1, generator=generator, device="cpu", dtype=torch.float32).to(
+        factor
+    )
     size = torch.linalg.vector_norm(v)
     for _ in range(num_steps):
         v = torch.cholesky_solve(v / size, factor)

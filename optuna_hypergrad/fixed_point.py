@@ -163,7 +163,7 @@ def _with_graph(
         return function(found.point) if found.image is None else found.image
     if isinstance(backward, Phantom) and backward.unrolled:
         return _unrolled(function, found.point, backward)
-    gate = torch.zeros((), requires_grad=True)
+    gate = torch.zeros((), requires_grad=True, device="cpu")
     entered = _Enter.apply(gate, *found.point.values())  # type: ignore[no-untyped-call]
     points = _tree.from_list(found.point, entered)
     images = function(points)

@@ -133,10 +133,12 @@ class Fisher(AbstractCurvature):
         generator = torch.Generator().manual_seed(self.seed)
         size = (self.num_samples or 1, *at.shape)
         if self.likelihood == "gaussian":
-            return torch.randn(size, generator=generator, dtype=torch.float32).to(at)
+            return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(at)
         if self.likelihood == "bernoulli":
             p = at.sigmoid()
-            drawn = torch.rand(size, generator=generator, dtype=torch.float32).to(at) < p
+            drawn = (
+                torch.rand(size, generator=generator, device="cpu", dtype=torch.float32).to(at) < p
+            )
             return p - drawn.to(p)
         p = at.softmax(1)
         chosen = torch.multinomial(p.double().cpu(), size[0], replacement=True, generator=generator)

@@ -164,8 +164,10 @@ class Domain:
 
 def _round_inwards(bound: float, dtype: torch.dtype, direction: int) -> float:
     """``bound`` as a value of ``dtype`` that is not outside of it. ``direction`` +1 is up."""
-    rounded = torch.tensor(bound, dtype=torch.float64).to(dtype)
+    rounded = torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype)
     outside = rounded.double() < bound if direction > 0 else rounded.double() > bound
     if bool(outside) and math.isfinite(bound):
-        rounded = torch.nextafter(rounded, torch.tensor(direction * math.inf, dtype=dtype))
+        rounded = torch.nextafter(
+            rounded, torch.tensor(direction * math.inf, dtype=dtype, device="cpu")
+        )
     return float(rounded)

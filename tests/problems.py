@@ -31,7 +31,11 @@ class Case:
 
 
 def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    """The same numbers on every device; on torch's default one."""
+    rng = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(*shape, generator=rng, dtype=F64, device="cpu").to(
+        torch.get_default_device()
+    )
 
 
 def relative_error(found: Params, exact: Params) -> float:

@@ -35,7 +35,9 @@ class Around:
         """Standard normal; a function of its arguments alone."""
         mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]) >> 1)
-        return torch.randn(self.size, generator=generator, dtype=torch.float64).to(self.zeros())
+        return torch.randn(self.size, generator=generator, device="cpu", dtype=torch.float64).to(
+            self.zeros()
+        )
 
     def position(self) -> Tensor:
         """Of ``lam`` itself."""

@@ -349,7 +349,12 @@ def nothing_found(
     """The estimate where the inner solve has left nothing to estimate at: NaN, with its result."""
     nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), outer_params)
     return HypergradientEstimate(
-        nan, torch.tensor(torch.nan), solution.inner_params, solution.result, stats, state
+        nan,
+        torch.tensor(torch.nan, device="cpu"),
+        solution.inner_params,
+        solution.result,
+        stats,
+        state,
     )
 
 

@@ -129,7 +129,7 @@ class AbstractDirectionalEstimator(AbstractHypergradientEstimator):
                 f"{tuple(scalars.shape)}; concatenate those of all processes in the order of their directions."
             )
         known = partial.known
-        total = torch.zeros(sampled.size, dtype=torch.float64)
+        total = torch.zeros(sampled.size, dtype=torch.float64, device="cpu")
         for scalar, row in zip(scalars.tolist(), sampled.each(range(count)), strict=True):
             expected = 0.0 if partial.control is None else float(partial.control @ row)
             total.add_(row, alpha=(scalar - expected) / count)

@@ -59,13 +59,15 @@ class Directions:
             yield from (draw(size, self._generator(1 + i)) for i in numbers)
             return
         generator = self._generator(0)
-        order = torch.randperm(size, generator=generator)[numbers.start : numbers.stop]
+        order = torch.randperm(size, generator=generator, device="cpu")[
+            numbers.start : numbers.stop
+        ]
         if self.law == "coordinate":
             yield from (
                 math.sqrt(size) * unit_rows(order[i : i + 1], size)[0] for i in range(len(order))
             )
             return
-        signs, positions = _signs(size, generator), torch.arange(size)
+        signs, positions = _signs(size, generator), torch.arange(size, device="cpu")
         for row in order:
             angles = (row * positions % size).double() * (2 * math.pi / size)
             yield (angles.cos() + angles.sin()) * signs
@@ -85,8 +87,8 @@ class Directions:
 
 def unit_rows(indices: Tensor, size: int) -> Tensor:
     """``e_k`` for each index: ``(B, N)``."""
-    rows = torch.zeros(len(indices), size, dtype=torch.float64)
-    rows[torch.arange(len(indices)), indices] = 1.0
+    rows = torch.zeros(len(indices), size, dtype=torch.float64, device="cpu")
+    rows[torch.arange(len(indices), device="cpu"), indices] = 1.0
     return rows
 
 
@@ -105,8 +107,8 @@ def shaped(rows: Tensor, like: Params) -> Params:
 
 
 def _signs(size: int, generator: torch.Generator) -> Tensor:
-    return 2.0 * torch.randint(0, 2, (size,), generator=generator).double() - 1.0
+    return 2.0 * torch.randint(0, 2, (size,), generator=generator, device="cpu").double() - 1.0
 
 
 def _normals(size: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(size, generator=generator, dtype=torch.float64)
+    return torch.randn(size, generator=generator, device="cpu", dtype=torch.float64)

@@ -118,7 +118,7 @@ class AbstractPenalty(AbstractHypergradientEstimator):
             kept = {} if self.begins_at_y else {f"z/{k}": v for k, v in z.inner_params.items()}
         else:
             w, kept = z.inner_params, {f"y/{k}": v for k, v in y.items()}
-            outer_value = torch.tensor(outer_value_at(problem, w, outer_params, step))
+            outer_value = torch.tensor(outer_value_at(problem, w, outer_params, step), device="cpu")
         tensors = {**kept, **tensors}
         result = _first_failure(z.result, *results, _finite(value, outer_value))
         numbers = {"count": state.numbers.get("count", 0.0) + 1.0}

@@ -75,7 +75,7 @@ class Descent:
                 self.failed = True
                 self.too_large = error.value if math.isfinite(error.value) else 0.0
         nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), inner_params)
-        return nan, {"velocity": nan}, torch.tensor(torch.nan), nan
+        return nan, {"velocity": nan}, torch.tensor(torch.nan, device="cpu"), nan
 
     def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``.
@@ -202,7 +202,9 @@ def rational(solver: HeavyBall, outer_params: Params, index: int, inner_params: 
         ones = {k: torch.ones_like(v, dtype=torch.float64) for k, v in inner_params.items()}
         each = times(ones, value)
     else:
-        each = dict.fromkeys(inner_params, torch.as_tensor(value, dtype=torch.float64))
+        each = dict.fromkeys(
+            inner_params, torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        )
     label = repr(solver.momentum) if isinstance(solver.momentum, str) else "momentum"
     numerators: dict[str, int | Tensor] = {}
     ends: dict[str, tuple[int, int]] = {}
@@ -235,7 +237,10 @@ def _rounded(setting: Setting) -> Callable[[Params, int], Tensor | Params]:
     def schedule(outer_params: Params, index: int) -> Tensor | Params:
         value: Value = resolve(setting, outer_params, index, "momentum")
         if isinstance(value, dict):
-            return {k: nearest(torch.as_tensor(v, dtype=torch.float64)) for k, v in value.items()}
-        return nearest(torch.as_tensor(value, dtype=torch.float64))
+            return {
+                k: nearest(torch.as_tensor(v, dtype=torch.float64, device="cpu"))
+                for k, v in value.items()
+            }
+        return nearest(torch.as_tensor(value, dtype=torch.float64, device="cpu"))
 
     return schedule

@@ -109,7 +109,7 @@ def draw(
         if law == "rademacher":
             basis = signs((m, r), generator).to(dtype) / math.sqrt(r)
         else:
-            basis = torch.randn(m, r, generator=generator, dtype=dtype) / math.sqrt(r)
+            basis = torch.randn(m, r, generator=generator, device="cpu", dtype=dtype) / math.sqrt(r)
         if law == "orthonormal":
             q, upper = torch.linalg.qr(basis)
             basis = q * torch.where(upper.diagonal() < 0, -1.0, 1.0) * math.sqrt(m / r)
@@ -123,7 +123,7 @@ def generator_of(key: tuple[int, ...]) -> torch.Generator:
 
 
 def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return 2.0 * torch.randint(0, 2, shape, generator=generator) - 1.0
+    return 2.0 * torch.randint(0, 2, shape, generator=generator, device="cpu") - 1.0
 
 
 def sketched_gradient(

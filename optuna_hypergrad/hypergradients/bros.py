@@ -228,7 +228,7 @@ class BROS(AbstractOneStep):
         pace = paced("BROS", eta, self._measured(v, product, sketches), state.numbers)
         scale = float(_tree.norm(cotangent))
         # Before v is moved: a step that breaks off here leaves a state that is refused.
-        written = state.tensors.get("written", torch.zeros((), dtype=torch.float64))
+        written = state.tensors.get("written", torch.zeros((), dtype=torch.float64, device="cpu"))
         written.fill_(count + 1.0)
         square = 0.0
         for k, x in v.items():

@@ -135,7 +135,7 @@ def compiled_solve(
         with torch.no_grad():
             parts = Flattener(w).split(b if scale == 1.0 else b / scale)
             residual, least_curvature, cross = run(
-                w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype)
+                w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype, device="cpu")
             )
     except Exception as error:
         raise RequirementError(

@@ -133,7 +133,12 @@ def _drawn_gates(rank: int, rows: int, size: int, generator: torch.Generator) ->
 
     The first is one of random signs, so that a single gate sees every hyperparameter alike.
     """
-    drawn = torch.randint(0, 2, (rank, rows, size), generator=generator).double().mul_(2).sub_(1)
+    drawn = (
+        torch.randint(0, 2, (rank, rows, size), generator=generator, device="cpu")
+        .double()
+        .mul_(2)
+        .sub_(1)
+    )
     drawn[1:].normal_(generator=generator)
     by_row = drawn.movedim(0, 1)  # (rows, rank, size)
     if rank <= size:

@@ -129,7 +129,7 @@ class ForwardGradient(AbstractDirectionalEstimator):
             EstimatorState(index + solution.num_steps, solution.state or None),
         )
         if not _tree.all_finite(solution.inner_params):
-            nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64)
+            nothing = torch.full((len(numbers),), torch.nan, dtype=torch.float64, device="cpu")
             return PartialEstimate(nothing, numbers, step, known)
         value, slope, direct = outer_gradients(problem, solution.inner_params, outer_params, step)
         moving = {
@@ -154,7 +154,7 @@ class ForwardGradient(AbstractDirectionalEstimator):
             control = flat(cheap.value) - flat(exact)
             known = replace(known, result=cheap.result if known.result else known.result)
         return PartialEstimate(
-            torch.cat([torch.zeros(0, dtype=torch.float64), *scalars]),
+            torch.cat([torch.zeros(0, dtype=torch.float64, device="cpu"), *scalars]),
             numbers,
             step,
             known,

@@ -85,7 +85,9 @@ class ForwardMode(AbstractPullbackEstimator):
         plan = passes(range(size), width, fits)
 
         def run(blocks: list[range]) -> tuple[InnerSolution, Pushforward]:
-            columns = [shaped(unit_rows(torch.tensor(b), size), outer_params) for b in blocks]
+            columns = [
+                shaped(unit_rows(torch.tensor(b, device="cpu"), size), outer_params) for b in blocks
+            ]
             pushed = Pushforward(*where, columns, "ForwardMode")
             solution = inner_solve(*where, start=index, state=memory, take=pushed.take)
             return solution, pushed

@@ -76,7 +76,9 @@ class Hypernetwork(AbstractProxy):
         generator = torch.Generator().manual_seed(self.seed)
         net, inputs = {}, around.size
         if self.hidden:
-            first = torch.randn(self.hidden, inputs, generator=generator, dtype=torch.float64)
+            first = torch.randn(
+                self.hidden, inputs, generator=generator, device="cpu", dtype=torch.float64
+            )
             net["first"] = (first / inputs**0.5).to(around.zeros())
             net["bias"] = around.zeros().new_zeros(self.hidden)
             inputs = self.hidden

@@ -163,7 +163,7 @@ class SABA(AbstractSingleLoop):
                         tables[f"table/{name}"][index] = row
         for name in (*_INNER, *_OUTER):
             tables[f"mean/{name}"] = tables[f"table/{name}"].mean(0)
-        tables["written"] = torch.zeros((), dtype=torch.float64)
+        tables["written"] = torch.zeros((), dtype=torch.float64, device="cpu")
         return tables
 
 

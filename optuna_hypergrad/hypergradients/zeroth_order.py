@@ -146,7 +146,7 @@ class ZerothOrder(AbstractDirectionalEstimator):
         )
         missing = [torch.nan] * (len(numbers) - len(scalars))
         return PartialEstimate(
-            torch.tensor([*scalars, *missing], dtype=torch.float64),
+            torch.tensor([*scalars, *missing], dtype=torch.float64, device="cpu"),
             numbers,
             step,
             known,

@@ -36,7 +36,7 @@ class Layer:
     bias: str | None
     shape: torch.Size
     dtype: torch.dtype
-    square: Tensor = field(default_factory=lambda: torch.zeros(()))
+    square: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu"))
     places: int = 0
     outputs: list[Tensor] = field(default_factory=list)
 

@@ -129,7 +129,7 @@ class Gradients:
     @classmethod
     def again(cls, tensors: Params, counts: tuple[int, ...]) -> Gradients:
         """From :meth:`tensors`."""
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, device="cpu")
         return cls(
             tensors.get("inputs", nothing),
             tensors.get("slopes", nothing),

@@ -70,7 +70,7 @@ def rest(
     probes = []
     for layer, a, axis in zip(layers, inputs, axes, strict=True):
         shape = len(a), 1, layer.shape[0]
-        signs = torch.randint(2, shape, generator=generator, dtype=torch.int8)
+        signs = torch.randint(2, shape, generator=generator, device="cpu", dtype=torch.int8)
         probes.append(signs.to(a).mul_(2).sub_(1) * (a @ axis)[:, :, None])
     bends = _bends(value, layers, probes)
     shares = torch.stack([(d * z).sum((2, 3)) for d, z in zip(slopes, probes, strict=True)]).sum(0)

@@ -91,7 +91,9 @@ class DiagonalPreconditioner(AbstractPreconditioner):
         squares = torch.zeros_like(total)
         for begin in range(0, self.num_probes, _ROWS):
             rows = min(_ROWS, self.num_probes - begin)
-            signs = torch.randint(2, (rows, base.size), generator=generator, dtype=torch.int8)
+            signs = torch.randint(
+                2, (rows, base.size), generator=generator, device="cpu", dtype=torch.int8
+            )
             z = signs.to(total).mul_(2).sub_(1)
             each = z.mul_(base.many(z))
             total += each.sum(0)

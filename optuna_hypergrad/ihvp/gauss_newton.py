@@ -136,8 +136,8 @@ class GaussNewtonPreconditioner(AbstractNetworkPreconditioner):
         kept = largest(lengths, self.rank)
         order, ranks, counts = ordered(kept)
         left = max(total - float(lengths[kept].sum()), 0.0)
-        tensors: Params = {"counts": torch.tensor(counts)}
-        gram = torch.zeros(())
+        tensors: Params = {"counts": torch.tensor(counts, device="cpu")}
+        gram = torch.zeros((), device="cpu")
         for layer, a, d in zip(layers, inputs, slopes, strict=True):
             found = Gradients.of(a[order[: counts[0]]], d[ranks, order], counts)
             gram = gram.to(d) + found.gram()

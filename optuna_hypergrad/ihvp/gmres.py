@@ -120,8 +120,10 @@ def _cycle(
     """The correction of least residual after at most ``most`` steps from ``r``, and the steps taken."""
     basis = torch.empty(most + 1, len(r), dtype=r.dtype, device=r.device)
     torch.div(r, norm, out=basis[0])
-    upper = torch.zeros(most + 1, most, dtype=torch.float64)  # R of the QR of the Hessenberg matrix
-    right = torch.zeros(most + 1, dtype=torch.float64)
+    upper = torch.zeros(
+        most + 1, most, dtype=torch.float64, device="cpu"
+    )  # R of the QR of the Hessenberg matrix
+    right = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
     right[0] = norm
     rotations: list[tuple[float, float]] = []
     k = 0
@@ -129,7 +131,7 @@ def _cycle(
         w = operator(basis[k]).clone()
         length = float(torch.linalg.vector_norm(w))
         known = basis[: k + 1]
-        column = torch.zeros(k + 1, dtype=torch.float64)
+        column = torch.zeros(k + 1, dtype=torch.float64, device="cpu")
         for _ in range(2):
             part = known @ w
             w.addmv_(known.mT, part, alpha=-1)
@@ -150,7 +152,7 @@ def _cycle(
         c, s = entries[k] / height, entries[k + 1] / height
         rotations.append((c, s))
         entries[k], entries[k + 1] = height, 0.0
-        upper[: k + 2, k] = torch.tensor(entries, dtype=torch.float64)
+        upper[: k + 2, k] = torch.tensor(entries, dtype=torch.float64, device="cpu")
         right[k + 1] = -s * right[k]
         right[k] = c * right[k]
         k += 1

@@ -169,7 +169,13 @@ class KFAC(AbstractNetworkPreconditioner):
         if count is None:
             return [column.reshape(outputs.shape) for column in columns]
         generator = torch.Generator().manual_seed(self.seed)
-        signs = torch.randint(2, (count, width, len(flat), 1), generator=generator).to(flat) * 2 - 1
+        signs = (
+            torch.randint(2, (count, width, len(flat), 1), generator=generator, device="cpu").to(
+                flat
+            )
+            * 2
+            - 1
+        )
         mixed = (signs * columns).sum(1) / count**0.5
         return list(mixed.reshape(count, *outputs.shape))
 

@@ -62,7 +62,7 @@ class BlackBox(AbstractBlackBox):
 
     def start(self) -> Params:
         """The ``inner_params`` of one that returns outer values: room for one."""
-        return {_VALUE: torch.zeros((), dtype=torch.float64)}
+        return {_VALUE: torch.zeros((), dtype=torch.float64, device="cpu")}
 
     def solution(self, inner_params: Params, outer_params: Params) -> InnerSolution:
         found = self.function(_tree.clone(outer_params))
@@ -72,12 +72,15 @@ class BlackBox(AbstractBlackBox):
     def _named(self, found: Any, inner_params: Params) -> Params:
         if not isinstance(found, Mapping):
             try:
-                found = {_VALUE: torch.tensor(float(found), dtype=torch.float64)}
+                found = {_VALUE: torch.tensor(float(found), dtype=torch.float64, device="cpu")}
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ObjectiveError(
                     f"{self._label} returned {found!r:.80}; return a number, or a dict of tensors."
                 ) from error
-        w = {k: torch.as_tensor(v).detach() for k, v in found.items()}
+        w = {
+            k: (v if isinstance(v, Tensor) else torch.as_tensor(v, device="cpu")).detach()
+            for k, v in found.items()
+        }
         if _kinds(w) != _kinds(inner_params):
             raise ObjectiveError(
                 f"{self._label} returned {_kinds(w)}, and inner_params are {_kinds(inner_params)}. A function "

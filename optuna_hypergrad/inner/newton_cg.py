@@ -187,7 +187,9 @@ def _estimated_diagonal(graph: InnerGraph) -> Tensor:
     layout = graph.layout
     total = torch.zeros(layout.size, dtype=layout.dtype, device=layout.device)
     for _ in range(_NUM_PROBES):
-        signs = torch.randint(0, 2, (layout.size,), generator=generator).to(total) * 2 - 1
+        signs = (
+            torch.randint(0, 2, (layout.size,), generator=generator, device="cpu").to(total) * 2 - 1
+        )
         total += signs * graph.hvp(signs)
     total = total.abs_()
     return total.clamp_min_(max(1e-3 * float(total.median()), float(torch.finfo(total.dtype).tiny)))

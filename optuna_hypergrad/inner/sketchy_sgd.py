@@ -80,8 +80,8 @@ class SketchySGD(AbstractCurvatureSolver):
             "basis": {"columns": zeros[:, None].repeat(1, rank)},
             "spectrum": {"eigenvalues": zeros[:rank].clone()},
             "numbers": {
-                "largest": torch.zeros((), dtype=torch.float64),
-                "age": torch.zeros((), dtype=torch.int64),
+                "largest": torch.zeros((), dtype=torch.float64, device="cpu"),
+                "age": torch.zeros((), dtype=torch.int64, device="cpu"),
             },
         }
 
@@ -102,7 +102,10 @@ class SketchySGD(AbstractCurvatureSolver):
         relative = self.relative_step(index) if callable(self.relative_step) else self.relative_step
         self._check_step(relative)
         step = layout.unflatten(direction * (-relative / float(state["numbers"]["largest"])))
-        numbers = {**state["numbers"], "age": torch.tensor((age + 1) % self.refresh_every)}
+        numbers = {
+            **state["numbers"],
+            "age": torch.tensor((age + 1) % self.refresh_every, device="cpu"),
+        }
         return _tree.add(inner_params, step), {**state, "numbers": numbers}, value, gradient
 
     def _renewed(
@@ -123,7 +126,7 @@ class SketchySGD(AbstractCurvatureSolver):
         return {
             "basis": {"columns": basis},
             "spectrum": {"eigenvalues": eigenvalues},
-            "numbers": {"largest": torch.tensor(top, dtype=torch.float64)},
+            "numbers": {"largest": torch.tensor(top, dtype=torch.float64, device="cpu")},
         }
 
     def _check_step(self, relative: object) -> None:

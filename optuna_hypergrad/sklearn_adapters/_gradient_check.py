@@ -71,7 +71,9 @@ def checked(
         else:
             point[name] = domain.to_internal(torch.tensor(start[name], dtype=torch.float64))
             if name in freedom.sizes:
-                noise = torch.randn(freedom.sizes[name], generator=generator, dtype=torch.float64)
+                noise = torch.randn(
+                    freedom.sizes[name], generator=generator, device="cpu", dtype=torch.float64
+                )
                 inside = domain.to_external(point[name] + _SPREAD * noise)
                 point[name] = domain.to_internal(inside)
         if not domain.log:  # beyond a bound, there may be no fit to compare with
@@ -97,7 +99,7 @@ def checked(
     gradients = torch.autograd.grad(found, list(leaves.values()))
     middle, rows = float(found.detach()), []
     for name, gradient in zip(leaves, gradients, strict=True):
-        way = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        way = torch.randn(gradient.shape, generator=generator, device="cpu", dtype=torch.float64)
         if float((way * gradient).sum()) < 0:  # not away from what the gradient says
             way = -way
         way = way / way.norm() + gradient / max(float(gradient.norm()), 1e-300)

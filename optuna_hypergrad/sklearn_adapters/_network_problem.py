@@ -136,7 +136,7 @@ class Network:
             if batch_size is None or batch_size >= len(train[0]):
                 return train
             generator = torch.Generator().manual_seed(seed + first + step)
-            chosen = torch.randperm(len(train[0]), generator=generator)[:batch_size]
+            chosen = torch.randperm(len(train[0]), generator=generator, device="cpu")[:batch_size]
             chosen = chosen.to(train[0].device)
             return train[0][chosen], train[1][chosen], train[2][chosen], train[3][chosen]
 

@@ -20,7 +20,8 @@ class Layout:
     """How named tensors lie in one vector.
 
     The vector is float64 up to 65,536 entries, and above where most entries are; otherwise float32.
-    It is on the device of the largest tensor.
+    A small one is on the CPU, where it is faster and its sums do not depend on where tensors lie in memory; a
+    large one is on the device of the largest tensor.
     """
 
     point: Params
@@ -44,6 +45,8 @@ class Layout:
 
     @property
     def device(self) -> torch.device:
+        if not self.large:
+            return torch.device("cpu")
         return max(self.point.values(), key=lambda v: v.numel()).device
 
     def flat(self, tree: Params) -> Tensor:

@@ -123,7 +123,7 @@ def report_hypergradient(trial: BaseTrial, gradients: Mapping[str, Any]) -> None
 
 def _number(name: str, given: Any) -> float:
     try:
-        tensor = torch.as_tensor(given, dtype=torch.float64)
+        tensor = torch.as_tensor(given, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ObjectiveError(
             f"The hypergradient of {name!r} is {given!r}, which is not a number."

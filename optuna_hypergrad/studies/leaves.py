@@ -68,7 +68,7 @@ def tensor_start(
             f"Hyperparameter {name!r}: dtype {dtype} has no gradient; use a floating-point dtype such "
             "as torch.float32, or suggest_int for integers."
         )
-    domain.check_dtype(name, torch.empty(0, dtype=dtype))
+    domain.check_dtype(name, torch.empty(0, dtype=dtype, device="cpu"))
     if isinstance(init, np.ndarray):
         init = torch.from_numpy(np.ascontiguousarray(init))
         if not init.dtype.is_floating_point:
@@ -95,7 +95,7 @@ def tensor_start(
                 "them, or widen the bounds."
             )
         return start
-    low, high = domain.bounds_as(torch.empty(0, dtype=dtype))
+    low, high = domain.bounds_as(torch.empty(0, dtype=dtype, device="cpu"))
     number = min(max(checked_init(name, domain, init), low), high)
     return domain.clamp(torch.full(size, number, dtype=dtype, device=device))
 

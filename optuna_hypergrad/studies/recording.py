@@ -96,7 +96,7 @@ class Recorder:
             for f, k in flat.items():
                 domain = definition.domains[k]
                 u = domain.to_internal(start[f])
-                noise = torch.randn(u.shape, generator=generator, dtype=torch.float32)
+                noise = torch.randn(u.shape, generator=generator, device="cpu", dtype=torch.float32)
                 start = {**start, f: domain.to_external(u + _JITTER * noise.to(u))}
         return start
 

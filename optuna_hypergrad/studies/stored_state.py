@@ -22,7 +22,7 @@ def name_of(rule: AbstractStepRule) -> str:
     name = type(rule).__name__
     if not isinstance(rule, TorchOptimizer):
         return name
-    optimizer = rule.factory([torch.zeros(1, requires_grad=True)])
+    optimizer = rule.factory([torch.zeros(1, requires_grad=True, device="cpu")])
     return f"{name} ({type(optimizer).__name__})"
 
 

@@ -83,7 +83,7 @@ class Suggesting:
         if not leaves.check(definition):
             self._declare(definition, init)
             value = float(self._plain_float(name, domain.low, domain.high, log=domain.log))
-            leaves.add(definition, {name: torch.tensor(value, dtype=torch.float64)})
+            leaves.add(definition, {name: torch.tensor(value, dtype=torch.float64, device="cpu")})
         return leaves.of(name)
 
     def suggest_tensor(
@@ -186,7 +186,7 @@ class Suggesting:
             )
         values = {}
         for flat, value in flatten(definition, given).items():
-            tensor = torch.as_tensor(value)
+            tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
             like = start.get(flat)
             if like is None or tensor.shape != like.shape:
                 raise HyperparameterError(
