@@ -19,6 +19,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,15 +45,20 @@ REAL, FULL = "random real images", "full unrolling"
 FORWARD, TWO_PHASES = "(FG)^2U", "(FG)^2U, two phases"
 CHEAP = ("truncated", "T1-T2", "Neumann")
 METHODS = (REAL, *CHEAP, FORWARD, TWO_PHASES, FULL)
-OUTER_LR, OUTER_STEPS = {1: 3e-2, 10: 1e-2}, {1: 60, 10: 40}  # by images per class
+DEFAULTS = {  # by images per class
+    1: {"inner_steps": 20, "outer_lr": 3e-2, "steps": 60, "directions": 64},
+    10: {"inner_steps": 50, "outer_lr": 2e-2, "steps": 300, "directions": 256},
+}
 
 
 def estimator_of(
     method: str, s: Setting, seed: int, device: torch.device
 ) -> AbstractHypergradientEstimator:
-    truncated = ohg.Unroll(truncation=s.truncation)
-    large = {"width": 256, "memory_budget": 40e9} if device.type == "cuda" else {"width": 64}
-    forward = ohg.ForwardGradient(s.num_directions, seed=seed, **large)
+    room: dict[str, Any] = {"memory_budget": 20e9} if device.type == "cuda" else {}
+    truncated = ohg.Unroll(truncation=s.truncation, **room)
+    forward = ohg.ForwardGradient(
+        s.num_directions, seed=seed, width=s.columns, compile=True, **room
+    )
     corrected = dataclasses.replace(forward, control_variate=truncated)
     return {
         "truncated": truncated,
@@ -60,7 +66,7 @@ def estimator_of(
         "Neumann": ohg.Implicit(ohg.Neumann(s.truncation - 1, alpha=s.step_size)),
         FORWARD: forward,
         TWO_PHASES: ohg.TwoPhase(truncated, corrected, switch=s.switch),
-        FULL: ohg.Unroll(),
+        FULL: ohg.Unroll(**room),
     }[method]
 
 
@@ -111,20 +117,22 @@ def cosines(s: Setting, data: Data, seed: int) -> dict[str, list[float]]:
 
 
 def setting_of(arguments: argparse.Namespace, per_class: int) -> Setting:
-    steps = arguments.steps or OUTER_STEPS.get(per_class, 40)
+    usual = DEFAULTS.get(per_class, DEFAULTS[10])
+    given = {k: v if (v := getattr(arguments, k)) is not None else usual[k] for k in usual}
     return Setting(
         per_class=per_class,
         size=arguments.size,
         width=arguments.width,
-        inner_steps=arguments.inner_steps,
+        inner_steps=int(given["inner_steps"]),
         inner_batch=arguments.inner_batch,
         step_size=arguments.step_size,
-        outer_lr=arguments.outer_lr or OUTER_LR.get(per_class, 1e-2),
+        outer_lr=given["outer_lr"],
         outer_batch=arguments.outer_batch,
-        num_steps=steps,
-        num_directions=arguments.directions,
+        num_steps=int(given["steps"]),
+        num_directions=int(given["directions"]),
+        columns=arguments.columns,
         truncation=arguments.truncation,
-        switch=round(steps * arguments.switch),
+        switch=round(given["steps"] * arguments.switch),
     )
 
 
@@ -138,13 +146,16 @@ def main() -> None:
     parser.add_argument("--cosines", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--size", type=int, default=8, choices=tuple(GRID))
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--inner-steps", type=int, default=20)
+    parser.add_argument(
+        "--inner-steps", type=int, help="by default as in DEFAULTS, as the next three are"
+    )
     parser.add_argument("--inner-batch", type=int, default=20)
     parser.add_argument("--step-size", type=float, default=5e-2)
-    parser.add_argument("--outer-lr", type=float, help="of all; by default as in OUTER_LR")
+    parser.add_argument("--outer-lr", type=float)
     parser.add_argument("--outer-batch", type=int, default=256)
-    parser.add_argument("--steps", type=int, help="outer steps; by default as in OUTER_STEPS")
-    parser.add_argument("--directions", type=int, default=64)
+    parser.add_argument("--steps", type=int, help="outer steps")
+    parser.add_argument("--directions", type=int)
+    parser.add_argument("--columns", type=int, default=64, help="directions in one product")
     parser.add_argument("--truncation", type=int, default=5)
     parser.add_argument("--switch", type=float, default=0.5, help="share of the first phase")
     parser.add_argument("--networks", type=int, default=5, help="for the test accuracy")

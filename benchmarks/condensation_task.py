@@ -33,6 +33,7 @@ class Setting:
         outer_batch: Real images in an outer loss.
         num_steps: Outer steps.
         num_directions: Of (FG)^2U, per outer step.
+        columns: Of them, how many are pushed in one product.
         truncation: Steps that truncated unrolling differentiates.
         switch: Outer step at which the second phase begins.
     """
@@ -47,6 +48,7 @@ class Setting:
     outer_batch: int
     num_steps: int
     num_directions: int
+    columns: int
     truncation: int
     switch: int
 

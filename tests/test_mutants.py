@@ -1008,6 +1008,27 @@ MUTANTS = [
         "product = product",
         f"{TRUTHS}::test_products_of_few_summands_become_sums",
     ),
+    Mutant(
+        "take a step whose settings are hyperparameters for a linear one",
+        "inner/heavy_ball.py",
+        "return type(self) is HeavyBall and self.has_constant_settings()",
+        "return type(self) is HeavyBall",
+        "tests/test_forward.py::test_forward_mode_equals_plain_autograd",
+    ),
+    Mutant(
+        "walk back through convolutions row by row",
+        "operators.py",
+        "alive = iter(torch.func.vmap(pull)(*cotangents))",
+        "alive = iter([torch.stack(c) for c in zip(*[pull(*r) for r in zip(*cotangents)])])",
+        "tests/test_compiled_tangents.py::test_convolutions_are_batched",
+    ),
+    Mutant(
+        "make what the library needs on torch's default device",
+        "hypergradients/_directions.py",
+        'torch.arange(size, device="cpu")',
+        "torch.arange(size)",
+        "tests/test_default_device.py::test_estimator",
+    ),
 ]
 
 

@@ -8,8 +8,9 @@ elementwise, and is pushed forward with the gradient as one more input.
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,7 @@ class Pushforward:
         directions: Of ``lam``: for each block of columns, tensors ``(B, *shape)``. The tangents of ``w_0`` and of
             the solver's memory are zero.
         label: The estimator's name, for messages.
+        compile: Compile the inner gradient and its tangents.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class Pushforward:
         outer_params: Params,
         directions: Sequence[Params],
         label: str,
+        compile: bool = False,
     ) -> None:
         self._problem, self._solver, self._label = problem, solver, label
+        self._compile = compile
         self._lam = _tree.leaves(outer_params)
         self._unseen = set(outer_params)
         self._blocks = [Columns(v, []) for v in directions]
@@ -87,14 +91,12 @@ class Pushforward:
             try:
                 return self._take(before, index)
             except _OtherwiseError:
-                self._plain = False
+                self._go_whole()
         return self._take_whole(before, index, self._blocks)
 
     def _take(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
-        w = _tree.leaves(before.inner_params)
         lam = _tree.detach(self._lam)
-        value, slopes = self._gradients(w, index)
-        gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
+        value, gradient, bends = self._bends(before, index)
         asked: list[Params] = []
 
         def evaluate(at: Params) -> tuple[Tensor, Params]:
@@ -106,17 +108,60 @@ class Pushforward:
         with torch.no_grad():
             moved = self._solver.step(evaluate, before.inner_params, lam, before.state, index)
         if self._unseen:
-            self._refuse_dead_ends([g for g in slopes if g.requires_grad])
             self._look(before, index)
-        for i, block in enumerate(self._blocks):
-            bent = self._bend(slopes, w, block)
+        for i, (block, bent) in enumerate(zip(self._blocks, bends, strict=True)):
             try:
                 block.point = self._push(before, lam, value, gradient, block, bent, index)
             except _OtherwiseError:
-                self._plain = False
+                self._go_whole()
                 self._take_whole(before, index, self._blocks[i:])
                 break
         return moved
+
+    def _go_whole(self) -> None:
+        """Differentiate whole steps from now on.
+
+        Raises:
+            RequirementError: if what is compiled are gradients.
+        """
+        if self._compile:
+            raise RequirementError(
+                f"{self._label}(compile=True) compiles the inner gradient at w and its tangents, and a step of "
+                f"{type(self._solver).__name__} is not made of one such gradient alone, or looks at values. Use "
+                f"{self._label}(compile=False)."
+            )
+        self._plain = False
+
+    def _bends(self, before: Point, index: int) -> tuple[Tensor, Params, Iterator[list[Tensor]]]:
+        """``g``, ``g_w``, and by block the tangents of ``g_w``, each found when it is asked for."""
+        w = _tree.leaves(before.inner_params)
+        if not (self._compile and self._blocks) or self._unseen:
+            value, slopes = self._gradients(w, index)
+            if self._unseen:
+                self._refuse_dead_ends([g for g in slopes if g.requires_grad])
+        if not (self._compile and self._blocks):
+            gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
+            return value, gradient, (self._bend(slopes, w, b) for b in self._blocks)
+        first, *rest = self._blocks
+        value, gradient, bent = self._bent(before, index, first)
+        others = (self._bent(before, index, b)[2] for b in rest)
+        return value, gradient, itertools.chain([bent], others)
+
+    def _bent(
+        self, before: Point, index: int, block: Columns
+    ) -> tuple[Tensor, Params, list[Tensor]]:
+        from .compiled_tangents import bent_by_columns  # the compiler comes with it
+
+        value, gradient, bent = bent_by_columns(
+            self._label,
+            self._problem.inner_objective,
+            before.inner_params,
+            self._lam,
+            self._problem.inner_batch(index),
+            dict(zip(self._names, block.point, strict=False)),
+            block.outer,
+        )
+        return value, gradient, [bent[k] for k in self._names]
 
     def _gradients(self, w: Params, index: int) -> tuple[Tensor, list[Tensor]]:
         """``g``, and ``(g_w, g_lam)`` with their graph; zeros where there is no path."""

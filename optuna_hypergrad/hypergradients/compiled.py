@@ -64,6 +64,19 @@ def _compiled(
     return compiled_whole(run, cpp_wrapper=_CALLS_IN_CPP and device == "cpu")
 
 
+def check_compilable(label: str, inner_objective: Objective) -> None:
+    """Refuse an objective by which compiled functions cannot be kept.
+
+    Raises:
+        RequirementError: naming ``label``.
+    """
+    if not isinstance(inner_objective, Hashable):
+        raise RequirementError(
+            f"{label}(compile=True) keeps what it compiles by inner_objective, which must be hashable: define a "
+            f"function, or give its class a __hash__ (a dataclass: eq=False). Or use {label}(compile=False)."
+        )
+
+
 def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """``function`` as one graph, anew for other shapes; other functions do not count toward torch's limit on that.
 

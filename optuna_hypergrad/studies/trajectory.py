@@ -359,6 +359,9 @@ def advance(
 ) -> Cursor:
     """The step after trial ``number``, which was evaluated at ``floats`` and ``tensors``.
 
+    It is taken on the CPU, where tensors are that come from the storage: on a GPU it would be rounded in another way, and
+    a study that goes on in another process would not be the same.
+
     Args:
         cursor: After the trial before; ``None`` at the start of a trajectory.
         floats: What the trial's numbers were, external.
@@ -369,6 +372,9 @@ def advance(
         held: Numbers that somebody else keeps in place.
     """
     lower, upper = space.lower, space.upper
+    tensors, tensor_gradient = (
+        {k: v.cpu() for k, v in tree.items()} for tree in (tensors, tensor_gradient)
+    )
     actual = space.pack(space.array(floats))
     if cursor is None:
         external = {**actual, **tensors}

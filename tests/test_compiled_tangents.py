@@ -1,0 +1,84 @@
+"""Forward gradients through compiled tangents: the same, and what cannot be compiled is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_compiled_steps as steps
+import torch
+from problems import relative_error
+from torch import Tensor
+
+import optuna_hypergrad as ohg
+
+Params = dict[str, Tensor]
+SOLVERS = {
+    "a learned decay": (ohg.HeavyBall(0.2, 4, momentum=0.8, weight_decay="l2"), {}),
+    "adam": (ohg.Adam("lr", 4, max_norm=0.4, weight_decay="l2"), {"lr": 0.05}),
+}
+
+
+def estimate(estimator: Any, solver: Any, lam: Params, problem: Any = steps.PROBLEM) -> Params:
+    where = problem, steps.start(), lam
+    return ohg.hypergradient(*where, estimator=estimator, inner_solver=solver).value
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_all_directions_give_the_exact_hypergradient(name: str) -> None:
+    """14 or 15 directions, in two products of 7 or three of 5."""
+    solver, settings = SOLVERS[name]
+    lam = steps.hypers(**settings)
+    width = 7 if name == "a learned decay" else 5
+    found = estimate(ohg.ForwardGradient(None, width=width, compile=True), solver, lam)
+    assert relative_error(found, estimate(ohg.Unroll(), solver, lam)) < 1e-9
+
+
+def test_what_cannot_be_compiled_is_refused() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, w: Params, lam: Params, batch: Any) -> Tensor:
+            return steps.inner(w, lam, batch)
+
+    def branches(w: Params, lam: Params, batch: Any) -> Tensor:
+        loss = steps.inner(w, lam, batch)
+        return loss if float(loss.detach()) > 0 else 2 * loss
+
+    solver, compiled = SOLVERS["a learned decay"][0], ohg.ForwardGradient(2, compile=True)
+    with pytest.raises(ValueError, match="compile True or False, got 'yes'"):
+        ohg.ForwardGradient(compile="yes")  # type: ignore[arg-type]
+    for objective, message in ((Unhashable(), "must be hashable"), (branches, "could not turn")):
+        problem = ohg.BilevelProblem(objective, steps.outer, steps.batch_of)
+        with pytest.raises(ohg.RequirementError, match=f"{message}.*compile=False"):
+            estimate(compiled, solver, steps.hypers(), problem)
+    with pytest.raises(ohg.RequirementError, match=r"Lookahead is not made.*compile=False"):
+        estimate(compiled, ohg.Lookahead(ohg.GradientDescent(0.1, 4)), steps.hypers())
+
+
+def test_convolutions_are_batched() -> None:
+    """No operation of a usual network is taken row by row: it would be as many products as there are directions."""
+    x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def loss(w: Params, lam: Params, batch: object) -> Tensor:
+        hidden = torch.nn.functional.conv2d(x * lam["scale"], w["kernel"], padding=1)
+        hidden = torch.nn.functional.batch_norm(hidden, None, None, training=True).relu()
+        hidden = torch.nn.functional.max_pool2d(torch.nn.functional.avg_pool2d(hidden, 2), 2)
+        return torch.nn.functional.cross_entropy(hidden.flatten(1) @ w["last"], torch.arange(4))
+
+    w = {"kernel": 0.3 * torch.ones(3, 2, 3, 3), "last": torch.linspace(-1, 1, 48).view(12, 4)}
+    problem = ohg.BilevelProblem(loss, loss)
+
+    def operations(num_directions: int) -> int:
+        estimator = ohg.ForwardGradient(num_directions, width=num_directions)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            ohg.hypergradient(
+                problem,
+                w,
+                {"scale": torch.ones(2, 8, 8)},
+                estimator=estimator,
+                inner_solver=ohg.GradientDescent(0.1, 2),
+            )
+        return sum(e.count for e in seen.key_averages() if "conv" in e.key)
+
+    assert operations(32) == operations(4)
