@@ -194,7 +194,8 @@ def main() -> None:
                 whole.write_text(json.dumps(store))
                 whole.replace(path)
     command = f"python benchmarks/condensation.py {' '.join(_named(sys.argv[1:]))}"
-    text = report(store, command, METHODS, versions())
+    device = torch.device(arguments.device).type
+    text = report(store, command, METHODS, versions(), device)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     figure(store, METHODS, path.with_suffix(".png"))
     print(text)
