@@ -372,6 +372,20 @@ MUTANTS = [
         f"{REVERSIBLE}::test_velocities_of_any_size_are_undone_and_are_those_of_floating_point",
     ),
     Mutant(
+        "leave the information buffer out of the way back in doubles",
+        "hypergradients/_fixed_doubles.py",
+        "add_times(v, buffer, n, out=v)",
+        "add_times(v, 0 * buffer, n, out=v)",
+        f"{REVERSIBLE}::test_narrow_numbers_are_those_of_integers_in_doubles[0.5]",
+    ),
+    Mutant(
+        "stay in doubles where the inner parameters have outgrown them",
+        "hypergradients/_fixed_point.py",
+        "            self._go_on_in_integers()\n",
+        "            pass\n",
+        f"{REVERSIBLE}::test_what_grows_out_of_doubles_goes_on_in_integers_and_back",
+    ),
+    Mutant(
         "differentiate the momentum at the velocity after the step",
         "hypergradients/_reversing.py",
         "_tree.leaves(self._exact.velocity())",

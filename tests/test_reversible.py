@@ -60,6 +60,64 @@ def test_two_thousand_steps_are_undone_bit_for_bit(momentum: float) -> None:
     assert exact.num_bytes_aside() == 0
 
 
+EACH = torch.linspace(1, DENOMINATOR - 1, 50).to(torch.int64)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 1 / 3, "each"])
+def test_narrow_numbers_are_those_of_integers_in_doubles(momentum: Any) -> None:
+    m = Rational({"w": EACH}, {"w": 1}, 65535) if momentum == "each" else fractions(momentum)
+    w0, v0 = {"w": randn(50, seed=1).float()}, {"w": randn(50, seed=2).float()}
+    exact, truth = FixedPoint(w0, v0, 44), FixedPoint(w0, v0, 44)
+    truth._go_on_in_integers()
+    passed = []
+
+    def same() -> None:
+        for name in ("_w", "_v", "_buffers"):
+            found, known = getattr(exact, name)["w"], getattr(truth, name)["w"]
+            assert (found.dtype, known.dtype) == (F64, torch.int64)
+            assert torch.equal(found.to(torch.int64), known)
+
+    for t in range(300):
+        passed.append(0.1 * gradient_at(exact.inner_params(), t)["w"])
+        for numbers in (exact, truth):
+            numbers.push({"w": passed[t]}, m, t)
+            numbers.move(0.05)
+        same()
+    assert exact.num_bytes_aside() > 0
+    for t in reversed(range(300)):
+        for numbers in (exact, truth):
+            numbers.unmove(0.05)
+        assert torch.equal(0.1 * gradient_at(exact.inner_params(), t)["w"], passed[t])
+        for numbers in (exact, truth):
+            numbers.unpush({"w": passed[t]}, m, t)
+        same()
+    exact.check_start()
+
+
+def test_what_grows_out_of_doubles_goes_on_in_integers_and_back() -> None:
+    """Velocities grow by ten orders of magnitude on the way, ``w`` from 1 to 100,000."""
+    m, w0 = fractions(0.75), {"w": torch.ones(8)}
+    exact = FixedPoint(w0, {"w": torch.zeros(8)}, 44)
+    w, v = w0["w"].double(), torch.zeros(8, dtype=F64)
+    pushes = [{"w": (1e-6 * 1.3**t * randn(8, seed=t)).float()} for t in range(90)]
+    kinds = []
+    for t, push in enumerate(pushes):
+        exact.push(push, m, t)
+        exact.move(0.5)
+        v = 0.75 * v + push["w"]
+        w = w - 0.5 * v
+        kinds.append(exact._whole)
+    assert float(w.abs().max()) > 1e4
+    assert relative_error(exact.inner_params(), {"w": w}) < 1e-6
+    assert (kinds[0], kinds[-1]) == (F64, torch.int64)
+    for t in reversed(range(90)):
+        exact.unmove(0.5)
+        exact.unpush(pushes[t], m, t)
+    exact.check_start()
+    exact.restart()
+    assert exact._whole is F64
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9])
 def test_undoing_steps_in_floating_point_does_not_work(momentum: float) -> None:
     w, v = {"w": randn(50, seed=1)}, torch.zeros(50, dtype=F64)

@@ -18,7 +18,8 @@ from ..inner._base import InnerState, gradient_of, objective_at
 from ..inner._settings import Setting, Value, resolve, times
 from ..problem import BilevelProblem
 from ._base import Cotangents
-from ._fixed_point import DENOMINATOR, FixedPoint, NotReversedError, OutOfRangeError, Rational
+from ._fixed_doubles import DENOMINATOR
+from ._fixed_point import FixedPoint, NotReversedError, OutOfRangeError, Rational
 from ._rewind import Cotangent, Point, Tape, pull_through
 
 
@@ -64,10 +65,20 @@ class Descent:
     def num_steps(self) -> int:
         return self._end - self._start
 
+    def memory(self) -> InnerState:
+        """The solver's, where the descent is now."""
+        velocity = self._exact.velocity()
+        if self.failed:
+            velocity = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), velocity)
+        return {"velocity": velocity}
+
     def take(
         self, inner_params: Params, state: InnerState, index: int
     ) -> tuple[Params, InnerState, Tensor, Params]:
-        """A step of the first pass, from where the last one ended. NaN from where the numbers do not fit."""
+        """A step of the first pass, from where the last one ended. NaN from where the numbers do not fit.
+
+        The solver's memory is left out: :meth:`memory` has it.
+        """
         if not self.failed:
             try:
                 return self._forth(index)
@@ -75,7 +86,7 @@ class Descent:
                 self.failed = True
                 self.too_large = error.value if math.isfinite(error.value) else 0.0
         nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), inner_params)
-        return nan, {"velocity": nan}, torch.tensor(torch.nan, device="cpu"), nan
+        return nan, {}, torch.tensor(torch.nan, device="cpu"), nan
 
     def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``.
@@ -115,17 +126,15 @@ class Descent:
         _, value, gradient, direction = self._evaluate(index)
         self._at = -1  # in the middle of a step
         self._exact.push(_tree.detach(direction), self._momentum(index), index)
-        velocity = self._exact.velocity()
-        self._exact.move(self._length(velocity, index))
+        self._exact.move(self._length(index))
         self._at = index + 1
         self._end = max(self._end, self._at)
-        state = {"velocity": velocity}
-        return self._exact.inner_params(), state, value.detach(), _tree.detach(gradient)
+        return self._exact.inner_params(), {}, value.detach(), _tree.detach(gradient)
 
     def _back(self, index: int, at: Cotangent) -> None:
         """Undo a step, and pull ``at`` through it: the one evaluation serves both."""
         self._at = -1
-        self._exact.unmove(self._length(self._exact.velocity(), index))
+        self._exact.unmove(self._length(index))
         w, value, _, direction = self._evaluate(index)
         self._exact.unpush(_tree.detach(direction), self._momentum(index), index)
         if self._has_plain_settings(direction):
@@ -151,8 +160,10 @@ class Descent:
         eta, mu = self._solver.step_size, self._solver.momentum
         assert isinstance(eta, (int, float))
         assert isinstance(mu, (int, float))
-        zeros = (torch.zeros_like(u) for u in self._like.values())
-        of_w = [z if c is None else c.to(z.dtype) for z, c in zip(zeros, at.point, strict=False)]
+        of_w = [
+            torch.zeros_like(u) if c is None else c.to(u.dtype)
+            for u, c in zip(self._like.values(), at.point, strict=False)
+        ]
         of_v = [  # of the velocity after the step, by what it is for the next one and for w
             c * -eta if b is None else b.add_(c, alpha=-eta)
             for c, b in zip(of_w, at.point[len(w) :], strict=True)
@@ -182,9 +193,12 @@ class Descent:
             direction = self._solver.regularized(gradient, w, self._lam, index)
         return w, value, gradient, direction
 
-    def _length(self, velocity: Params, index: int) -> Params:
-        lam = _tree.detach(self._lam)
-        return times(velocity, self._solver.setting("step_size", lam, index))
+    def _length(self, index: int) -> Params | float:
+        """What is subtracted from ``w``; a number if it is that times the velocity."""
+        eta = self._solver.setting("step_size", _tree.detach(self._lam), index)
+        if isinstance(eta, (int, float)):
+            return float(eta)
+        return times(self._exact.velocity(), eta)
 
     def _momentum(self, index: int) -> Rational:
         return self._constant or rational(self._solver, self._lam, index, self._like)
