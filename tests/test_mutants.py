@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "draw orthogonal directions with replacement",
         "hypergradients/_directions.py",
-        "torch.randperm(size, generator=generator)",
-        "torch.randint(size, (size,), generator=generator)",
+        'torch.randperm(size, generator=generator, device="cpu")',
+        'torch.randint(size, (size,), generator=generator, device="cpu")',
         f"{DIRECTIONS}::test_as_many_directions_as_entries_are_exact",
     ),
     Mutant(
