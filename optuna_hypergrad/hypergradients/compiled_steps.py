@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from ._base import Cotangents
 from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
 from ._memory import num_bytes, saved_storages
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
-from .compiled import compiled_whole, paths_of
+from .compiled import check_compilable, compiled_whole, paths_of
 
 _CACHE_SIZE = 16
 
@@ -181,11 +181,7 @@ class CompiledRewinder(Rewinder):
     def _look_at(self, point: Point, index: int) -> None:
         self._first = index
         self._start = point.inner_params
-        if not isinstance(self._problem.inner_objective, Hashable):
-            raise RequirementError(
-                "Unroll(compile=True) keeps what it compiles by inner_objective, which must be hashable: define a "
-                "function, or give its class a __hash__ (a dataclass: eq=False). Or use Unroll(compile=False)."
-            )
+        check_compilable("Unroll", self._problem.inner_objective)
         self._is_whole = not self._solver.depends_on_index(self._lam)
         size = num_bytes(point.tensors())
         self._plan = self._planner(self._num_steps, size, size)
