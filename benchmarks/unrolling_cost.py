@@ -74,6 +74,11 @@ ROWS = [
         target=2.5,
         directions=DIRECTIONS,
     ),
+    Row(
+        ours(f"ForwardGradient, compiled, {DIRECTIONS} directions", "directions, compiled"),
+        target=2.5,
+        directions=DIRECTIONS,
+    ),
     Row(ours("Reversible", "reversible"), "momentum", target=4.5),
     Row(Peer("torch, tape", "unroll_torch.py", arguments=("--way", "tape"))),
     Row(Peer("torch, checkpoints", "unroll_torch.py", arguments=("--way", "checkpoint"))),

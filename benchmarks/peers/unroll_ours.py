@@ -31,6 +31,9 @@ def build(
         "compiled, 100 MB": ohg.Unroll(memory_budget=100e6, compile=True),
         "tree": ohg.Unroll(recompute="tree"),
         "directions": ohg.ForwardGradient(DIRECTIONS, width=DIRECTIONS, memory_budget=2e9),
+        "directions, compiled": ohg.ForwardGradient(
+            DIRECTIONS, width=DIRECTIONS, memory_budget=2e9, compile=True
+        ),
         "reversible": ohg.Reversible(),
         "forward": ohg.ForwardMode(),
     }[options.way]
