@@ -1,8 +1,8 @@
 """Momentum descent in whole numbers: each step can be undone, bit for bit.
 
 ``w`` and ``v`` are whole numbers times a power of two: 64-bit integers, or those below 2^52 in float64, with which a
-CPU computes in a quarter of the time. Adding to them loses nothing. Multiplying ``v`` by
-a momentum ``n / d`` below 1 does: the bits that fall out go to an information buffer ``B``,
+CPU computes in half the time. Adding to them loses nothing. Multiplying ``v`` by a momentum ``n / d`` below 1 does:
+the bits that fall out go to an information buffer ``B``,
 
     forth   B <- B d + (v mod d);  v <- v div d;  v <- v n + (B mod n);  B <- B div n
     back    B <- B n + (v mod n);  v <- v div n;  v <- v d + (B mod d);  B <- B div d

@@ -21,7 +21,7 @@ _FEW_LEVELS = 2.0**20
 
 @dataclass(frozen=True)
 class Reversible(AbstractPullbackEstimator):
-    """Momentum descent in 64-bit integers, undone step by step on the way back instead of being kept.
+    """Momentum descent in whole numbers, undone step by step on the way back instead of being kept.
 
     What ``Unroll()`` gives for an inner ``HeavyBall``, in the memory of one step: beside it ``T P log2(1 /
     momentum)`` bits (0.18 bits for each inner parameter and step at a momentum of 0.9). Cost: the inner steps,
@@ -29,9 +29,9 @@ class Reversible(AbstractPullbackEstimator):
     and the hypergradient is the one at the rounded momentum.
 
     ``w`` is held in multiples of ``2^-fraction_bits``; velocities keep 39 bits below the largest that there has
-    been, 30 where all is float32 or narrower (then a CPU takes half as long for the whole numbers, as long as ``w``
-    stays below ``2^(52 - fraction_bits)``). The way back must arrive at the start, bit for bit: an error says so if the gradients of
-    ``inner_objective`` were not the same twice.
+    been, 30 where all is float32 or narrower (a CPU then takes half the time for the whole numbers, as long as ``w``
+    stays below ``2^(52 - fraction_bits)``). The way back must arrive at the start, bit for bit: an error says so if
+    the gradients of ``inner_objective`` were not the same twice.
 
     Reference: Maclaurin, Duvenaud & Adams (2015), "Gradient-based hyperparameter optimization through
     reversible learning", algorithms 2 and 3.
