@@ -372,6 +372,13 @@ MUTANTS = [
         f"{REVERSIBLE}::test_velocities_of_any_size_are_undone_and_are_those_of_floating_point",
     ),
     Mutant(
+        "end the way back at the start of any stretch",
+        "hypergradients/_rewind.py",
+        "start == 0 and not tapes",
+        "not tapes",
+        "tests/test_unrolling.py::test_a_last_pullback_is_the_same_and_leaves_the_initialization_out[0.1-9-sqrt]",
+    ),
+    Mutant(
         "leave the information buffer out of the way back in doubles",
         "hypergradients/_fixed_doubles.py",
         "add_times(v, buffer, n, out=v)",

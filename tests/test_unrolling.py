@@ -399,6 +399,29 @@ def test_a_tolerance_that_is_not_met_is_a_failure_also_of_the_last_steps(
         assert found.result.status is ohg.Status.MAX_STEPS_REACHED
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [ohg.Unroll(recompute=r) for r in ("never", "sqrt", "tree")] + [ohg.Reversible()],
+    ids=["never", "sqrt", "tree", "reversible"],
+)
+@pytest.mark.parametrize("num_steps", [1, 9])
+@pytest.mark.parametrize("step_size", [0.1, "lr"])
+def test_a_last_pullback_is_the_same_and_leaves_the_initialization_out(
+    estimator: ohg.Unroll | ohg.Reversible, step_size: float | str, num_steps: int
+) -> None:
+    solver, lam = ohg.HeavyBall(step_size, num_steps, momentum=0.75), hypers(lr=0.1)
+    ones = {k: torch.ones_like(v) for k, v in start().items()}
+    first = estimator.solve(PROBLEM, solver, start(), lam).pullback(dict(ones))
+    solved = estimator.solve(PROBLEM, solver, start(), lam)
+    assert solved.last_pullback is not None
+    last = solved.last_pullback(dict(ones))
+    for k, v in first.outer.items():
+        assert v is None if last.outer[k] is None else torch.equal(v, last.outer[k])
+    assert any(v is not None for v in last.outer.values())
+    assert all(v is not None for v in first.initial.values())
+    assert list(last.initial.values()) == [None] * len(first.initial)
+
+
 def test_a_last_pullback_gives_up_what_a_second_one_would_need() -> None:
     estimator, solver = ohg.Unroll(recompute="never"), ohg.GradientDescent(0.1, 3)
     solved = estimator.solve(PROBLEM, solver, start(), hypers())

@@ -103,7 +103,7 @@ class Solved:
     solution: InnerSolution
     pullback: Callable[[Params], Pulled]
     last_pullback: Callable[[Params], Pulled] | None = None
-    """The same for the last time, where that lets it give back memory as it goes."""
+    """The same for the last time and without ``initial``, where that lets it leave out work or give back memory."""
 
 
 class AbstractHypergradientEstimator(abc.ABC):

@@ -88,8 +88,8 @@ class Descent:
         nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), inner_params)
         return nan, {}, torch.tensor(torch.nan, device="cpu"), nan
 
-    def pull(self, cotangent: Params) -> tuple[Cotangents, Cotangents]:
-        """Cotangents of the outer parameters and of ``w_0``, from one of the last ``w``.
+    def pull(self, cotangent: Params, to_start: bool) -> tuple[Cotangents, Cotangents]:
+        """Cotangents of the outer parameters and of ``w_0`` (not without ``to_start``), from one of the last ``w``.
 
         Raises:
             RequirementError: if the way back does not lead to the start.
@@ -107,7 +107,7 @@ class Descent:
                 self.num_recomputed += self.num_steps
             self.bytes_aside = self._exact.num_bytes_aside()
             for index in range(self._end - 1, self._start - 1, -1):
-                self._back(index, at)
+                self._back(index, at, to_start or index > self._start)
             self._exact.check_start()
         except (NotReversedError, OutOfRangeError):
             raise RequirementError(
@@ -131,14 +131,14 @@ class Descent:
         self._end = max(self._end, self._at)
         return self._exact.inner_params(), {}, value.detach(), _tree.detach(gradient)
 
-    def _back(self, index: int, at: Cotangent) -> None:
-        """Undo a step, and pull ``at`` through it: the one evaluation serves both."""
+    def _back(self, index: int, at: Cotangent, to_start: bool) -> None:
+        """Undo a step, and pull ``at`` through it (see :func:`pull_through`): the one evaluation serves both."""
         self._at = -1
         self._exact.unmove(self._length(index))
         w, value, _, direction = self._evaluate(index)
         self._exact.unpush(_tree.detach(direction), self._momentum(index), index)
         if self._has_plain_settings(direction):
-            self._pull_plain(w, direction, at)
+            self._pull_plain(w, direction, at, to_start)
             self._at = index
             return
         v = {"velocity": _tree.leaves(self._exact.velocity())}
@@ -146,7 +146,8 @@ class Descent:
             w_after, v_after, _, _ = self._bare.step(
                 lambda _: (value, direction), w, self._lam, v, index
             )
-        pull_through(Tape(Point(w, v), Point(w_after, v_after)), self._lam, at, keep=False)
+        tape = Tape(Point(w, v), Point(w_after, v_after))
+        pull_through(tape, self._lam, at, keep=False, to_start=to_start)
         self._at = index
 
     def _has_plain_settings(self, direction: Params) -> bool:
@@ -155,7 +156,7 @@ class Descent:
             d.dtype == self._like[k].dtype for k, d in direction.items()
         )
 
-    def _pull_plain(self, w: Params, direction: Params, at: Cotangent) -> None:
+    def _pull_plain(self, w: Params, direction: Params, at: Cotangent, to_start: bool) -> None:
         """Pull ``at`` through a step whose step size and momentum are numbers: only ``direction`` needs a graph."""
         eta, mu = self._solver.step_size, self._solver.momentum
         assert isinstance(eta, (int, float))
@@ -171,11 +172,13 @@ class Descent:
         through = Cotangent([*of_v], at.outer)
         if any(d.requires_grad for d in direction.values()):
             tape = Tape(Point(w, {}), Point(direction, {}))
-            pull_through(tape, self._lam, through, keep=False)
+            pull_through(tape, self._lam, through, keep=False, to_start=to_start)
             more = through.point
             of_w = [c if b is None else c + b for c, b in zip(of_w, more, strict=True)]
         mu = round(mu * DENOMINATOR) / DENOMINATOR
         at.point[:] = [*of_w, *(b.mul_(mu) for b in of_v)]
+        if not to_start:
+            at.point[:] = [None] * len(at.point)
 
     def _evaluate(self, index: int) -> tuple[Params, Tensor, Params, Params]:
         """``w``, ``g``, ``dg/dw`` and what is added to the velocity.

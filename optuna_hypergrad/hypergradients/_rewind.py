@@ -172,6 +172,7 @@ class Rewinder:
         exact: bool,
     ) -> None:
         self.num_recomputed = 0
+        self._to_start = True
         self._problem, self._solver = problem, solver
         self._lam = _tree.leaves(outer_params)
         self._planner, self._num_steps, self._exact = planner, num_steps, exact
@@ -211,7 +212,8 @@ class Rewinder:
 
         Args:
             cotangent: Of the last ``w``.
-            keep: Whether it can be called again; otherwise tapes are given up as they are used.
+            keep: Whether it can be called again; otherwise tapes are given up as they are used, and there are no
+                cotangents of ``w_0``.
 
         Raises:
             RequirementError: if steps that are taken again lead elsewhere.
@@ -225,7 +227,7 @@ class Rewinder:
         at = Cotangent(
             [*cotangent.values(), *[None] * (num_states - num_params)], [None] * len(self._lam)
         )
-        end, arrival = self._count, self._last
+        end, arrival, self._to_start = self._count, self._last, keep
         recorded, kept = list(self._recorded), list(self._kept)
         if not keep:
             self._recorded.clear()
@@ -233,7 +235,7 @@ class Rewinder:
         while recorded:
             end, tape = recorded.pop()
             arrival = tape.before
-            pull_through(tape, self._lam, at, keep)
+            pull_through(tape, self._lam, at, keep, to_start=keep or bool(recorded or kept))
             del tape
         while kept:
             position, point = kept.pop()
@@ -308,7 +310,9 @@ class Rewinder:
         self.num_recomputed += end - start
         self._check_repeats(start, end, begun, point, arrival)
         while tapes:
-            pull_through(tapes.pop(), self._lam, at, keep=False)
+            tape, is_first = tapes.pop(), start == 0 and not tapes
+            pull_through(tape, self._lam, at, keep=False, to_start=self._to_start or not is_first)
+            del tape
 
     def _check_repeats(
         self, start: int, end: int, begun: Point, found: Point, arrival: Point
@@ -341,23 +345,29 @@ class Rewinder:
         return Tape(before, Point(w, state)), value, _tree.detach(gradient)
 
 
-def pull_through(tape: Tape, outer_params: Params, at: Cotangent, keep: bool) -> None:
-    """Pull ``at``, of the point after a step, back to the one before it; ``keep`` its graph."""
+def pull_through(
+    tape: Tape, outer_params: Params, at: Cotangent, keep: bool, to_start: bool = True
+) -> None:
+    """Pull ``at``, of the point after a step, back to the one before it; ``keep`` its graph.
+
+    Without ``to_start``, to the outer parameters alone.
+    """
     alive = [
         (output, cotangent.to(output.dtype))
         for output, cotangent in zip(tape.after.tensors(), at.point, strict=True)
         if output.requires_grad and cotangent is not None
     ]
+    before = tape.before.tensors() if to_start else []
     with saying_what_has_no_second_derivative():
         found = torch.autograd.grad(
             [output for output, _ in alive],
-            (*tape.before.tensors(), *outer_params.values()),
+            (*before, *outer_params.values()),
             [cotangent for _, cotangent in alive],
             allow_unused=True,
             retain_graph=keep,
         )
-    at.point[:] = found[: len(at.point)]
-    at.outer[:] = map(_added, at.outer, found[len(at.point) :])
+    at.point[:] = found[: len(before)] if to_start else [None] * len(at.point)
+    at.outer[:] = map(_added, at.outer, found[len(before) :])
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:

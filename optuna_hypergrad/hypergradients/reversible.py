@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 from .. import _tree
@@ -143,11 +144,11 @@ class Reversible(AbstractPullbackEstimator):
             )
             solution = replace(solution, result=Result(Status.DIVERGED, message))
 
-        def pullback(cotangent: Params) -> Pulled:
+        def pullback(to_start: bool, cotangent: Params) -> Pulled:
             if descent.failed:
                 solution.result.raise_if_failed()
             before = descent.num_recomputed
-            outer, initial = descent.pull(cotangent)
+            outer, initial = descent.pull(cotangent, to_start)
             cotangent.clear()
             stats = {
                 "num_differentiated_steps": float(descent.num_steps),
@@ -156,7 +157,7 @@ class Reversible(AbstractPullbackEstimator):
             }
             return Pulled(outer, initial, stats=stats)
 
-        return Solved(solution, pullback)
+        return Solved(solution, partial(pullback, True), partial(pullback, False))
 
     def _out_of_range(self) -> str:
         return (
