@@ -905,10 +905,10 @@ MUTANTS = [
     ),
     Mutant(
         "keep a decomposition of samples whose weights are others",
-        "sklearn_adapters/_spectral.py",
-        'remembered(memory, "spectrum", (*given, intercept), made)',
-        'remembered(memory, "spectrum", (fold.x_train is None,), made)',
-        "tests/test_sklearn_speed.py::test_a_decomposition_is_that_of_the_samples_it_is_asked_for",
+        "sklearn_adapters/_shrinkage.py",
+        'memory, "tridiagonal", key, lambda: Tridiagonal.of(Moments.of(fold, intercept))',
+        'memory, "tridiagonal", (fold.x_train is None,), lambda: Tridiagonal.of(Moments.of(fold, intercept))',
+        "tests/test_sklearn_speed.py::test_a_reduction_is_that_of_the_samples_it_is_asked_for",
     ),
     Mutant(
         "let the worse half of the starts go on",

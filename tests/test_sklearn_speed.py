@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from optuna_hypergrad.sklearn_adapters import HypergradientSearchCV, _newton, _n
 from optuna_hypergrad.sklearn_adapters._adapter import Fold
 from optuna_hypergrad.sklearn_adapters._descent import NUM_SCANNED, scan
 from optuna_hypergrad.sklearn_adapters._kernels import of_fold
-from optuna_hypergrad.sklearn_adapters._spectral import spectral_predictions
+from optuna_hypergrad.sklearn_adapters._plain import PlainFit
+from optuna_hypergrad.sklearn_adapters._shrinkage import along_penalties, along_weights
 
 
 def classified(num_classes: int, n: int = 120, p: int = 9, seed: int = 0) -> Fold:
@@ -157,31 +159,71 @@ def test_a_rough_fit_is_near_and_the_next_one_exact(monkeypatch: pytest.MonkeyPa
         assert float(logistic_slopes(fold, 2.0, memory)[0]) == pytest.approx(float(exact), rel=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(90, 7), (30, 50)], ids=["tall", "wide"])
+def slopes_of(fit: PlainFit, by: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A function of the predictions of a fit, and its slopes."""
+    leaf = torch.tensor(fit.prediction, requires_grad=True)
+    (slope,) = torch.autograd.grad(by(leaf), leaf)
+    return leaf.detach(), {k: torch.as_tensor(v) for k, v in fit.pull(slope.numpy()).items()}
+
+
+def near(found: Tensor, expected: Tensor, rtol: float) -> bool:
+    return float((found - expected).detach().norm()) <= rtol * float(expected.detach().norm())
+
+
+@pytest.mark.parametrize("shape", [(90, 7), (30, 50), (40, 1)], ids=["tall", "wide", "one"])
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("targets", [1, 3])
-def test_one_decomposition_gives_every_penalty(
-    shape: tuple[int, int], intercept: bool, targets: int
+@pytest.mark.parametrize("each", [True, False], ids=["per target", "one penalty"])
+def test_one_reduction_gives_every_penalty(
+    shape: tuple[int, int], intercept: bool, targets: int, each: bool
 ) -> None:
     fold, memory = regressed(*shape, targets), dict[str, Any]()
     y = torch.tensor(fold.y_train).reshape(len(fold.y_train), -1)
     for size in (1e-2, 3.0, 1e3):
-        alpha = torch.full((targets,), size, dtype=torch.float64, requires_grad=True)
-        found = spectral_predictions(fold, y, alpha, intercept, memory)
-        assert found is not None
+        penalty = size * np.arange(1.0, 1.0 + targets) if each else np.array(size)
+        alpha = torch.tensor(penalty, requires_grad=True)
+        fit = along_penalties(fold, penalty, intercept, memory)
+        assert fit is not None
+        found, slopes = slopes_of(fit, lambda p: (p**3).sum())
         model = ridge(
-            fold.x_train, y, alpha.expand(1, -1), intercept=intercept, sample_weight=fold.weights
+            fold.x_train,
+            y,
+            alpha.expand(1, -1) if each else alpha,
+            intercept=intercept,
+            sample_weight=fold.weights,
         )
-        expected = model.predict(fold.x_test)
-        assert float((found - expected).detach().norm()) < 1e-9 * float(expected.detach().norm())
-        slopes = [torch.autograd.grad((p**3).sum(), alpha)[0] for p in (found, expected)]
-        assert float((slopes[0] - slopes[1]).norm()) < 1e-7 * float(slopes[1].norm())
+        expected = model.predict(fold.x_test).reshape(found.shape)
+        assert near(found, expected, 1e-9)
+        (slope,) = torch.autograd.grad((expected**3).sum(), alpha)
+        assert near(slopes["alpha"], slope, 1e-7)
+
+
+@pytest.mark.parametrize("shape", [(90, 7), (30, 50)], ids=["tall", "wide"])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [1, 3])
+def test_moments_give_every_weight_of_features(
+    shape: tuple[int, int], intercept: bool, targets: int
+) -> None:
+    fold, memory = regressed(*shape, targets), dict[str, Any]()
+    y = torch.tensor(fold.y_train)
+    for size in (1e-2, 3.0):
+        alpha = torch.tensor(size, dtype=torch.float64, requires_grad=True)
+        scales = torch.linspace(0.0, 2.0, shape[1], dtype=torch.float64, requires_grad=True)
+        fit = along_weights(fold, np.array(size), scales.detach().numpy(), intercept, memory)
+        found, slopes = slopes_of(fit, lambda p: (p**3).sum())
+        model = ridge(
+            fold.x_train * scales, y, alpha, intercept=intercept, sample_weight=fold.weights
+        )
+        expected = model.predict(fold.x_test * scales)
+        assert near(found, expected, 1e-9)
+        by = torch.autograd.grad((expected**3).sum(), [alpha, scales])
+        assert near(slopes["alpha"], by[0], 1e-7)
+        assert near(slopes["scales"], by[1], 1e-7)
 
 
 def test_a_penalty_that_is_lost_beside_the_data_is_left_to_factorizations() -> None:
     fold = regressed(30, 50)
-    y = torch.tensor(fold.y_train)[:, None]
-    assert spectral_predictions(fold, y, torch.tensor(1e-9).double(), True, {}) is None
+    assert along_penalties(fold, np.array(1e-9), True, {}) is None
     adapter = adapter_of(Ridge())
     assert adapter is not None
     alpha = torch.tensor(1e-9, dtype=torch.float64)
@@ -189,15 +231,15 @@ def test_a_penalty_that_is_lost_beside_the_data_is_left_to_factorizations() -> N
     assert torch.isfinite(predicted).all()
 
 
-def test_a_decomposition_is_that_of_the_samples_it_is_asked_for() -> None:
+def test_a_reduction_is_that_of_the_samples_it_is_asked_for() -> None:
     fold, other, memory = regressed(60, 5), regressed(60, 5, weighted=False), dict[str, Any]()
-    y, alpha = torch.tensor(fold.y_train)[:, None], torch.tensor(2.0, dtype=torch.float64)
-    spectral_predictions(fold, y, alpha, True, memory)
-    found = spectral_predictions(other, y, alpha, True, memory)
+    alpha = np.array(2.0)
+    along_penalties(fold, alpha, True, memory)
+    found = along_penalties(other, alpha, True, memory)
+    expected = along_penalties(other, alpha, True, {})
     assert found is not None
-    expected = spectral_predictions(other, y, alpha, True, {})
     assert expected is not None
-    assert torch.equal(found, expected)
+    assert np.array_equal(found.prediction, expected.prediction)
 
 
 def test_kernels_far_from_the_origin_are_symmetric() -> None:
