@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from optuna_hypergrad.sklearn_adapters import HypergradientSearchCV, _newton, _n
 from optuna_hypergrad.sklearn_adapters._adapter import Fold
 from optuna_hypergrad.sklearn_adapters._descent import NUM_SCANNED, scan
 from optuna_hypergrad.sklearn_adapters._kernels import of_fold
+from optuna_hypergrad.sklearn_adapters._losses import classification_loss, regression_loss
 from optuna_hypergrad.sklearn_adapters._plain import PlainFit
 from optuna_hypergrad.sklearn_adapters._shrinkage import along_penalties, along_weights
 
@@ -219,6 +221,79 @@ def test_moments_give_every_weight_of_features(
         by = torch.autograd.grad((expected**3).sum(), [alpha, scales])
         assert near(slopes["alpha"], by[0], 1e-7)
         assert near(slopes["scales"], by[1], 1e-7)
+
+
+PLAIN = [
+    (Ridge(), "regressed", {"alpha": 3.0}),
+    (Ridge(fit_intercept=False), "wide", {"alpha": 3.0}),
+    (Lasso(), "regressed", {"alpha": 0.1}),
+    (Lasso(positive=True), "regressed", {"alpha": 0.1}),
+    (ElasticNet(), "targets", {"alpha": 0.2, "l1_ratio": 0.3}),
+    (ElasticNet(fit_intercept=False), "wide", {"alpha": 0.3, "l1_ratio": 0.7}),
+    (Lasso(), "regressed", {"alpha": 1e3}),
+    (LogisticRegression(), "classes", {"C": 2.0}),
+    (LogisticRegression(fit_intercept=False), "classes", {"C": 0.1}),
+]
+FOLDS: dict[str, Callable[[], Fold]] = {
+    "regressed": lambda: regressed(90, 7),
+    "wide": lambda: regressed(30, 50, weighted=False),
+    "targets": lambda: regressed(90, 7, 2),
+    "classes": lambda: classified(2),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["as they are", "weights of features"])
+@pytest.mark.parametrize(("estimator", "kind", "params"), PLAIN, ids=[str(r[:2]) for r in PLAIN])
+def test_fits_in_arrays_are_those_of_the_graph(
+    estimator: Any, kind: str, params: dict[str, float], weighted: bool
+) -> None:
+    fold, adapter, memory = FOLDS[kind](), adapter_of(estimator), dict[str, Any]()
+    assert adapter is not None
+    p = fold.x_train.shape[1]
+    for factor in (1.0, 1.3):  # the second fit goes on from the first
+        given = {
+            k: torch.tensor(min(v * factor, 1e3), dtype=torch.float64, requires_grad=True)
+            for k, v in params.items()
+        }
+        scales = torch.linspace(0.5 * factor, 1.5, p, dtype=torch.float64, requires_grad=weighted)
+        arrays = {k: v.detach().numpy() for k, v in given.items()}
+        own = scales.detach().numpy() if weighted else None
+        fit = adapter.fitted(estimator, arrays, fold, own, memory)
+        assert fit is not None
+        found, slopes = slopes_of(fit, lambda q: (q**3).sum())
+        seen = fold
+        if weighted:
+            seen = replace(fold, x_train=fold.x_train * scales, x_test=fold.x_test * scales)
+        expected, target = adapter.predict(estimator, given, seen, {})
+        assert near(found, expected, 1e-8)
+        assert np.array_equal(fit.target, target.numpy())
+        leaves = {**given, "scales": scales} if weighted else given
+        by = torch.autograd.grad((expected**3).sum(), list(leaves.values()))
+        for name, slope in zip(leaves, by, strict=True):
+            assert near(slopes[name], slope, 1e-6), name
+
+
+@pytest.mark.parametrize("scoring", ["neg_mean_squared_error", "r2", "neg_log_loss"])
+@pytest.mark.parametrize("targets", [1, 2])
+def test_slopes_of_losses_in_arrays_are_those_of_the_graph(scoring: str, targets: int) -> None:
+    rng = np.random.default_rng(0)
+    weights, predicted = rng.uniform(0.1, 1.0, 20), rng.normal(size=(20, 2))
+    weights /= weights.sum()
+    target: Any = rng.normal(size=(20, 2))
+    if scoring == "neg_log_loss":
+        loss = classification_loss(scoring)
+        target = rng.integers(0, 2, 20)
+    else:
+        loss = regression_loss(scoring)
+        if targets == 1:
+            predicted, target = predicted[:, 0], target[:, 0]
+    assert loss.slope is not None
+    value, slope = loss.slope(predicted, target, weights)
+    leaf = torch.tensor(predicted, requires_grad=True)
+    expected = loss.function(leaf, torch.as_tensor(target), torch.as_tensor(weights))
+    assert value == pytest.approx(float(expected.detach()), rel=1e-12)
+    (by,) = torch.autograd.grad(expected, leaf)
+    assert near(torch.as_tensor(slope), by, 1e-12)
 
 
 def test_a_penalty_that_is_lost_beside_the_data_is_left_to_factorizations() -> None:

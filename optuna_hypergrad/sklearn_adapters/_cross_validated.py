@@ -180,7 +180,8 @@ class CrossValidatedLoss:
         params = {k: v.detach().numpy() for k, v in {**fixed, **given}.items()}
         scales, found = params.pop(SCALES, None), []
         for fold, _, memory in _in_turn(every, first, last, rough):
-            fit = self._adapter.fitted(leaf, params, fold, scales, memory)
+            with np.errstate(all="ignore"):  # what is not finite is seen in the loss
+                fit = self._adapter.fitted(leaf, params, fold, scales, memory)
             if fit is None:
                 return None
             found.append((fit, fold.test_weights.numpy()))

@@ -63,7 +63,8 @@ class _Losses(torch.autograd.Function):
         names: tuple[str, ...],
         *given: Tensor,
     ) -> Tensor:
-        told = [slope(fit.prediction, fit.target, share) for fit, share in fits]
+        with np.errstate(all="ignore"):
+            told = [slope(fit.prediction, fit.target, share) for fit, share in fits]
         ctx.pulls = [(fit.pull, by) for (fit, _), (_, by) in zip(fits, told, strict=True)]
         ctx.names, ctx.shapes = names, [tuple(g.shape) for g in given]
         return torch.tensor([loss for loss, _ in told], dtype=torch.float64)
@@ -73,31 +74,56 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         sums = [np.zeros(shape) for shape in ctx.shapes]
         for (pull, by), share in zip(ctx.pulls, cotangent.tolist(), strict=True):
-            pulled = pull(share * by)
+            with np.errstate(all="ignore"):
+                pulled = pull(share * by)
             for i, name in enumerate(ctx.names):
                 if name in pulled:
                     sums[i] += pulled[name]
         return None, None, None, *map(torch.from_numpy, sums)
 
 
+@dataclass(frozen=True)
 class Factor:
-    """The Cholesky factor of a positive definite matrix, of which the lower triangle is read and which is lost.
+    """The Cholesky factor of a positive definite matrix.
 
-    Args:
-        matrix: ``(n, n)``, in the order of C.
-        what: The estimator, for an error.
-
-    Raises:
-        SolverError: if it is singular to rounding.
+    Attributes:
+        upper: ``(n, n)``; below the diagonal there is anything.
     """
 
-    def __init__(self, matrix: np.ndarray, what: str) -> None:
-        size = matrix.diagonal().copy()
+    upper: np.ndarray
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> tuple[Factor, bool]:
+        """Of a matrix in the order of C, which is lost; and whether that has failed."""
         # the lower triangle in the order of C is the upper one in that of Fortran
-        self._upper, info = lapack.dpotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
-        refuse_lost_pivots(info, size, self._upper.diagonal() ** 2, what)
+        upper, info = lapack.dpotrf(matrix.T, lower=0, clean=0, overwrite_a=1)
+        return cls(upper), bool(info)
+
+    @classmethod
+    def checked(cls, matrix: np.ndarray, what: str) -> Factor:
+        """The same, of the linear system of an estimator.
+
+        Raises:
+            SolverError: if it is singular to rounding.
+        """
+        size = matrix.diagonal().copy()
+        factor, failed = cls.of(matrix)
+        refuse_lost_pivots(failed, size, factor.pivots, what)
+        return factor
+
+    @property
+    def pivots(self) -> np.ndarray:
+        """``(n,)``."""
+        found: np.ndarray = self.upper.diagonal() ** 2
+        return found
+
+    @property
+    def lower(self) -> np.ndarray:
+        """Its transpose, which has zeros above the diagonal."""
+        found: np.ndarray = np.tril(self.upper.T)
+        return found
 
     def solve(self, rhs: np.ndarray) -> np.ndarray:
         """``(n,)`` or ``(n, k)``."""
-        found: np.ndarray = lapack.dpotrs(self._upper, rhs, lower=0)[0]
+        found: np.ndarray = lapack.dpotrs(self.upper, rhs, lower=0)[0]
         return found

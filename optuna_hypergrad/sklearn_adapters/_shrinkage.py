@@ -107,15 +107,17 @@ class Tridiagonal:
 
 def _turned(rows: np.ndarray, turn: np.ndarray, tau: np.ndarray) -> np.ndarray:
     """Rows in the coordinates of the tridiagonal matrix."""
-    rest = np.asfortranarray(rows[:, 1:])
+    rest = np.array(rows[:, 1:], order="F")  # a copy: it is overwritten
     rest, _, _ = lapack.dormqr("R", "N", turn, tau, rest, 32 * max(len(rows), 1), overwrite_c=1)
     return np.concatenate([rows[:, :1], rest], 1)
 
 
 def _tridiagonal_solve(diagonal: np.ndarray, beside: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    found: np.ndarray = rhs / diagonal
-    if len(diagonal) > 1:
-        found = lapack.dptsv(diagonal, beside, rhs)[2]
+    found: np.ndarray
+    if len(diagonal) == 1:
+        found = rhs / diagonal
+    else:
+        _, _, found, _ = lapack.dptsv(diagonal, beside, rhs)
     return found
 
 
@@ -180,13 +182,13 @@ def along_weights(
         gram: Gram = remembered(memory, "gram", (moments,), lambda: Gram.of(moments))
         matrix = gram.matrix * wide * scales
         matrix.flat[:: len(matrix) + 1] += alpha
-        solve = Factor(matrix, "Ridge").solve
+        solve = Factor.checked(matrix, "Ridge").solve
         b = solve(wide * gram.correlations)
     else:
         x = moments.x * scales
         matrix = x @ x.T
         matrix.flat[:: len(matrix) + 1] += alpha
-        factor = Factor(matrix, "Ridge")
+        factor = Factor.checked(matrix, "Ridge")
         b = x.T @ factor.solve(moments.y)
 
         def solve(rhs: np.ndarray) -> np.ndarray:
