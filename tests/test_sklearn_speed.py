@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
 from torch import Tensor
 
 from optuna_hypergrad._errors import SolverError
@@ -233,6 +234,14 @@ PLAIN = [
     (Lasso(), "regressed", {"alpha": 1e3}),
     (LogisticRegression(), "classes", {"C": 2.0}),
     (LogisticRegression(fit_intercept=False), "classes", {"C": 0.1}),
+    (KernelRidge(kernel="rbf"), "regressed", {"alpha": 0.5, "gamma": 0.1}),
+    (KernelRidge(kernel="laplacian"), "targets", {"alpha": 0.5, "gamma": 0.1}),
+    (KernelRidge(kernel="rbf", gamma=0.02), "wide", {"alpha": 0.5}),
+    (KernelRidge(kernel="linear"), "targets", {"alpha": 0.5}),
+    (KernelRidge(kernel="linear"), "wide", {"alpha": 0.5}),
+    (SVR(), "regressed", {"C": 0.5, "gamma": 0.1, "epsilon": 0.2}),
+    (SVR(gamma="scale"), "wide", {"C": 2.0, "epsilon": 0.2}),
+    (SVR(kernel="linear"), "wide", {"C": 0.3}),
 ]
 FOLDS: dict[str, Callable[[], Fold]] = {
     "regressed": lambda: regressed(90, 7),
@@ -259,6 +268,9 @@ def test_fits_in_arrays_are_those_of_the_graph(
         arrays = {k: v.detach().numpy() for k, v in given.items()}
         own = scales.detach().numpy() if weighted else None
         fit = adapter.fitted(estimator, arrays, fold, own, memory)
+        if weighted and isinstance(estimator, (KernelRidge, SVR)):
+            assert fit is None  # left to the graph
+            return
         assert fit is not None
         found, slopes = slopes_of(fit, lambda q: (q**3).sum())
         seen = fold
