@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from optuna.distributions import FloatDistribution
 from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
@@ -390,6 +391,17 @@ def test_where_every_start_fails_it_is_the_middle() -> None:
 
 def test_fits_of_a_race_are_counted() -> None:
     x, y = load_digits(return_X_y=True)
-    search = HypergradientSearchCV(Ridge(), cv=5, n_trials=3, n_rescored=1, random_state=0)
+    space = {"alpha": FloatDistribution(1e-4, 1e6, log=True)}
+    search = HypergradientSearchCV(Ridge(), space, cv=5, n_trials=3, n_rescored=1, random_state=0)
     search.fit(x[:100], y[:100])
-    assert search.n_fits_ == 6 + 3 * 5 + 5
+    # the first trial is at the winner, which was fitted to two folds already
+    assert search.n_fits_ == 6 + (3 * 5 - 2) + 5
+
+
+def test_what_changes_nothing_is_not_scanned() -> None:
+    x, y = load_digits(return_X_y=True)
+    space = {"alpha": FloatDistribution(1e-3, 1e3, log=True), "gamma": FloatDistribution(0.1, 9.0)}
+    search = HypergradientSearchCV(KernelRidge(), space, cv=5, n_trials=1, n_rescored=1)
+    search.fit(x[:100], y[:100])
+    assert search.n_fits_ == 6 + (5 - 2) + 5  # as of one number
+    assert search.study_.trials[0].params["gamma"] == pytest.approx(4.55)

@@ -82,6 +82,10 @@ class AbstractAdapter(abc.ABC):
             ValueError: if the estimator itself cannot be fitted to a fold, whatever its hyperparameters.
         """
 
+    def idle(self, estimator: BaseEstimator) -> frozenset[str]:
+        """Names in :attr:`usual` of what fits under these settings do not depend on."""
+        return frozenset()
+
     @abc.abstractmethod
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         """The differentiable counterpart of ``scoring``, or the nearest there is."""

@@ -20,6 +20,9 @@ from ._plain import SCALES, PlainFit, losses_of
 from ._rows import FailedTrialError
 from ._vectors import Vectors
 
+_KEPT_SAMPLES = 1000
+"""Fits of a scan to more of them are not kept for the first trial, which begins at the best one: their kernels take too much memory."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -178,14 +181,23 @@ class CrossValidatedLoss:
             key = SCALES if vector.place == "features" else vector.argument
             given[key] = vector.spread(values[name])
         params = {k: v.detach().numpy() for k, v in {**fixed, **given}.items()}
-        scales, found = params.pop(SCALES, None), []
+        point = tuple((k, v.tobytes()) for k, v in sorted(params.items()))
+        scales, found, new = params.pop(SCALES, None), [], 0
         for fold, _, memory in _in_turn(every, first, last, rough):
-            with np.errstate(all="ignore"):  # what is not finite is seen in the loss
-                fit = self._adapter.fitted(leaf, params, fold, scales, memory)
+            kept = memory.setdefault("scanned", {})
+            fit = kept.get(point)
             if fit is None:
-                return None
+                with np.errstate(all="ignore"):  # what is not finite is seen in the loss
+                    fit = self._adapter.fitted(leaf, params, fold, scales, memory)
+                if fit is None:
+                    return None
+                new += 1
+            if not rough:
+                kept.clear()
+            elif fit.exact and len(fold.x_train) <= _KEPT_SAMPLES:
+                kept[point] = fit
             found.append((fit, fold.test_weights.numpy()))
-        self._fitted(len(found))
+        self._fitted(new)
         return given, found
 
     def _at(
@@ -239,6 +251,10 @@ class CrossValidatedLoss:
                 f"vector of one number per feature"
             )
         return int(found.pop())
+
+    def idle(self, chosen: Mapping[str, Any]) -> set[str]:
+        """Hyperparameters that change nothing under a setting."""
+        return {self._prefix + n for n in self._adapter.idle(self._at(chosen)[0])}
 
     def _with(self, chosen: Mapping[str, Any]) -> tuple[BaseEstimator, dict[str, Tensor]]:
         """The estimator of a setting, and the numbers that it has where they could be differentiated."""

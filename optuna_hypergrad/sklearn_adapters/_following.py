@@ -200,14 +200,20 @@ class Followed:
         return found
 
     def scanned(self, chosen: Mapping[str, Any], freedom: Freedom) -> dict[str, float]:
-        """Where a descent begins: the best of a few points, vectors with all entries equal."""
+        """Where a descent begins: the best of a few points, vectors with all entries equal.
+
+        What changes nothing is at the middle.
+        """
+        idle = self.cross_validated.idle(chosen)
+        at_rest = {n: d.midpoint() for n, d in freedom.domains.items() if n in idle}
+        fixed = {n: torch.tensor(v, dtype=torch.float64) for n, v in at_rest.items()}
 
         def of(values: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-            return self.cross_validated.each(
-                chosen, freedom.untied(values), first, last, rough=True
-            )
+            point = freedom.untied({**fixed, **values})
+            return self.cross_validated.each(chosen, point, first, last, rough=True)
 
-        return scan(of, freedom.domains, freedom.more, len(self._splits))
+        domains = {n: d for n, d in freedom.domains.items() if n not in idle}
+        return at_rest | scan(of, domains, freedom.more, len(self._splits))
 
     def score_of(self, estimator: BaseEstimator, setting: Mapping[str, Any], scoring: Any) -> float:
         """Of scikit-learn's own fits: the mean over the folds. (Weights of samples that are searched are of the fits only.)"""

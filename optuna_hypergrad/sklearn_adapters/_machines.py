@@ -89,7 +89,9 @@ def classifier_start(machine: Machine) -> np.ndarray:
     return found
 
 
-def regressor_start(kernel: np.ndarray, y: np.ndarray, most: np.ndarray, epsilon: float) -> np.ndarray:
+def regressor_start(
+    kernel: np.ndarray, y: np.ndarray, most: np.ndarray, epsilon: float
+) -> np.ndarray:
     """``beta`` by libsvm, close to the solution.
 
     Args:

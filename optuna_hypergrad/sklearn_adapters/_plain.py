@@ -33,11 +33,13 @@ class PlainFit:
         target: What they are held to.
         pull: From the slope of a loss by the predictions to its slopes by the hyperparameters, by name; what has no name there
             has no effect.
+        exact: Whether it is more than a rough fit.
     """
 
     prediction: np.ndarray
     target: np.ndarray
     pull: Callable[[np.ndarray], Mapping[str, Any]]
+    exact: bool = True
 
 
 def losses_of(

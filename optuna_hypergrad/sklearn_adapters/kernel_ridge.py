@@ -60,6 +60,9 @@ class KernelRidgeAdapter(AbstractAdapter):
             return f"KernelRidge(alpha={estimator.alpha!r:.60}) may have no solution"
         return reason_against_targets(y)
 
+    def idle(self, estimator: BaseEstimator) -> frozenset[str]:
+        return frozenset({"gamma"} if estimator.kernel == "linear" else ())
+
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return regression_loss(scoring)
 

@@ -133,12 +133,15 @@ class LogisticRegressionAdapter(AbstractAdapter):
         c = float(params["C"])
         log_c, path = math.log(c), memory.setdefault("plain path", [])
         near = memory.get("neighbor", {}).get("plain path", [])
-        starts = _starts(path, log_c) + [t for at, t in near if at == log_c]
-        optimum = problem.at(c, scales).optimum(starts, bool(memory.get("rough")))
+        starts, rough = _starts(path, log_c), bool(memory.get("rough"))
+        starts += [t for at, t in near if at == log_c]
+        optimum = problem.at(c, scales).optimum(starts, rough)
         if optimum is None:
             raise unsolved(c)
         memory["plain path"] = [*path[-1:], (log_c, optimum.theta)]
-        return PlainFit(optimum.log_probabilities(), y_test.numpy(), optimum.pulled)
+        return PlainFit(
+            optimum.log_probabilities(), y_test.numpy(), optimum.pulled, exact=not rough
+        )
 
 
 def _starts(path: list[tuple[float, Any]], log_c: float) -> list[Any]:

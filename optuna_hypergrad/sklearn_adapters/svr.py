@@ -44,6 +44,9 @@ class SVRAdapter(AbstractAdapter):
             return f"SVR(epsilon={estimator.epsilon!r:.60}) is not adapted"
         return reason_against_kernel(estimator)
 
+    def idle(self, estimator: BaseEstimator) -> frozenset[str]:
+        return frozenset({"gamma"} if estimator.kernel == "linear" else ())
+
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return regression_loss(scoring)
 
@@ -89,15 +92,17 @@ class SVRAdapter(AbstractAdapter):
     ) -> PlainFit | None:
         if scales is not None or estimator.kernel not in ("linear", "rbf"):
             return None
-        pairs = tuple(t.numpy() for t in pairs_of_fold(estimator.kernel, fold, memory))
+        among, across = pairs_of_fold(estimator.kernel, fold, memory)
         gamma = None
         if estimator.kernel == "rbf":
             given = params if "gamma" in params else kernel_settings(estimator, {}, fold)
             gamma = float(given["gamma"])
-        c, epsilon = (float(params.get(name, getattr(estimator, name))) for name in ("C", "epsilon"))
+        c, epsilon = (
+            float(params.get(name, getattr(estimator, name))) for name in ("C", "epsilon")
+        )
         y, y_test = (np.asarray(part, dtype=np.float64) for part in (fold.y_train, fold.y_test))
         weights = np.ones(len(y)) if fold.weights is None else fold.weights.numpy()
-        fit = RegressorFit.of(*pairs, gamma, y, c * weights, epsilon)
+        fit = RegressorFit.of(among.numpy(), across.numpy(), gamma, y, c * weights, epsilon)
         if fit is None:
             return None
 
