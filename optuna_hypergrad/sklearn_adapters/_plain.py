@@ -84,6 +84,12 @@ class _Losses(torch.autograd.Function):
         return None, None, None, *map(torch.from_numpy, sums)
 
 
+def radial(pairs: np.ndarray, gamma: float) -> np.ndarray:
+    """The kernel ``exp(gamma pairs)``."""
+    found: np.ndarray = gamma * pairs
+    return np.exp(found, out=found)
+
+
 @dataclass(frozen=True)
 class Factor:
     """The Cholesky factor of a positive definite matrix.

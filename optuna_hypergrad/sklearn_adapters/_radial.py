@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..closed_form._solving import factorized
-from ._plain import Factor, PlainFit
+from ._plain import Factor, PlainFit, radial
 
 
 class KernelPredictions(torch.autograd.Function):
@@ -79,7 +79,7 @@ def radial_fit(
     Raises:
         SolverError: if the system is singular to rounding.
     """
-    kernel, seen = np.exp(gamma * among), np.exp(gamma * across)
+    kernel, seen = radial(among, gamma), radial(across, gamma)
     wide = y if y.ndim == 2 else y[:, None]
     times = 1.0 if root is None else root[:, None]
     matrix = kernel.copy() if root is None else times * kernel * root

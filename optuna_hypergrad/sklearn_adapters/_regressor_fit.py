@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._machines import regressor_start
+from ._plain import radial
 from ._support_vectors import LU, Arrays, active_set
 
 
@@ -59,7 +60,7 @@ class RegressorFit:
         """
         kernel, seen = among, across
         if gamma is not None:
-            kernel, seen = np.exp(gamma * among), np.exp(gamma * across)
+            kernel, seen = radial(among, gamma), radial(across, gamma)
         nothing, n = np.zeros(len(y)), len(y)
         arrays = Arrays(
             kernel,

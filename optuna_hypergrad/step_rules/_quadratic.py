@@ -27,6 +27,9 @@ def secant_model(diagonal: Vector, steps: Vector, changes: Vector) -> Product:
     """
     if not len(steps):
         return lambda v: diagonal * v
+    if len(diagonal) == 1:
+        slope = changes[-1] / steps[-1]
+        return lambda v: slope * v
     xp: Any = torch if isinstance(diagonal, Tensor) else np
     scaled = steps * diagonal
     inner = steps @ changes.T  # (m, m)
