@@ -398,6 +398,16 @@ def test_fits_of_a_race_are_counted() -> None:
     assert search.n_fits_ == 6 + (3 * 5 - 2) + 5
 
 
+def test_a_rough_fit_of_the_scan_is_no_fit_of_a_trial() -> None:
+    x, y = load_digits(n_class=2, return_X_y=True)
+    space = {"C": FloatDistribution(1e-4, 1e3, log=True)}
+    search = HypergradientSearchCV(
+        LogisticRegression(), space, cv=5, n_trials=1, n_rescored=1, random_state=0
+    )
+    search.fit(StandardScaler().fit_transform(x[:100]), y[:100])
+    assert search.n_fits_ == 6 + 5 + 5
+
+
 def test_what_changes_nothing_is_not_scanned() -> None:
     x, y = load_digits(return_X_y=True)
     space = {"alpha": FloatDistribution(1e-3, 1e3, log=True), "gamma": FloatDistribution(0.1, 9.0)}

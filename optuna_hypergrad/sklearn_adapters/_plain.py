@@ -87,7 +87,8 @@ class _Losses(torch.autograd.Function):
 def radial(pairs: np.ndarray, gamma: float) -> np.ndarray:
     """The kernel ``exp(gamma pairs)``."""
     found: np.ndarray = gamma * pairs
-    return np.exp(found, out=found)
+    np.exp(found, out=found)
+    return found
 
 
 @dataclass(frozen=True)
