@@ -78,7 +78,7 @@ class Folds:
         x_train, x_test = _rows(self._X, train), _rows(self._X, test)
         y_train = self._y[train]
         while isinstance(estimator, Pipeline):
-            if not all(map(_changes_nothing, estimator.steps[:-1])):
+            if not _changes_nothing(estimator.steps[:-1], x_train):
                 transformers = clone(estimator[:-1])
                 x_train = transformers.fit_transform(x_train, y_train)
                 x_test = transformers.transform(x_test)
@@ -98,12 +98,12 @@ def _rows(data: Any, index: np.ndarray) -> Any:
     return data[index] if type(data) is np.ndarray else _safe_indexing(data, index)
 
 
-def _changes_nothing(step: tuple[str, Any]) -> bool:
-    """Whether a transformer is none: weights of features that are searched are applied to what comes out."""
-    transformer = step[1]
-    if transformer is None or transformer == "passthrough":
-        return True
-    return type(transformer) is FeatureWeights and transformer.weights is None
+def _changes_nothing(steps: list[tuple[str, Any]], data: Any) -> bool:
+    """Whether transformers pass on a plain matrix: weights of features that are searched are applied to what comes out."""
+    is_matrix = type(data) is np.ndarray and data.ndim == 2 and data.size > 0
+    if not is_matrix or data.dtype.kind not in "fiu":  # transformers have their own words for it
+        return not steps
+    return all(type(t) is FeatureWeights and t.weights is None for _, t in steps)
 
 
 def _matrix(data: Any, owner: str) -> Any:
