@@ -175,33 +175,34 @@ def along_weights(
         SolverError: if the system is singular to rounding.
     """
     key = (fold.x_train, fold.x_test, fold.weights, fold.y_train, intercept)
-    moments: Moments = remembered(memory, "moments", key, lambda: Moments.of(fold, intercept))
     wide = scales[:, None]
     solve: Callable[[np.ndarray], np.ndarray]
-    if moments.x.shape[1] <= moments.x.shape[0]:
-        gram: Gram = remembered(memory, "gram", (moments,), lambda: Gram.of(moments))
+    if fold.x_train.shape[1] <= fold.x_train.shape[0]:
+        gram: Gram = remembered(memory, "gram", key, lambda: Gram.of(Moments.of(fold, intercept)))
+        x_test, mean = gram.x_test, gram.mean
         matrix = gram.matrix * wide * scales
         matrix.flat[:: len(matrix) + 1] += alpha
         solve = Factor.checked(matrix, "Ridge").solve
         b = solve(wide * gram.correlations)
     else:
-        x = moments.x * scales
+        data: Moments = remembered(memory, "moments", key, lambda: Moments.of(fold, intercept))
+        x_test, mean, x = data.x_test, data.mean, data.x * scales
         matrix = x @ x.T
         matrix.flat[:: len(matrix) + 1] += alpha
         factor = Factor.checked(matrix, "Ridge")
-        b = x.T @ factor.solve(moments.y)
+        b = x.T @ factor.solve(data.y)
 
         def solve(rhs: np.ndarray) -> np.ndarray:
             found: np.ndarray = (rhs - x.T @ factor.solve(x @ rhs)) / alpha
             return found
 
     def pull(slope: np.ndarray) -> dict[str, Any]:
-        v = solve(wide * (moments.x_test.T @ _columns(slope)))
+        v = solve(wide * (x_test.T @ _columns(slope)))
         product = (b * v).sum(1)
         by = np.divide(2 * alpha * product, scales, out=np.zeros_like(scales), where=scales > 0)
         return {SCALES: by, "alpha": -product.sum()}
 
-    return _fit(moments.x_test @ (wide * b) + moments.mean, fold, pull)
+    return _fit(x_test @ (wide * b) + mean, fold, pull)
 
 
 def _fit(
