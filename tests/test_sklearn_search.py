@@ -36,8 +36,8 @@ from optuna_hypergrad.sklearn_adapters import (
     TensorDistribution,
 )
 from optuna_hypergrad.sklearn_adapters._adapter import AbstractAdapter, Fold, tensor
-from optuna_hypergrad.sklearn_adapters._following import one_thread
 from optuna_hypergrad.sklearn_adapters._study import quiet
+from optuna_hypergrad.sklearn_adapters._threads import one_thread
 
 ALPHA = FloatDistribution(1e-4, 1e4, log=True)
 DIABETES = load_diabetes(return_X_y=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -20,7 +18,6 @@ from optuna.distributions import (
 from sklearn.base import BaseEstimator, clone
 from sklearn.metrics import check_scoring
 from sklearn.utils import _safe_indexing, indexable
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..search_space import Domain
@@ -30,28 +27,8 @@ from ._descent import scan
 from ._distributions import Space
 from ._folds import NoMatrixError, last_step
 from ._nested import Freedom
-from ._process_wide import ProcessWide
 from ._rows import FailedTrialError
 from ._vectors import SAMPLE_WEIGHT, Vectors, placed
-
-_THREADS = ProcessWide(torch.get_num_threads, torch.set_num_threads)
-
-
-@functools.cache
-def _libraries() -> list[Any]:
-    """Of linear algebra, as NumPy and SciPy have loaded them."""
-    found = ThreadpoolController().lib_controllers
-    return [library for library in found if library.user_api == "blas"]
-
-
-def _set_blas_threads(numbers: list[int]) -> None:
-    for library, number in zip(_libraries(), numbers, strict=True):
-        library.set_num_threads(number)
-
-
-_BLAS_THREADS = ProcessWide(
-    lambda: [library.get_num_threads() for library in _libraries()], _set_blas_threads
-)
 
 
 class NotFollowedError(Exception):
@@ -327,10 +304,3 @@ def _weights(given: Any, num_samples: int) -> np.ndarray | None:
     if weights.shape != (num_samples,) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise NotFollowedError("sample_weight is not a vector of numbers >= 0, one per sample")
     return weights
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Fits of this size are faster on one thread of torch (and BLAS) than on many."""
-    with _THREADS.changed(lambda now: 1), _BLAS_THREADS.changed(lambda now: [1] * len(now)):
-        yield

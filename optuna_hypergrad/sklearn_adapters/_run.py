@@ -12,9 +12,9 @@ from optuna.trial import FrozenTrial
 from sklearn.exceptions import FitFailedWarning
 
 from .._errors import ObjectiveError
-from ._following import one_thread
 from ._rows import FailedTrialError
 from ._study import quiet, was_stopped
+from ._threads import one_thread
 
 Callback = Callable[[Study, FrozenTrial], None]
 
