@@ -308,6 +308,11 @@ def seeded_copy(sampler: BaseSampler, entropy: Sequence[int]) -> BaseSampler:
         fresh = copy.deepcopy(sampler)
     except Exception:
         return sampler
+    return seeded(fresh, entropy)
+
+
+def seeded(fresh: BaseSampler, entropy: Sequence[int]) -> BaseSampler:
+    """A sampler that nobody else has, whose every random generator is seeded from ``entropy``."""
     for i, (owner, name) in enumerate(_random_states(fresh)):
         seeds = np.random.SeedSequence([*entropy, i])
         old = getattr(owner, name)

@@ -164,6 +164,8 @@ class Domain:
 
 def _round_inwards(bound: float, dtype: torch.dtype, direction: int) -> float:
     """``bound`` as a value of ``dtype`` that is not outside of it. ``direction`` +1 is up."""
+    if dtype == torch.float64:
+        return float(bound)
     rounded = torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype)
     outside = rounded.double() < bound if direction > 0 else rounded.double() > bound
     if bool(outside) and math.isfinite(bound):

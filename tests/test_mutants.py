@@ -901,7 +901,7 @@ MUTANTS = [
         "sklearn_adapters/_vectors.py",
         "x_test=fold.x_test * each)",
         "x_test=fold.x_test)",
-        "tests/test_sklearn_vectors.py::test_members_of_a_group_have_one_weight",
+        "tests/test_sklearn_vectors.py::test_the_loss_of_weights_of_features_is_the_score_of_a_plain_pipeline[KernelRidge]",
     ),
     Mutant(
         "leave the process to the first of two searches that ends",
@@ -926,10 +926,10 @@ MUTANTS = [
     ),
     Mutant(
         "keep a decomposition of samples whose weights are others",
-        "sklearn_adapters/_spectral.py",
-        'remembered(memory, "spectrum", (*given, intercept), made)',
-        'remembered(memory, "spectrum", (fold.x_train is None,), made)',
-        "tests/test_sklearn_speed.py::test_a_decomposition_is_that_of_the_samples_it_is_asked_for",
+        "sklearn_adapters/_shrinkage.py",
+        'memory, "tridiagonal", key, lambda: Tridiagonal.of(Moments.of(fold, intercept))',
+        'memory, "tridiagonal", (fold.x_train is None,), lambda: Tridiagonal.of(Moments.of(fold, intercept))',
+        "tests/test_sklearn_speed.py::test_a_reduction_is_that_of_the_samples_it_is_asked_for",
     ),
     Mutant(
         "let the worse half of the starts go on",
@@ -986,6 +986,27 @@ MUTANTS = [
         "t = -c / (b + root) if b > 0",
         "t = -c / (b - root) if b > 0",
         "tests/test_line.py::test_the_minimum_of_a_cubic_is_one_step_away",
+    ),
+    Mutant(
+        "forget one of the two places of a weight of a feature",
+        "sklearn_adapters/_shrinkage.py",
+        "np.divide(2 * alpha * product, scales,",
+        "np.divide(alpha * product, scales,",
+        "tests/test_sklearn_speed.py::test_moments_give_every_weight_of_features[1-True-tall]",
+    ),
+    Mutant(
+        "take a rough fit of the scan for one of a trial",
+        "sklearn_adapters/_cross_validated.py",
+        "elif fit.exact and len(fold.x_train) <= _KEPT_SAMPLES:",
+        "elif len(fold.x_train) <= _KEPT_SAMPLES:",
+        "tests/test_sklearn_speed.py::test_a_rough_fit_of_the_scan_is_no_fit_of_a_trial",
+    ),
+    Mutant(
+        "take the secant of one hyperparameter upside down",
+        "step_rules/_quadratic.py",
+        "slope = changes[-1] / steps[-1]",
+        "slope = steps[-1] / changes[-1]",
+        "tests/test_step_rules.py::test_the_model_of_arrays_is_that_of_tensors[1]",
     ),
     Mutant(
         "a lower value whose slope points back ends no interval",

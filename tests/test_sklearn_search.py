@@ -24,6 +24,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from sklearn.utils.estimator_checks import check_estimator
+from threadpoolctl import ThreadpoolController
 
 from optuna_hypergrad import HypergradientSampler
 from optuna_hypergrad.sklearn_adapters import (
@@ -35,8 +36,8 @@ from optuna_hypergrad.sklearn_adapters import (
     TensorDistribution,
 )
 from optuna_hypergrad.sklearn_adapters._adapter import AbstractAdapter, Fold, tensor
-from optuna_hypergrad.sklearn_adapters._following import one_thread
 from optuna_hypergrad.sklearn_adapters._study import quiet
+from optuna_hypergrad.sklearn_adapters._threads import one_thread
 
 ALPHA = FloatDistribution(1e-4, 1e4, log=True)
 DIABETES = load_diabetes(return_X_y=True)
@@ -558,6 +559,18 @@ def test_a_check_at_a_bound_stays_inside():
     report = search.check_hypergradient(x, y, at={"alpha": 0.1, "l1_ratio": 1.0})
     assert report
     assert "l1_ratio was compared 2 % of the range inside" in report.notes[-1]
+
+
+def test_fits_have_one_thread_of_every_library():
+    def now() -> list[int]:
+        found = ThreadpoolController().info()
+        return [int(i["num_threads"]) for i in found if i["user_api"] == "blas"]
+
+    before = now()
+    assert before
+    with one_thread():
+        assert now() == [1] * len(before)
+    assert now() == before
 
 
 def test_searches_that_overlap_leave_the_process_as_it_was():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from optuna.distributions import FloatDistribution
 from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVR
 from torch import Tensor
 
 from optuna_hypergrad._errors import SolverError
@@ -21,7 +25,9 @@ from optuna_hypergrad.sklearn_adapters import HypergradientSearchCV, _newton, _n
 from optuna_hypergrad.sklearn_adapters._adapter import Fold
 from optuna_hypergrad.sklearn_adapters._descent import NUM_SCANNED, scan
 from optuna_hypergrad.sklearn_adapters._kernels import of_fold
-from optuna_hypergrad.sklearn_adapters._spectral import spectral_predictions
+from optuna_hypergrad.sklearn_adapters._losses import classification_loss, regression_loss
+from optuna_hypergrad.sklearn_adapters._plain import PlainFit
+from optuna_hypergrad.sklearn_adapters._shrinkage import along_penalties, along_weights
 
 
 def classified(num_classes: int, n: int = 120, p: int = 9, seed: int = 0) -> Fold:
@@ -157,31 +163,155 @@ def test_a_rough_fit_is_near_and_the_next_one_exact(monkeypatch: pytest.MonkeyPa
         assert float(logistic_slopes(fold, 2.0, memory)[0]) == pytest.approx(float(exact), rel=1e-9)
 
 
-@pytest.mark.parametrize("shape", [(90, 7), (30, 50)], ids=["tall", "wide"])
+def slopes_of(fit: PlainFit, by: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A function of the predictions of a fit, and its slopes."""
+    leaf = torch.tensor(fit.prediction, requires_grad=True)
+    (slope,) = torch.autograd.grad(by(leaf), leaf)
+    return leaf.detach(), {k: torch.as_tensor(v) for k, v in fit.pull(slope.numpy()).items()}
+
+
+def near(found: Tensor, expected: Tensor, rtol: float) -> bool:
+    return float((found - expected).detach().norm()) <= rtol * float(expected.detach().norm())
+
+
+@pytest.mark.parametrize("shape", [(90, 7), (30, 50), (40, 1)], ids=["tall", "wide", "one"])
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("targets", [1, 3])
-def test_one_decomposition_gives_every_penalty(
-    shape: tuple[int, int], intercept: bool, targets: int
+@pytest.mark.parametrize("each", [True, False], ids=["per target", "one penalty"])
+def test_one_reduction_gives_every_penalty(
+    shape: tuple[int, int], intercept: bool, targets: int, each: bool
 ) -> None:
     fold, memory = regressed(*shape, targets), dict[str, Any]()
     y = torch.tensor(fold.y_train).reshape(len(fold.y_train), -1)
     for size in (1e-2, 3.0, 1e3):
-        alpha = torch.full((targets,), size, dtype=torch.float64, requires_grad=True)
-        found = spectral_predictions(fold, y, alpha, intercept, memory)
-        assert found is not None
+        penalty = size * np.arange(1.0, 1.0 + targets) if each else np.array(size)
+        alpha = torch.tensor(penalty, requires_grad=True)
+        fit = along_penalties(fold, penalty, intercept, memory)
+        assert fit is not None
+        found, slopes = slopes_of(fit, lambda p: (p**3).sum())
         model = ridge(
-            fold.x_train, y, alpha.expand(1, -1), intercept=intercept, sample_weight=fold.weights
+            fold.x_train,
+            y,
+            alpha.expand(1, -1) if each else alpha,
+            intercept=intercept,
+            sample_weight=fold.weights,
         )
-        expected = model.predict(fold.x_test)
-        assert float((found - expected).detach().norm()) < 1e-9 * float(expected.detach().norm())
-        slopes = [torch.autograd.grad((p**3).sum(), alpha)[0] for p in (found, expected)]
-        assert float((slopes[0] - slopes[1]).norm()) < 1e-7 * float(slopes[1].norm())
+        expected = model.predict(fold.x_test).reshape(found.shape)
+        assert near(found, expected, 1e-9)
+        (slope,) = torch.autograd.grad((expected**3).sum(), alpha)
+        assert near(slopes["alpha"], slope, 1e-7)
+
+
+@pytest.mark.parametrize("shape", [(90, 7), (30, 50)], ids=["tall", "wide"])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("targets", [1, 3])
+def test_moments_give_every_weight_of_features(
+    shape: tuple[int, int], intercept: bool, targets: int
+) -> None:
+    fold, memory = regressed(*shape, targets), dict[str, Any]()
+    y = torch.tensor(fold.y_train)
+    for size in (1e-2, 3.0):
+        alpha = torch.tensor(size, dtype=torch.float64, requires_grad=True)
+        scales = torch.linspace(0.0, 2.0, shape[1], dtype=torch.float64, requires_grad=True)
+        fit = along_weights(fold, np.array(size), scales.detach().numpy(), intercept, memory)
+        found, slopes = slopes_of(fit, lambda p: (p**3).sum())
+        model = ridge(
+            fold.x_train * scales, y, alpha, intercept=intercept, sample_weight=fold.weights
+        )
+        expected = model.predict(fold.x_test * scales)
+        assert near(found, expected, 1e-9)
+        by = torch.autograd.grad((expected**3).sum(), [alpha, scales])
+        assert near(slopes["alpha"], by[0], 1e-7)
+        assert near(slopes["scales"], by[1], 1e-7)
+
+
+PLAIN = [
+    (Ridge(), "regressed", {"alpha": 3.0}),
+    (Ridge(fit_intercept=False), "wide", {"alpha": 3.0}),
+    (Lasso(), "regressed", {"alpha": 0.1}),
+    (Lasso(positive=True), "regressed", {"alpha": 0.1}),
+    (ElasticNet(), "targets", {"alpha": 0.2, "l1_ratio": 0.3}),
+    (ElasticNet(fit_intercept=False), "wide", {"alpha": 0.3, "l1_ratio": 0.7}),
+    (Lasso(), "regressed", {"alpha": 1e3}),
+    (LogisticRegression(), "classes", {"C": 2.0}),
+    (LogisticRegression(fit_intercept=False), "classes", {"C": 0.1}),
+    (KernelRidge(kernel="rbf"), "regressed", {"alpha": 0.5, "gamma": 0.1}),
+    (KernelRidge(kernel="laplacian"), "targets", {"alpha": 0.5, "gamma": 0.1}),
+    (KernelRidge(kernel="rbf", gamma=0.02), "wide", {"alpha": 0.5}),
+    (KernelRidge(kernel="linear"), "targets", {"alpha": 0.5}),
+    (KernelRidge(kernel="linear"), "wide", {"alpha": 0.5}),
+    (SVR(), "regressed", {"C": 0.5, "gamma": 0.1, "epsilon": 0.2}),
+    (SVR(gamma="scale"), "wide", {"C": 2.0, "epsilon": 0.2}),
+    (SVR(kernel="linear"), "wide", {"C": 0.3}),
+]
+FOLDS: dict[str, Callable[[], Fold]] = {
+    "regressed": lambda: regressed(90, 7),
+    "wide": lambda: regressed(30, 50, weighted=False),
+    "targets": lambda: regressed(90, 7, 2),
+    "classes": lambda: classified(2),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["as they are", "weights of features"])
+@pytest.mark.parametrize(("estimator", "kind", "params"), PLAIN, ids=[str(r[:2]) for r in PLAIN])
+def test_fits_in_arrays_are_those_of_the_graph(
+    estimator: Any, kind: str, params: dict[str, float], weighted: bool
+) -> None:
+    fold, adapter, memory = FOLDS[kind](), adapter_of(estimator), dict[str, Any]()
+    assert adapter is not None
+    p = fold.x_train.shape[1]
+    for factor in (1.0, 1.3):  # the second fit goes on from the first
+        given = {
+            k: torch.tensor(min(v * factor, 1e3), dtype=torch.float64, requires_grad=True)
+            for k, v in params.items()
+        }
+        scales = torch.linspace(0.5 * factor, 1.5, p, dtype=torch.float64, requires_grad=weighted)
+        arrays = {k: v.detach().numpy() for k, v in given.items()}
+        own = scales.detach().numpy() if weighted else None
+        fit = adapter.fitted(estimator, arrays, fold, own, memory)
+        if weighted and isinstance(estimator, (KernelRidge, SVR)):
+            assert fit is None  # left to the graph
+            return
+        assert fit is not None
+        found, slopes = slopes_of(fit, lambda q: (q**3).sum())
+        seen = fold
+        if weighted:
+            seen = replace(fold, x_train=fold.x_train * scales, x_test=fold.x_test * scales)
+        expected, target = adapter.predict(estimator, given, seen, {})
+        assert near(found, expected, 1e-8)
+        assert np.array_equal(fit.target, target.numpy())
+        leaves = {**given, "scales": scales} if weighted else given
+        by = torch.autograd.grad((expected**3).sum(), list(leaves.values()))
+        for name, slope in zip(leaves, by, strict=True):
+            assert near(slopes[name], slope, 1e-6), name
+
+
+@pytest.mark.parametrize("scoring", ["neg_mean_squared_error", "r2", "neg_log_loss"])
+@pytest.mark.parametrize("targets", [1, 2])
+def test_slopes_of_losses_in_arrays_are_those_of_the_graph(scoring: str, targets: int) -> None:
+    rng = np.random.default_rng(0)
+    weights, predicted = rng.uniform(0.1, 1.0, 20), rng.normal(size=(20, 2))
+    weights /= weights.sum()
+    target: Any = rng.normal(size=(20, 2))
+    if scoring == "neg_log_loss":
+        loss = classification_loss(scoring)
+        target = rng.integers(0, 2, 20)
+    else:
+        loss = regression_loss(scoring)
+        if targets == 1:
+            predicted, target = predicted[:, 0], target[:, 0]
+    assert loss.slope is not None
+    value, slope = loss.slope(predicted, target, weights)
+    leaf = torch.tensor(predicted, requires_grad=True)
+    expected = loss.function(leaf, torch.as_tensor(target), torch.as_tensor(weights))
+    assert value == pytest.approx(float(expected.detach()), rel=1e-12)
+    (by,) = torch.autograd.grad(expected, leaf)
+    assert near(torch.as_tensor(slope), by, 1e-12)
 
 
 def test_a_penalty_that_is_lost_beside_the_data_is_left_to_factorizations() -> None:
     fold = regressed(30, 50)
-    y = torch.tensor(fold.y_train)[:, None]
-    assert spectral_predictions(fold, y, torch.tensor(1e-9).double(), True, {}) is None
+    assert along_penalties(fold, np.array(1e-9), True, {}) is None
     adapter = adapter_of(Ridge())
     assert adapter is not None
     alpha = torch.tensor(1e-9, dtype=torch.float64)
@@ -189,15 +319,15 @@ def test_a_penalty_that_is_lost_beside_the_data_is_left_to_factorizations() -> N
     assert torch.isfinite(predicted).all()
 
 
-def test_a_decomposition_is_that_of_the_samples_it_is_asked_for() -> None:
+def test_a_reduction_is_that_of_the_samples_it_is_asked_for() -> None:
     fold, other, memory = regressed(60, 5), regressed(60, 5, weighted=False), dict[str, Any]()
-    y, alpha = torch.tensor(fold.y_train)[:, None], torch.tensor(2.0, dtype=torch.float64)
-    spectral_predictions(fold, y, alpha, True, memory)
-    found = spectral_predictions(other, y, alpha, True, memory)
+    alpha = np.array(2.0)
+    along_penalties(fold, alpha, True, memory)
+    found = along_penalties(other, alpha, True, memory)
+    expected = along_penalties(other, alpha, True, {})
     assert found is not None
-    expected = spectral_predictions(other, y, alpha, True, {})
     assert expected is not None
-    assert torch.equal(found, expected)
+    assert np.array_equal(found.prediction, expected.prediction)
 
 
 def test_kernels_far_from_the_origin_are_symmetric() -> None:
@@ -261,6 +391,27 @@ def test_where_every_start_fails_it_is_the_middle() -> None:
 
 def test_fits_of_a_race_are_counted() -> None:
     x, y = load_digits(return_X_y=True)
-    search = HypergradientSearchCV(Ridge(), cv=5, n_trials=3, n_rescored=1, random_state=0)
+    space = {"alpha": FloatDistribution(1e-4, 1e6, log=True)}
+    search = HypergradientSearchCV(Ridge(), space, cv=5, n_trials=3, n_rescored=1, random_state=0)
     search.fit(x[:100], y[:100])
-    assert search.n_fits_ == 6 + 3 * 5 + 5
+    # the first trial is at the winner, which was fitted to two folds already
+    assert search.n_fits_ == 6 + (3 * 5 - 2) + 5
+
+
+def test_a_rough_fit_of_the_scan_is_no_fit_of_a_trial() -> None:
+    x, y = load_digits(n_class=2, return_X_y=True)
+    space = {"C": FloatDistribution(1e-4, 1e3, log=True)}
+    search = HypergradientSearchCV(
+        LogisticRegression(), space, cv=5, n_trials=1, n_rescored=1, random_state=0
+    )
+    search.fit(StandardScaler().fit_transform(x[:100]), y[:100])
+    assert search.n_fits_ == 6 + 5 + 5
+
+
+def test_what_changes_nothing_is_not_scanned() -> None:
+    x, y = load_digits(return_X_y=True)
+    space = {"alpha": FloatDistribution(1e-3, 1e3, log=True), "gamma": FloatDistribution(0.1, 9.0)}
+    search = HypergradientSearchCV(KernelRidge(), space, cv=5, n_trials=1, n_rescored=1)
+    search.fit(x[:100], y[:100])
+    assert search.n_fits_ == 6 + (5 - 2) + 5  # as of one number
+    assert search.study_.trials[0].params["gamma"] == pytest.approx(4.55)

@@ -15,7 +15,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
@@ -182,6 +182,25 @@ def test_members_of_a_group_have_one_weight():
     assert weights[0] > 4 * weights[-1]
     assert search.nested_.tau is not None
     assert load_tensors(search.study_)[WEIGHTS].shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "model", [Ridge(), KernelRidge(kernel="rbf", gamma=0.05), Lasso(alpha=0.05)], ids=lambda m: type(m).__name__
+)  # fmt: skip
+def test_the_loss_of_weights_of_features_is_the_score_of_a_plain_pipeline(model):
+    x, y = sparse(60, 6)
+    search = HypergradientSearchCV(
+        Pipeline([("weights", FeatureWeights()), ("model", model)]),
+        {"weights__weights": TensorDistribution("per_feature", 1e-2, 1e1)},
+        scoring="neg_mean_squared_error",
+        n_trials=4,
+        n_rescored=1,
+        guard=None,
+        cv=KFold(4),
+        random_state=0,
+    ).fit(x, y)
+    assert len(set(search.best_params_["weights__weights"])) > 1
+    assert search.study_.best_value == pytest.approx(-search.best_score_, rel=1e-4)
 
 
 def test_weights_of_samples_are_in_fits_and_the_refit_but_not_in_scores():

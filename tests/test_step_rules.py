@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -22,6 +23,7 @@ from optuna_hypergrad.step_rules import (
     TrustRegion,
     make_step_rule,
 )
+from optuna_hypergrad.step_rules._quadratic import minimize_in_box, secant_model
 
 F64 = torch.float64
 Params = dict[str, Tensor]
@@ -308,3 +310,25 @@ def test_names_make_rules() -> None:
         assert issubclass(cls, AbstractStepRule)
         assert cls.name == name
         assert cls.__doc__
+
+
+@pytest.mark.parametrize("size", [1, 2, 30, 100])
+def test_the_model_of_arrays_is_that_of_tensors(size: int) -> None:
+    rng = np.random.default_rng(0)
+    steps = rng.normal(size=(4, size))
+    root = rng.normal(size=(size, size))
+    changes = steps @ (root @ root.T + np.eye(size))
+    diagonal, slope = rng.uniform(0.5, 2.0, size), rng.normal(size=size)
+    low, high = -rng.uniform(0.0, 1.0, size), rng.uniform(0.0, 1.0, size)
+    given = (diagonal, steps, changes)
+    product, same = secant_model(*given), secant_model(*map(torch.as_tensor, given))
+    v = rng.normal(size=size)
+    assert product(v) == pytest.approx(same(torch.as_tensor(v)).numpy(), rel=1e-9, abs=1e-12)
+    assert product(steps[-1]) == pytest.approx(changes[-1], rel=1e-7)  # the newest pair is exact
+    found = minimize_in_box(slope, product, diagonal, low, high, 10)
+    tensors = map(torch.as_tensor, (diagonal, low, high))
+    expected = minimize_in_box(torch.as_tensor(slope), same, *tensors, 10)
+    assert found[0] == pytest.approx(expected[0].numpy(), rel=1e-6, abs=1e-9)
+    assert found[1] == pytest.approx(expected[1], rel=1e-6)
+    assert (low <= found[0]).all()
+    assert (found[0] <= high).all()

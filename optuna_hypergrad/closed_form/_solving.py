@@ -76,16 +76,35 @@ def factorized(matrix: Tensor, what: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     size = matrix.diagonal(dim1=-2, dim2=-1)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    lost = 10 * matrix.shape[-1] ** 0.5 * torch.finfo(matrix.dtype).eps  # as rounding errors add up
-    # pivot / diagonal is what is new in a column beside the columns before it, whatever its scale
-    if bool(info.any()) or not bool((pivots > lost * size).all()):
-        other = "" if matrix.dtype == torch.float64 else " Or use float64."
-        raise SolverError(
-            f"The linear system of {what} is singular to rounding in {matrix.dtype}: its penalty is lost beside the "
-            f"data, of size up to {float(size.abs().max()):.1e}. Raise the penalty (the lower bound of a "
-            f"hyperparameter) above about {lost:.0e} times that, or take out columns that repeat others.{other}"
-        )
+    refuse_lost_pivots(info.any(), size, pivots, what, matrix.dtype)
     return factor  # type: ignore[no-any-return]
+
+
+def refuse_lost_pivots(
+    failed: Any, size: Any, pivots: Any, what: str, dtype: torch.dtype = torch.float64
+) -> None:
+    """Refuse a Cholesky factor that rounding has eaten up.
+
+    Args:
+        failed: Whether it could not be computed.
+        size: The diagonal of the matrix, ``(..., n)``, a tensor or an array.
+        pivots: The squared diagonal of the factor.
+        what: The system, for an error.
+        dtype: Of both.
+
+    Raises:
+        SolverError: naming the penalty that would do.
+    """
+    lost = 10 * size.shape[-1] ** 0.5 * torch.finfo(dtype).eps  # as rounding errors add up
+    # pivot / diagonal is what is new in a column beside the columns before it, whatever its scale
+    if not failed and bool((pivots > lost * size).all()):
+        return
+    other = "" if dtype == torch.float64 else " Or use float64."
+    raise SolverError(
+        f"The linear system of {what} is singular to rounding in {dtype}: its penalty is lost beside the "
+        f"data, of size up to {float(abs(size).max()):.1e}. Raise the penalty (the lower bound of a "
+        f"hyperparameter) above about {lost:.0e} times that, or take out columns that repeat others.{other}"
+    )
 
 
 def no_forward_mode(ctx: Any, *tangents: Any) -> Tensor:

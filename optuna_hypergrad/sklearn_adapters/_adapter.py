@@ -13,6 +13,8 @@ from optuna.distributions import FloatDistribution
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
+from ._plain import PlainFit, Slope
+
 Split = tuple[np.ndarray, np.ndarray]
 """Indices of the training and the test samples of a fold."""
 
@@ -50,12 +52,14 @@ class FollowedLoss:
         is_score: Whether it is the score itself but for the sign and a constant.
         function: The loss of one fold.
         of_variation: Whether it is relative to the variation of the targets, which must not be zero then.
+        slope: The same in NumPy, with its slope; ``None`` where :attr:`function` does both.
     """
 
     label: str
     is_score: bool
     function: Loss
     of_variation: bool = False
+    slope: Slope | None = None
 
 
 class AbstractAdapter(abc.ABC):
@@ -77,6 +81,10 @@ class AbstractAdapter(abc.ABC):
         Raises:
             ValueError: if the estimator itself cannot be fitted to a fold, whatever its hyperparameters.
         """
+
+    def idle(self, estimator: BaseEstimator) -> frozenset[str]:
+        """Names in :attr:`usual` of what fits under these settings do not depend on."""
+        return frozenset()
 
     @abc.abstractmethod
     def followed_loss(self, scoring: Any) -> FollowedLoss:
@@ -104,6 +112,28 @@ class AbstractAdapter(abc.ABC):
                 those of points far away, so that an iterative fit may end early) and ``"neighbor"`` (the memory of a fold that
                 was fitted just before). Nothing in it has, or comes from what has, a graph.
         """
+
+    def fitted(
+        self,
+        estimator: BaseEstimator,
+        params: Mapping[str, np.ndarray],
+        fold: Fold,
+        scales: np.ndarray | None,
+        memory: dict[str, Any],
+    ) -> PlainFit | None:
+        """What :meth:`predict` predicts, without a graph, with the slopes of ``params`` and of the weights of features.
+
+        Args:
+            estimator: As there.
+            params: Arrays in place of tensors.
+            fold: Its samples, without a graph and the same ones in each call.
+            scales: ``(p,)``, which multiply the features, or ``None``.
+            memory: As there, and the same.
+
+        Returns:
+            ``None`` where there is no formula, and :meth:`predict` is what there is.
+        """
+        return None
 
 
 def tensor(array: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -13,11 +13,15 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
-from ._adapter import AbstractAdapter, FollowedLoss, Split
+from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split
 from ._distributions import Space
 from ._folds import Folds, last_step, remembered
+from ._plain import SCALES, PlainFit, losses_of
 from ._rows import FailedTrialError
 from ._vectors import Vectors
+
+_KEPT_SAMPLES = 1000
+"""Fits of a scan to more of them are not kept for the first trial, which begins at the best one: their kernels take too much memory."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class CrossValidatedLoss:
 
         Where ``rough``, iterative fits may end early: the losses are only compared with others, of points that are far away.
         """
+        fits = self._fits(chosen, values, first, last, rough)
+        if fits is not None:
+            given, plain = fits
+            return losses_of(plain, self._slope, given)
         predicted = self._predicted(chosen, values, first, last, rough)
         return torch.stack([self._loss.function(*found, share) for found, share in predicted])
 
@@ -115,7 +123,14 @@ class CrossValidatedLoss:
         jackknife).
         """
         with torch.no_grad():
-            predicted = self._predicted(chosen, values)
+            fits = self._fits(chosen, values)
+            if fits is None:
+                predicted = self._predicted(chosen, values)
+            else:
+                predicted = [
+                    ((torch.as_tensor(f.prediction), torch.as_tensor(f.target)), torch.as_tensor(s))
+                    for f, s in fits[1]
+                ]
         found = []
         for (prediction, target), share in predicted:
             with torch.enable_grad():
@@ -135,6 +150,60 @@ class CrossValidatedLoss:
         rough: bool = False,
     ) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Predictions with their targets, and the weights of the test samples, of each fold."""
+        leaf, given, every = self._at(chosen)
+        floats = self._floats(values)
+        found = []
+        for fold, split, memory in _in_turn(every, first, last, rough):
+            seen, arguments = self._vectors.applied(fold, split, values)
+            params = {**given, **floats, **arguments}
+            found.append((self._adapter.predict(leaf, params, seen, memory), fold.test_weights))
+        self._fitted(len(found))
+        return found
+
+    def _fits(
+        self,
+        chosen: Mapping[str, Any],
+        values: Mapping[str, Tensor],
+        first: int = 0,
+        last: int | None = None,
+        rough: bool = False,
+    ) -> tuple[dict[str, Tensor], list[tuple[PlainFit, np.ndarray]]] | None:
+        """Fits with formulas for slopes, and the weights of the test samples; and the hyperparameters by the adapter's names.
+
+        ``None`` where there is none of one of the folds.
+        """
+        vectors = self._vectors
+        if vectors.of("samples") is not None or vectors.of("classes") is not None:
+            return None
+        leaf, fixed, every = self._at(chosen)
+        given = self._floats(values)
+        for name, vector in vectors.by_name.items():
+            key = SCALES if vector.place == "features" else vector.argument
+            given[key] = vector.spread(values[name])
+        params = {k: v.detach().numpy() for k, v in {**fixed, **given}.items()}
+        point = tuple((k, v.tobytes()) for k, v in sorted(params.items()))
+        scales, found, new = params.pop(SCALES, None), [], 0
+        for fold, _, memory in _in_turn(every, first, last, rough):
+            kept = memory.setdefault("scanned", {})
+            fit = kept.get(point)
+            if fit is None:
+                with np.errstate(all="ignore"):  # what is not finite is seen in the loss
+                    fit = self._adapter.fitted(leaf, params, fold, scales, memory)
+                if fit is None:
+                    return None
+                new += 1
+            if not rough:
+                kept.clear()
+            elif fit.exact and len(fold.x_train) <= _KEPT_SAMPLES:
+                kept[point] = fit
+            found.append((fit, fold.test_weights.numpy()))
+        self._fitted(new)
+        return given, found
+
+    def _at(
+        self, chosen: Mapping[str, Any]
+    ) -> tuple[BaseEstimator, dict[str, Tensor], list[tuple[Fold, Split, dict[str, Any]]]]:
+        """The last step under a setting, the numbers that it has, and each fold with its memory."""
         estimator, given = remembered(
             self._estimators, tuple(chosen.items()), lambda: self._with(chosen)
         )
@@ -142,23 +211,27 @@ class CrossValidatedLoss:
         memories: list[dict[str, Any]] = [{} for _ in folds]
         if self._warm:
             memories = self._folds.memories(tuple(chosen.items()))
-        leaf, _ = last_step(estimator)
-        floats = {
+        every = list(zip(folds, self.splits, memories, strict=True))
+        return last_step(estimator)[0], given, every
+
+    def _floats(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is no vector, by the adapter's names."""
+        return {
             name.removeprefix(self._prefix): value
             for name, value in values.items()
             if name not in self._vectors.by_name
         }
-        found = []
-        every = list(zip(folds, self.splits, memories, strict=True))
-        neighbor = memories[first - 1] if first > 0 else {}
-        for fold, split, memory in every[first:last]:
-            memory |= {"rough": rough, "neighbor": neighbor}
-            neighbor = memory
-            seen, arguments = self._vectors.applied(fold, split, values)
-            params = {**given, **floats, **arguments}
-            found.append((self._adapter.predict(leaf, params, seen, memory), fold.test_weights))
-        self._fitted(len(found))
-        return found
+
+    def _slope(
+        self, prediction: np.ndarray, target: np.ndarray, weights: np.ndarray
+    ) -> tuple[float, np.ndarray]:
+        if self._loss.slope is not None:
+            return self._loss.slope(prediction, target, weights)
+        with torch.enable_grad():
+            leaf = torch.tensor(prediction, requires_grad=True)
+            loss = self._loss.function(leaf, torch.as_tensor(target), torch.as_tensor(weights))
+            (by,) = torch.autograd.grad(loss, [leaf])
+        return float(loss.detach()), by.numpy()
 
     def prepare(self) -> None:
         """Fit the transformers as they are; what is wrong with the data is said now."""
@@ -178,6 +251,10 @@ class CrossValidatedLoss:
                 f"vector of one number per feature"
             )
         return int(found.pop())
+
+    def idle(self, chosen: Mapping[str, Any]) -> set[str]:
+        """Hyperparameters that change nothing under a setting."""
+        return {self._prefix + n for n in self._adapter.idle(self._at(chosen)[0])}
 
     def _with(self, chosen: Mapping[str, Any]) -> tuple[BaseEstimator, dict[str, Tensor]]:
         """The estimator of a setting, and the numbers that it has where they could be differentiated."""
@@ -204,3 +281,14 @@ def _numbers(leaf: BaseEstimator, adapter: AbstractAdapter) -> dict[str, Tensor]
         if is_vector or (isinstance(value, Real) and value is not True and value is not False):
             found[name] = torch.as_tensor(value, dtype=torch.float64)
     return found
+
+
+def _in_turn(
+    every: list[tuple[Fold, Split, dict[str, Any]]], first: int, last: int | None, rough: bool
+) -> Iterator[tuple[Fold, Split, dict[str, Any]]]:
+    """Folds from ``first`` to before ``last``, the memories of which know how fits are to be and what was fitted just before."""
+    neighbor = every[first - 1][2] if first > 0 else {}
+    for fold, split, memory in every[first:last]:
+        memory |= {"rough": rough, "neighbor": neighbor}
+        neighbor = memory
+        yield fold, split, memory

@@ -12,6 +12,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, assert_all_finite
 
 from ._adapter import Fold, Split, tensor
+from .feature_weights import FeatureWeights
 
 T = TypeVar("T")
 
@@ -74,11 +75,11 @@ class Folds:
         return remembered(self._memories, setting, lambda: [{} for _ in self._splits])
 
     def _fold(self, estimator: BaseEstimator, train: np.ndarray, test: np.ndarray) -> Fold:
-        x_train, x_test = _safe_indexing(self._X, train), _safe_indexing(self._X, test)
+        x_train, x_test = _rows(self._X, train), _rows(self._X, test)
         y_train = self._y[train]
         while isinstance(estimator, Pipeline):
-            if len(estimator.steps) > 1:
-                transformers = clone(estimator)[:-1]
+            if not _changes_nothing(estimator.steps[:-1], x_train):
+                transformers = clone(estimator[:-1])
                 x_train = transformers.fit_transform(x_train, y_train)
                 x_test = transformers.transform(x_test)
             estimator = estimator.steps[-1][1]
@@ -93,6 +94,18 @@ class Folds:
         )
 
 
+def _rows(data: Any, index: np.ndarray) -> Any:
+    return data[index] if type(data) is np.ndarray else _safe_indexing(data, index)
+
+
+def _changes_nothing(steps: list[tuple[str, Any]], data: Any) -> bool:
+    """Whether transformers pass on a plain matrix: weights of features that are searched are applied to what comes out."""
+    is_matrix = type(data) is np.ndarray and data.ndim == 2 and data.size > 0
+    if not is_matrix or data.dtype.kind not in "fiu":  # transformers have their own words for it
+        return not steps
+    return all(type(t) is FeatureWeights and t.weights is None for _, t in steps)
+
+
 def _matrix(data: Any, owner: str) -> Any:
     if hasattr(data, "toarray"):
         raise NoMatrixError("what the last step would get is sparse, and adapters take dense data")
@@ -105,7 +118,8 @@ def _matrix(data: Any, owner: str) -> Any:
         raise NoMatrixError(
             f"what the last step would get, of shape {array.shape}, is not a matrix"
         )
-    assert_all_finite(array, estimator_name=owner, input_name="X")
+    if not np.isfinite(array.sum()):
+        assert_all_finite(array, estimator_name=owner, input_name="X")
     return tensor(array)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -28,11 +27,8 @@ from ._descent import scan
 from ._distributions import Space
 from ._folds import NoMatrixError, last_step
 from ._nested import Freedom
-from ._process_wide import ProcessWide
 from ._rows import FailedTrialError
 from ._vectors import SAMPLE_WEIGHT, Vectors, placed
-
-_THREADS = ProcessWide(torch.get_num_threads, torch.set_num_threads)
 
 
 class NotFollowedError(Exception):
@@ -200,14 +196,20 @@ class Followed:
         return found
 
     def scanned(self, chosen: Mapping[str, Any], freedom: Freedom) -> dict[str, float]:
-        """Where a descent begins: the best of a few points, vectors with all entries equal."""
+        """Where a descent begins: the best of a few points, vectors with all entries equal.
+
+        What changes nothing is at the middle.
+        """
+        idle = self.cross_validated.idle(chosen)
+        at_rest = {n: d.midpoint() for n, d in freedom.domains.items() if n in idle}
+        fixed = {n: torch.tensor(v, dtype=torch.float64) for n, v in at_rest.items()}
 
         def of(values: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-            return self.cross_validated.each(
-                chosen, freedom.untied(values), first, last, rough=True
-            )
+            point = freedom.untied({**fixed, **values})
+            return self.cross_validated.each(chosen, point, first, last, rough=True)
 
-        return scan(of, freedom.domains, freedom.more, len(self._splits))
+        domains = {n: d for n, d in freedom.domains.items() if n not in idle}
+        return at_rest | scan(of, domains, freedom.more, len(self._splits))
 
     def score_of(self, estimator: BaseEstimator, setting: Mapping[str, Any], scoring: Any) -> float:
         """Of scikit-learn's own fits: the mean over the folds. (Weights of samples that are searched are of the fits only.)"""
@@ -302,10 +304,3 @@ def _weights(given: Any, num_samples: int) -> np.ndarray | None:
     if weights.shape != (num_samples,) or not (np.isfinite(weights) & (weights >= 0)).all():
         raise NotFollowedError("sample_weight is not a vector of numbers >= 0, one per sample")
     return weights
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Fits of this size are faster on one thread of torch (and BLAS) than on many."""
-    with _THREADS.changed(lambda now: 1):
-        yield

@@ -36,10 +36,40 @@ def _log_loss(log_probabilities: Tensor, target: Tensor, weights: Tensor) -> Ten
     return weights @ nll_loss(log_probabilities, target, reduction="none")
 
 
+def _error_and_slope(
+    predicted: np.ndarray, target: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    gap = predicted - target
+    if gap.ndim == 1:
+        weighted = weights * gap
+        return float(weighted @ gap), 2 * weighted
+    weighted = weights[:, None] * gap / gap.shape[1]
+    return float((weighted * gap).sum()), 2 * weighted
+
+
+def _one_less_r2_and_slope(
+    predicted: np.ndarray, target: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    varied = weights @ (target - weights @ target) ** 2
+    gap = predicted - target
+    weighted = (
+        weights[:, None] * gap / (varied * gap.shape[1])
+        if gap.ndim == 2
+        else weights * gap / varied
+    )
+    return float((weighted * gap).sum()), 2 * weighted
+
+
 _REGRESSION = {
-    None: FollowedLoss("1 - R^2", True, _one_less_r2, of_variation=True),
-    "r2": FollowedLoss("1 - R^2", True, _one_less_r2, of_variation=True),
-    "neg_mean_squared_error": FollowedLoss("mean squared error", True, _mean_squared_error),
+    None: FollowedLoss(
+        "1 - R^2", True, _one_less_r2, of_variation=True, slope=_one_less_r2_and_slope
+    ),
+    "r2": FollowedLoss(
+        "1 - R^2", True, _one_less_r2, of_variation=True, slope=_one_less_r2_and_slope
+    ),
+    "neg_mean_squared_error": FollowedLoss(
+        "mean squared error", True, _mean_squared_error, slope=_error_and_slope
+    ),
     "neg_root_mean_squared_error": FollowedLoss(
         "root mean squared error", True, _root_mean_squared_error
     ),
@@ -60,12 +90,22 @@ def reason_against_targets(y: np.ndarray) -> str | None:
 def regression_loss(scoring: Any) -> FollowedLoss:
     """Of a regressor; the mean squared error for a score that has no counterpart."""
     known = _REGRESSION.get(scoring) if scoring is None or isinstance(scoring, str) else None
-    return known or FollowedLoss("mean squared error", False, _mean_squared_error)
+    return known or FollowedLoss(
+        "mean squared error", False, _mean_squared_error, slope=_error_and_slope
+    )
 
 
 def classification_loss(scoring: Any) -> FollowedLoss:
     """Of a classifier that predicts log probabilities ``(m, k)`` for classes ``(m,)``: the log loss."""
-    return FollowedLoss("log loss", scoring == "neg_log_loss", _log_loss)
+    return FollowedLoss("log loss", scoring == "neg_log_loss", _log_loss, slope=_log_loss_and_slope)
+
+
+def _log_loss_and_slope(
+    log_probabilities: np.ndarray, target: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    rows, slope = np.arange(len(target)), np.zeros_like(log_probabilities)
+    slope[rows, target] = -weights
+    return -float(weights @ log_probabilities[rows, target]), slope
 
 
 def _smoothed_hinge(decisions: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ._support_vectors import Machine
 
 _LIBSVM: dict[str, Any] = {
     "kernel": "precomputed",
-    "tol": 1e-3,
+    "tol": 1e-2,
     "cache_size": 200,
     "max_iter": 200_000,
 }
@@ -89,18 +89,22 @@ def classifier_start(machine: Machine) -> np.ndarray:
     return found
 
 
-def regressor_start(machine: Machine, epsilon: float) -> np.ndarray:
-    """``beta`` by libsvm, close to the solution."""
-    with torch.no_grad():
-        n = len(machine.kernel)
-        most = machine.high[:n].numpy()
-        kept = np.flatnonzero(most > 0)
-        libsvm = SVR(C=1.0, epsilon=epsilon, **_LIBSVM)
-        kernel = _among(machine.kernel.numpy(), kept)
-        with _plainly():
-            libsvm.fit(kernel, machine.target.numpy()[:n][kept] + epsilon, sample_weight=most[kept])
-        found = np.zeros(2 * n)
-        each = np.zeros(n)
-        each[kept[libsvm.support_]] = libsvm.dual_coef_[0]
-        found[:n], found[n:] = each.clip(min=0), each.clip(max=0)
+def regressor_start(
+    kernel: np.ndarray, y: np.ndarray, most: np.ndarray, epsilon: float
+) -> np.ndarray:
+    """``beta`` by libsvm, close to the solution.
+
+    Args:
+        kernel: ``(n, n)``.
+        y: Targets, ``(n,)``.
+        most: Upper bounds, ``(n,)``.
+        epsilon: Of the loss.
+    """
+    n, kept = len(kernel), np.flatnonzero(most > 0)
+    libsvm = SVR(C=1.0, epsilon=epsilon, **_LIBSVM)
+    with _plainly():
+        libsvm.fit(_among(kernel, kept), y[kept], sample_weight=most[kept])
+    found, each = np.zeros(2 * n), np.zeros(n)
+    each[kept[libsvm.support_]] = libsvm.dual_coef_[0]
+    found[:n], found[n:] = each.clip(min=0), each.clip(max=0)
     return found

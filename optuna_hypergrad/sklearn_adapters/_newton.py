@@ -156,11 +156,7 @@ class LogisticOptimum(torch.autograd.Function):
         )
         found = next((f for s in tried if (f := solve(problem, s)) is not None), None)
         if found is None:
-            message = (
-                f"A logistic regression at C={float(c):.3g} could not be solved: its Hessian is not positive definite to "
-                f"rounding, or {MAX_STEPS} Newton steps were not enough. Lower the upper bound of C, or scale the features."
-            )
-            raise SolverError(message, Result(Status.MAX_STEPS_REACHED, message))
+            raise unsolved(float(c))
         theta, ctx.inverse = found
         ctx.save_for_backward(x, targets, weights, c, theta)
         ctx.num_penalized = num_penalized
@@ -187,6 +183,15 @@ class LogisticOptimum(torch.autograd.Function):
             slopes = iter(torch.autograd.grad(product, needed))
         by_x, by_weights, by_c = (next(slopes) if w else None for w in wanted)
         return by_x, None, by_weights, by_c, None, None, None
+
+
+def unsolved(c: float) -> SolverError:
+    """What to say of a regression at ``C``."""
+    message = (
+        f"A logistic regression at C={c:.3g} could not be solved: its Hessian is not positive definite to "
+        f"rounding, or {MAX_STEPS} Newton steps were not enough. Lower the upper bound of C, or scale the features."
+    )
+    return SolverError(message, Result(Status.MAX_STEPS_REACHED, message))
 
 
 def _solved(

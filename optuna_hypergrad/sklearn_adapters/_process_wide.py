@@ -28,12 +28,17 @@ class ProcessWide(Generic[T]):
     def changed(self, to: Callable[[T], T]) -> Iterator[None]:
         """As long as anybody is inside, it is what ``to`` makes of it."""
         with self._lock:
-            self._before.append(self._before[0] if self._before else self._read())
-            self._write(to(self._read()))
+            now = self._read()
+            self._before.append(self._before[0] if self._before else now)
+            self._set(to(now))
         try:
             yield
         finally:
             with self._lock:
                 before = self._before.pop()
                 if not self._before:
-                    self._write(before)
+                    self._set(before)
+
+    def _set(self, value: T) -> None:
+        if value != self._read():
+            self._write(value)

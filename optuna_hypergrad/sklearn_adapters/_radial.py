@@ -1,14 +1,16 @@
-"""Kernel ridge regression of a fold with few operations: neither a product of two vectors nor a check has the kernel's size."""
+"""Kernel ridge regression of a fold with few operations: no product of two vectors and no check has the kernel's size."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..closed_form._solving import factorized
+from ._plain import Factor, PlainFit, radial
 
 
 class KernelPredictions(torch.autograd.Function):
@@ -55,3 +57,43 @@ class KernelPredictions(torch.autograd.Function):
 
 def _times(root: Tensor | None, v: Tensor) -> Tensor:
     return v if root is None else root[:, None] * v
+
+
+def radial_fit(
+    among: np.ndarray,
+    across: np.ndarray,
+    gamma: float,
+    alpha: float,
+    y: np.ndarray,
+    y_test: np.ndarray,
+    root: np.ndarray | None,
+) -> PlainFit:
+    """The same in arrays, of a kernel ``exp(gamma among)``, with its slopes.
+
+    Args:
+        among, across: ``(n, n)`` and ``(m, n)``.
+        gamma, alpha: Hyperparameters.
+        y, y_test: ``(n,)`` or ``(n, k)``, and likewise.
+        root: Of each sample's weight, ``(n,)``, or ``None``.
+
+    Raises:
+        SolverError: if the system is singular to rounding.
+    """
+    kernel, seen = radial(among, gamma), radial(across, gamma)
+    wide = y if y.ndim == 2 else y[:, None]
+    times = 1.0 if root is None else root[:, None]
+    matrix = kernel.copy() if root is None else times * kernel * root
+    matrix.flat[:: len(matrix) + 1] += alpha
+    factor = Factor.checked(matrix, "KernelRidge")
+    inner = factor.solve(times * wide)
+    dual = times * inner
+    found = seen @ dual
+
+    def pull(slope: np.ndarray) -> dict[str, Any]:
+        by = slope if slope.ndim == 2 else slope[:, None]
+        pulled = factor.solve(times * (seen.T @ by))
+        bent = (by * ((across * seen) @ dual)).sum()
+        bent -= (times * pulled * ((among * kernel) @ dual)).sum()
+        return {"alpha": -(pulled * inner).sum(), "gamma": bent}
+
+    return PlainFit(found if y.ndim == 2 else found[:, 0], y_test, pull)

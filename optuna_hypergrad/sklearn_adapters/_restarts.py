@@ -89,7 +89,10 @@ def _has_ended(trials: Sequence[FrozenTrial], number: int) -> bool:
 
 
 def _stop_at_the_end(study: Study, trial: FrozenTrial) -> None:
-    if _has_ended(finished(study), int(trial.params.get(DESCENT, -1))):
+    if is_the_end(trial) or (
+        trial.state != TrialState.COMPLETE
+        and _has_ended(finished(study), int(trial.params.get(DESCENT, -1)))
+    ):
         study.stop()
 
 

@@ -12,9 +12,9 @@ from optuna.trial import FrozenTrial
 from sklearn.exceptions import FitFailedWarning
 
 from .._errors import ObjectiveError
-from ._following import one_thread
 from ._rows import FailedTrialError
 from ._study import quiet, was_stopped
+from ._threads import one_thread
 
 Callback = Callable[[Study, FrozenTrial], None]
 
@@ -60,17 +60,23 @@ class Run:
             return True
         stopped = [False]
 
-        def look(study: Study, trial: FrozenTrial) -> None:
+        def look(
+            study: Study, trial: FrozenTrial
+        ) -> None:  # one callback: Optuna copies the trial for each
             stopped[0] = was_stopped(study)
+            for callback in more_callbacks:
+                callback(study, trial)
 
         with quiet(self._verbose), one_thread():
             self._study.optimize(
                 lambda trial: self._attempted(objective, trial),
                 n_trials=n_trials,
                 timeout=timeout,
-                callbacks=[*self.callbacks, look, *more_callbacks],
+                callbacks=[*self.callbacks, look] if more_callbacks else self.callbacks,
                 catch=() if self._raises else (FailedTrialError,),
             )
+        if not more_callbacks:
+            stopped[0] = was_stopped(self._study)
         return stopped[0] or (self._end is not None and time.monotonic() >= self._end)
 
     def _attempted(self, objective: Callable[[optuna.Trial], float], trial: optuna.Trial) -> float:

@@ -169,10 +169,11 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
         if self.resume and (self.storage is None or self.study_name is None):
             raise ValueError("resume=True needs storage= and study_name= to find the study again.")
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        sampler: BaseSampler = TPESampler(seed=seed)
         if follows or self.sampler is not None:
             self._sampler_with = functools.partial(self._sampler, seed)
             sampler = self._sampler_with()
+        else:
+            sampler = TPESampler(seed=seed)
         self._seed = None if follows or self.sampler is not None else seed
         digest = ""
         if self.storage is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import lapack  # type: ignore[import-untyped]
 from torch import Tensor
 
 from .._errors import SolverError
@@ -40,6 +41,30 @@ class Machine:
     high: Tensor
 
 
+@dataclass(frozen=True)
+class LU:
+    """A symmetric matrix of order ``n``, factorized by LAPACK."""
+
+    factor: np.ndarray
+    pivots: np.ndarray
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> LU:
+        """Of a matrix that is lost."""
+        factor, pivots, _ = lapack.dgetrf(matrix.T, overwrite_a=1)
+        return cls(factor, pivots)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """As torch's functions take it."""
+        return torch.as_tensor(self.factor), torch.as_tensor(self.pivots + 1)
+
+    def solve(self, rhs: np.ndarray) -> np.ndarray:
+        """``(n,)``."""
+        found: np.ndarray = lapack.dgetrs(self.factor, self.pivots, rhs)[0]
+        return found
+
+
 def solved(machine: Machine, start: np.ndarray) -> tuple[Tensor, Tensor, np.ndarray]:
     """The solution with a graph: one Newton step from it, the Hessian held fixed, which has the derivative of the implicit
     function (Chapelle, Vapnik, Bousquet & Mukherjee 2002, "Choosing multiple parameters for support vector machines").
@@ -54,8 +79,8 @@ def solved(machine: Machine, start: np.ndarray) -> tuple[Tensor, Tensor, np.ndar
     Raises:
         SolverError: if there is none to be found.
     """
-    arrays = _Arrays.of(machine)
-    beta, free, at_high = _active_set(arrays, start)
+    arrays = Arrays.of(machine)
+    beta, free, at_high = active_set(arrays, start)
     bound = torch.where(torch.as_tensor(at_high), machine.high, machine.low)
     if not free.any():
         return _without_free(machine, arrays, beta, bound)
@@ -69,13 +94,13 @@ def solved(machine: Machine, start: np.ndarray) -> tuple[Tensor, Tensor, np.ndar
     products = (machine.kernel @ each)[torch.as_tensor(machine.rows[free])]
     left = products + float(found[-1]) - machine.target[mask]
     residual = torch.cat([left, held.sum().reshape(1)])
-    step = torch.linalg.lu_solve(*factor, residual.unsqueeze(1)).squeeze(1)
+    step = torch.linalg.lu_solve(*factor.tensors, residual.unsqueeze(1)).squeeze(1)
     moved = torch.zeros_like(held).masked_scatter(mask, step[:-1])
     return held - moved, float(found[-1]) - step[-1], beta
 
 
 def _without_free(
-    machine: Machine, arrays: _Arrays, beta: np.ndarray, bound: Tensor
+    machine: Machine, arrays: Arrays, beta: np.ndarray, bound: Tensor
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """Any ``b`` of an interval will do, and libsvm takes its middle."""
     least, most = arrays.ends(beta)
@@ -87,7 +112,7 @@ def _without_free(
     return bound, torch.stack(ends).mean(), beta
 
 
-class _Arrays:
+class Arrays:
     """A machine's numbers, without a graph."""
 
     def __init__(self, kernel: np.ndarray, rows: np.ndarray, *vectors: np.ndarray) -> None:
@@ -95,7 +120,7 @@ class _Arrays:
         self.target, self.low, self.high = vectors
 
     @classmethod
-    def of(cls, machine: Machine) -> _Arrays:
+    def of(cls, machine: Machine) -> Arrays:
         vectors = (machine.target, machine.low, machine.high)
         return cls(
             machine.kernel.detach().numpy(), machine.rows, *(v.detach().numpy() for v in vectors)
@@ -103,12 +128,15 @@ class _Arrays:
 
     def products(self, beta: np.ndarray) -> np.ndarray:
         """``f - b`` for each entry."""
-        each = np.bincount(self.rows, beta, minlength=len(self.kernel))
-        support = np.flatnonzero(each)
-        found: np.ndarray = (self.kernel[:, support] @ each[support])[self.rows]
+        found: np.ndarray = (self.kernel @ self.each(beta))[self.rows]
         return found
 
-    def factor(self, free: np.ndarray) -> tuple[Tensor, Tensor]:
+    def each(self, beta: np.ndarray) -> np.ndarray:
+        """The sum of the entries of each sample, ``(n,)``."""
+        found: np.ndarray = np.bincount(self.rows, beta, minlength=len(self.kernel))
+        return found
+
+    def factor(self, free: np.ndarray) -> LU:
         """Of the conditions on free entries and ``b``."""
         rows = self.rows[free]
         size = len(rows)
@@ -117,14 +145,13 @@ class _Arrays:
         largest = max(float(matrix.diagonal()[:size].max()), 1e-300)
         matrix[np.arange(size), np.arange(size)] += _JITTER * largest
         matrix[size, size] = 0.0
-        factor, pivots = torch.linalg.lu_factor(torch.as_tensor(matrix))
-        return factor, pivots
+        return LU.of(matrix)
 
-    def on(self, free: np.ndarray, beta: np.ndarray, factor: tuple[Tensor, Tensor]) -> np.ndarray:
+    def on(self, free: np.ndarray, beta: np.ndarray, factor: LU) -> np.ndarray:
         """Free entries and ``b`` that satisfy the conditions, others as in ``beta``."""
         fixed = np.where(free, 0.0, beta)
         side = np.append((self.target - self.products(fixed))[free], -fixed.sum())
-        return np.asarray(torch.linalg.lu_solve(*factor, torch.as_tensor(side).unsqueeze(1)))[:, 0]
+        return factor.solve(side)
 
     def ends(self, beta: np.ndarray) -> tuple[int | None, int | None]:
         """Entries that bound ``b`` most from below and from above, where all are at their bounds."""
@@ -135,7 +162,7 @@ class _Arrays:
         return least, most
 
 
-def _active_set(arrays: _Arrays, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def active_set(arrays: Arrays, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The solution, which entries are free, and which are at their upper bounds.
 
     The conditions of a set of free entries are solved; one that would leave its bounds stays at them, the one whose residual

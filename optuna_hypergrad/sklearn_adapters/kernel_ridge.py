@@ -23,7 +23,9 @@ from ._kernels import (
     with_zero_slopes,
 )
 from ._losses import reason_against_targets, regression_loss
-from ._radial import KernelPredictions
+from ._plain import PlainFit
+from ._radial import KernelPredictions, radial_fit
+from ._shrinkage import along_penalties
 
 
 class KernelRidgeAdapter(AbstractAdapter):
@@ -57,6 +59,9 @@ class KernelRidgeAdapter(AbstractAdapter):
         if not np.min(estimator.alpha) > 0:
             return f"KernelRidge(alpha={estimator.alpha!r:.60}) may have no solution"
         return reason_against_targets(y)
+
+    def idle(self, estimator: BaseEstimator) -> frozenset[str]:
+        return frozenset({"gamma"} if estimator.kernel == "linear" else ())
 
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return regression_loss(scoring)
@@ -93,6 +98,28 @@ class KernelRidgeAdapter(AbstractAdapter):
             dual = kernel_ridge(among, y, penalty, sample_weight=fold.weights)
         used = {"alpha"} if estimator.kernel == "linear" else set(params)
         return with_zero_slopes(across @ dual, params, used), y_test
+
+    def fitted(
+        self,
+        estimator: BaseEstimator,
+        params: Mapping[str, np.ndarray],
+        fold: Fold,
+        scales: np.ndarray | None,
+        memory: dict[str, Any],
+    ) -> PlainFit | None:
+        alpha = np.asarray(params.get("alpha", estimator.alpha), dtype=np.float64)
+        if scales is not None or estimator.kernel not in ("linear", "rbf", "laplacian"):
+            return None
+        if estimator.kernel == "linear":
+            return along_penalties(fold, alpha, False, memory)
+        if alpha.ndim:
+            return None
+        among, across = pairs_of_fold(estimator.kernel, fold, memory)
+        gamma = 1 / fold.x_train.shape[1] if estimator.gamma is None else estimator.gamma
+        y, y_test = (np.asarray(part, dtype=np.float64) for part in (fold.y_train, fold.y_test))
+        root = None if fold.weights is None else fold.weights.sqrt().numpy()
+        given = float(params.get("gamma", gamma)), float(alpha)
+        return radial_fit(among.numpy(), across.numpy(), *given, y, y_test, root)
 
 
 def _indefinite(kernel: Tensor, y: Tensor, alpha: Tensor, weights: Tensor | None) -> Tensor:

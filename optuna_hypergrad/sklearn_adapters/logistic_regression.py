@@ -17,7 +17,9 @@ from torch.nn.functional import one_hot
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split
 from ._kernels import remembered
 from ._losses import classification_loss
-from ._newton import LogisticOptimum, log_probabilities
+from ._newton import MAX_DENSE, LogisticOptimum, log_probabilities, unsolved
+from ._plain import PlainFit
+from ._two_classes import TwoClasses
 
 _SAME = {
     ("penalty", "l2"),
@@ -102,8 +104,47 @@ class LogisticRegressionAdapter(AbstractAdapter):
         memory["path"] = [*path[-1:], (log_c, theta.detach())]
         return log_probabilities(theta, x_test), y_test
 
+    def fitted(
+        self,
+        estimator: BaseEstimator,
+        params: Mapping[str, np.ndarray],
+        fold: Fold,
+        scales: np.ndarray | None,
+        memory: dict[str, Any],
+    ) -> PlainFit | None:
+        intercept, p = bool(estimator.fit_intercept), fold.x_train.shape[1]
+        if p + intercept > MAX_DENSE:
+            return None
+        if "y" not in memory:
+            memory["y"] = _targets(fold)
+        y_train, y_test = memory["y"]
+        if y_train.shape[1] > 1:
+            return None
 
-def _starts(path: list[tuple[float, Tensor]], log_c: float) -> list[Tensor]:
+        def made() -> TwoClasses:
+            s = torch.ones_like(y_train[:, 0]) if fold.weights is None else fold.weights
+            positive: np.ndarray = y_train[:, 0].numpy()
+            return TwoClasses.of(
+                fold.x_train.numpy(), fold.x_test.numpy(), positive, s.numpy(), intercept
+            )
+
+        key = (fold.x_train, fold.x_test, fold.weights, intercept)
+        problem: TwoClasses = remembered(memory, "two classes", key, made)
+        c = float(params["C"])
+        log_c, path = math.log(c), memory.setdefault("plain path", [])
+        near = memory.get("neighbor", {}).get("plain path", [])
+        starts, rough = _starts(path, log_c), bool(memory.get("rough"))
+        starts += [t for at, t in near if at == log_c]
+        optimum = problem.at(c, scales).optimum(starts, rough)
+        if optimum is None:
+            raise unsolved(c)
+        memory["plain path"] = [*path[-1:], (log_c, optimum.theta)]
+        return PlainFit(
+            optimum.log_probabilities(), y_test.numpy(), optimum.pulled, exact=not rough
+        )
+
+
+def _starts(path: list[tuple[float, Any]], log_c: float) -> list[Any]:
     """The last optimum, and what lies on a line through the last two, which are smooth in the logarithm of ``C``."""
     if len(path) < 2:
         return [theta for _, theta in path]

@@ -16,7 +16,8 @@ from ..closed_form.ridge import ridge
 from ._adapter import AbstractAdapter, Fold, FollowedLoss, Split, tensor
 from ._losses import reason_against_targets, regression_loss
 from ._normal_equations import fit_and_predict
-from ._spectral import spectral_predictions
+from ._plain import PlainFit
+from ._shrinkage import along_penalties, along_weights
 
 
 class RidgeAdapter(AbstractAdapter):
@@ -56,10 +57,6 @@ class RidgeAdapter(AbstractAdapter):
             memory["wide"] = y if y.dim() == 2 else y[:, None]
         alpha, (y, y_test) = params["alpha"], memory["y"]
         wide = memory["wide"]
-        intercept = bool(estimator.fit_intercept)
-        known = spectral_predictions(fold, wide, alpha, intercept, memory)
-        if known is not None:
-            return known if y.dim() == 2 else known[:, 0], y_test
         n, p = fold.x_train.shape
         if alpha.dim() == 0 and p <= n:
             weights = torch.ones(n, dtype=y.dtype) if fold.weights is None else fold.weights
@@ -77,3 +74,18 @@ class RidgeAdapter(AbstractAdapter):
             sample_weight=fold.weights,
         )
         return model.predict(fold.x_test), y_test
+
+    def fitted(
+        self,
+        estimator: BaseEstimator,
+        params: Mapping[str, np.ndarray],
+        fold: Fold,
+        scales: np.ndarray | None,
+        memory: dict[str, Any],
+    ) -> PlainFit | None:
+        alpha, intercept = params["alpha"], bool(estimator.fit_intercept)
+        if scales is None:
+            return along_penalties(fold, alpha, intercept, memory)
+        if alpha.ndim:
+            return None
+        return along_weights(fold, alpha, scales, intercept, memory)

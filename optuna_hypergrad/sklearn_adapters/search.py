@@ -22,7 +22,7 @@ from ..check_report import HypergradientReport
 from ..studies import differentiable
 from ._context import SearchContext
 from ._distributions import space_of, suggest
-from ._following import NotFollowedError, one_thread
+from ._following import NotFollowedError
 from ._gradient_check import checked
 from ._guarded import guarded_search
 from ._nested import can_nest
@@ -33,6 +33,7 @@ from ._run import Run
 from ._settings import enqueue_each
 from ._study import check_url, completed, finished
 from ._study_search import StudySearch
+from ._threads import one_thread
 
 
 class HypergradientSearchCV(StudySearch):

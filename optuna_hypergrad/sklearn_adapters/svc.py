@@ -48,6 +48,9 @@ class SVCAdapter(AbstractAdapter):
             return "SVC(probability=True) is not adapted"
         return reason_against_kernel(estimator) or reason_against_classes(y, splits)
 
+    def idle(self, estimator: BaseEstimator) -> frozenset[str]:
+        return frozenset({"gamma"} if estimator.kernel == "linear" else ())
+
     def followed_loss(self, scoring: Any) -> FollowedLoss:
         return margin_loss()
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
-from ._box import floored
+from ._box import Vector, floored, larger
 from ._work import Work
 
 _BETA1, _BETA2 = 0.7, 0.99
@@ -29,7 +26,7 @@ def start_averaging(work: Work, reach: float, error: float) -> None:
     if _far_worse(work, n["value"]):
         work.point = t["point"]
     t["gradient"] = 0.5 * (t["gradient"] + work.slope)
-    t["size"] = torch.maximum(t["size"], work.slope.abs())
+    t["size"] = larger(t["size"], abs(work.slope))
     for key in ("steps", "changes"):
         t.pop(key, None)
     n["length"] = min(max(1.5 * reach, 0.02), 0.7)
@@ -48,7 +45,7 @@ def take_in_noisy(work: Work, patience: int) -> None:
     else:
         n["averaged"] += 1
         t["gradient"] = _BETA1 * t["gradient"] + (1 - _BETA1) * work.slope
-        t["size"] = (_BETA2 * t["size"] ** 2 + (1 - _BETA2) * work.slope**2).sqrt()
+        t["size"] = (_BETA2 * t["size"] ** 2 + (1 - _BETA2) * work.slope**2) ** 0.5
         n["noise"] += 0.2 * (abs(work.value - n["smooth"]) - n["noise"])
         n["smooth"] += 0.2 * (work.value - n["smooth"])
         if work.value < n["best"]:
@@ -62,7 +59,7 @@ def take_in_noisy(work: Work, patience: int) -> None:
         work.stop = "Steps were shortened until nothing was left of them."
 
 
-def averaged_step(work: Work) -> Tensor:
+def averaged_step(work: Work) -> Vector:
     """The next point."""
     n, t = work.numbers, work.tensors
     length = n["length"] / math.sqrt(1.0 + n["averaged"] / _DECAY_STEPS)

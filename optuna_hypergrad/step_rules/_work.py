@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .._typing import Params
 from ._abstract import Proposal, StepState
-from ._box import Layout
+from ._box import Layout, Vector
 from ._trees import usable
 
 _ROUGH = ("size", "steps", "changes")
@@ -25,12 +26,12 @@ class Work:
 
     layout: Layout
     numbers: dict[str, float]
-    tensors: Params
-    point: Tensor
+    tensors: dict[str, Vector]
+    point: Vector
     value: float
-    slope: Tensor | None
-    low: Tensor
-    high: Tensor
+    slope: Vector | None
+    low: Vector
+    high: Vector
     stop: str | None = None
 
     @classmethod
@@ -41,7 +42,7 @@ class Work:
         return cls(
             layout,
             numbers,
-            {k: v.to(layout.device, layout.dtype) for k, v in state.tensors.items()},
+            {k: layout.own(v) for k, v in state.tensors.items()},
             layout.flat(point),
             value,
             layout.flat(gradient) if usable(value, point, gradient) else None,
@@ -70,8 +71,10 @@ class Work:
         """How much better the best value is than the first."""
         return self.numbers["first"] - self.numbers["best"]
 
-    def proposal(self, ahead: Tensor) -> Proposal:
-        tensors = dict(self.tensors)
+    def proposal(self, ahead: Vector) -> Proposal:
+        tensors = {
+            k: v if isinstance(v, Tensor) else torch.from_numpy(v) for k, v in self.tensors.items()
+        }
         if self.layout.large:
             tensors |= {k: v.bfloat16() for k, v in tensors.items() if k in _ROUGH}
         return Proposal(self.layout.tree(ahead), StepState(tensors, {**self.numbers}), self.stop)

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._typing import Params
 from . import _line
 from ._abstract import AbstractStepRule, Bounds, Proposal, StepState
-from ._box import Layout, floored, minimize_in_box, projected, secant_model
+from ._box import Layout, Vector, floored, larger, largest, least, projected
 from ._noisy import averaged_step, start_averaging, take_in_noisy
+from ._quadratic import minimize_in_box, secant_model
 from ._work import Work
 
 _HISTORY_ENTRIES = 400_000
@@ -78,28 +80,33 @@ class TrustRegion(AbstractStepRule):
         upper: Bounds,
     ) -> Proposal:
         work = Work.of(state, Layout(point, lower, upper), point, value, gradient)
+        if "value" not in work.numbers and work.slope is None:
+            reason = "The first evaluation had no finite value and gradient: start elsewhere."
+            return Proposal(point, state, reason)
+        with np.errstate(all="ignore"):  # what is not finite is seen where it matters
+            return work.proposal(self._ahead(work))
+
+    def _ahead(self, work: Work) -> Vector:
+        """The next point."""
         if "value" not in work.numbers:
-            if work.slope is None:
-                reason = "The first evaluation had no finite value and gradient: start elsewhere."
-                return Proposal(point, state, reason)
             work.begin()
-            work.tensors["size"] = work.slope.abs()
+            assert work.slope is not None
+            work.tensors["size"] = abs(work.slope)
         elif "length" in work.numbers:
             take_in_noisy(work, self.patience)
         else:
             self._take_in(work)
         if "length" in work.numbers:
-            ahead = averaged_step(work)
-        else:
-            ahead = self._model_step(work)
-            self._judge(work)
-        return work.proposal(ahead)
+            return averaged_step(work)
+        ahead = self._model_step(work)
+        self._judge(work)
+        return ahead
 
     def _take_in(self, work: Work) -> None:
         """Keep the point or take the step back, and learn from it."""
         n, base = work.numbers, work.tensors
         step = work.point - base["point"]
-        reach = float(step.abs().max())
+        reach = largest(step)
         work.count()
         if work.slope is None:
             self._shorten(n, reach)
@@ -109,11 +116,11 @@ class TrustRegion(AbstractStepRule):
         gain = n["value"] - work.value
         error = abs(gain + 0.5 * (before + after))
         doubtful = error > self.noise * 0.5 * (abs(before) + abs(after))
-        steep = float(work.slope.abs().max()) > 10 * float(base["size"].max())
+        steep = largest(work.slope) > 10 * float(base["size"].max())
         if not math.isfinite(error) or (doubtful and steep and gain < 0):
             self._shorten(n, reach)  # it exploded: nothing to learn from
             return
-        line = step.numel() == 1
+        line = len(step) == 1
         doubtful &= not (line and before <= -gain <= after)  # as between a convex loss's tangents
         n["suspicious"] = n["suspicious"] + 1 if doubtful else 0
         if n["suspicious"] >= 2:
@@ -127,7 +134,7 @@ class TrustRegion(AbstractStepRule):
             _line.forget(n)
         elif line:
             _line.take_in(
-                n, _kept(work), _line.OnLine(float(work.point), work.value, float(work.slope))
+                n, _kept(work), _line.OnLine(float(work.point[0]), work.value, float(work.slope[0]))
             )
         if gain < 0:
             n["radius"] *= 0.4
@@ -138,7 +145,7 @@ class TrustRegion(AbstractStepRule):
         elif quality < 0.25:
             n["radius"] *= 0.5
         n["reach"] = reach
-        base["size"] = torch.maximum(work.slope.abs(), self.memory * base["size"])
+        base["size"] = larger(abs(work.slope), self.memory * base["size"])
         work.keep()
 
     def _shorten(self, n: dict[str, float], reach: float) -> None:
@@ -146,47 +153,50 @@ class TrustRegion(AbstractStepRule):
         n["radius"] = 0.3 * min(reach, n["radius"])
         _line.forget(n)
 
-    def _learn(self, base: Params, n: dict[str, float], step: Tensor, change: Tensor) -> None:
+    def _learn(
+        self, base: dict[str, Vector], n: dict[str, float], step: Vector, change: Vector
+    ) -> None:
         """Add a secant pair, unless the loss bends downwards along it."""
-        bent, least = float(step @ change), 1e-8 if step.numel() <= 65_536 else 1e-2
-        if not bent > least * float(step.norm()) * float(change.norm()):
+        large = isinstance(step, Tensor)
+        bent, enough = float(step @ change), 1e-2 if large else 1e-8
+        if not bent > enough * math.sqrt(float(step @ step)) * math.sqrt(float(change @ change)):
             return
-        pairs = min(self.history, max(_HISTORY_ENTRIES // max(step.numel(), 1), 1))
+        pairs = min(self.history, max(_HISTORY_ENTRIES // max(len(step), 1), 1))
         for key, row in (("steps", step), ("changes", change)):
             kept = [base[key][1 - pairs :]] if key in base and pairs > 1 else []
-            base[key] = torch.cat([*kept, row[None]])
+            rows = [*kept, row[None]]
+            base[key] = torch.cat(rows) if large else np.concatenate(rows)
 
-    def _model_step(self, work: Work) -> Tensor:
+    def _model_step(self, work: Work) -> Vector:
         n, base = work.numbers, work.tensors
         radius, slope = n["radius"], base["gradient"]
         weight = floored(base["size"]) ** self.power
-        none = slope.new_zeros(0, slope.numel())
-        steps, changes = base.get("steps", none), base.get("changes", none)
+        steps, changes = base.get("steps", ()), base.get("changes", ())
         if len(steps):
             change = changes[-1]
             curvature = float(change @ (change / weight)) / float(steps[-1] @ change)
         else:  # the entry of the largest gradient would move by three radii
-            curvature = float((slope.abs() / weight).max()) / (3.0 * max(radius, self.min_radius))
+            curvature = largest(slope / weight) / (3.0 * max(radius, self.min_radius))
         if not math.isfinite(curvature):
             curvature = 1.0
-        diagonal = (curvature * weight).clamp(min=torch.finfo(weight.dtype).tiny)
+        diagonal = (curvature * weight).clip(min=least(weight))
         product = secant_model(diagonal, steps, changes)
-        low = (work.low - base["point"]).clamp(min=-radius)
-        high = (work.high - base["point"]).clamp(max=radius)
+        low = (work.low - base["point"]).clip(min=-radius)
+        high = (work.high - base["point"]).clip(max=radius)
         max_steps, rtol = (80, 1e-8) if not work.layout.large else (6, 1e-3)
         step, predicted = minimize_in_box(slope, product, diagonal, low, high, max_steps, rtol)
-        if slope.numel() == 1:
-            by_slopes = float(step)
+        if len(slope) == 1:
+            by_slopes = float(step[0])
             length = _line.step_from(n, _kept(work), by_slopes)
             if length != by_slopes:
-                step, predicted = step.new_tensor([length]), -0.5 * float(slope) * length
+                step, predicted = 0 * step + length, -0.5 * float(slope[0]) * length
         n["predicted"] = predicted
         return base["point"] + step
 
     def _judge(self, work: Work) -> None:
         """Say why the trajectory is over, if it is."""
         n, base = work.numbers, work.tensors
-        size = float(projected(base["gradient"], base["point"], work.low, work.high).abs().max())
+        size = largest(projected(base["gradient"], base["point"], work.low, work.high))
         first = n.setdefault("first_size", size)
         small = n["predicted"] <= self.ftol * work.progress()
         n["small"] = n.get("small", 0) + 1 if small else 0
@@ -202,4 +212,4 @@ class TrustRegion(AbstractStepRule):
 
 def _kept(work: Work) -> _line.OnLine:
     base = work.tensors
-    return _line.OnLine(float(base["point"]), work.numbers["value"], float(base["gradient"]))
+    return _line.OnLine(float(base["point"][0]), work.numbers["value"], float(base["gradient"][0]))

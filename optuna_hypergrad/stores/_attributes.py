@@ -62,6 +62,10 @@ def set_trial_attribute(storage: BaseStorage, trial_id: int, key: str, value: An
         StorageError: if it is too large, or there is no room for it.
     """
     check_attribute(key, value)
+    _set_checked(storage, trial_id, key, value)
+
+
+def _set_checked(storage: BaseStorage, trial_id: int, key: str, value: Any) -> None:
     with saying_what_has_no_room(f"The attribute {key!r} of the trial with id {trial_id}"):
         retry_while_busy(lambda: storage.set_trial_system_attr(trial_id, key, value))
 
@@ -141,8 +145,8 @@ def set_long_trial_attribute(
 ) -> None:
     """A system attribute of any size; in numbered pieces, the head last, where it is too long."""
     text = json.dumps(payload, allow_nan=False)
-    if len(text) <= MAX_ATTRIBUTE_BYTES:
-        set_trial_attribute(storage, trial_id, key, payload)
+    if len(text) <= MAX_ATTRIBUTE_BYTES and len(key) <= MAX_KEY_LENGTH:
+        _set_checked(storage, trial_id, key, payload)
         return
     size = MAX_ATTRIBUTE_BYTES // 2  # quotes inside a string are escaped when it is stored
     pieces = [text[i : i + size] for i in range(0, len(text), size)]

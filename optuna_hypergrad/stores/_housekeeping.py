@@ -57,27 +57,31 @@ class SweepReport:
         return text
 
 
+Read = dict[int, tuple[dict[str, Any], list[Pointer]]]
+"""What finished trials point to, by number, with the attributes in which that was read."""
+
+
 def find_expired(
     storage: BaseStorage,
     study_id: int,
     retention: Retention,
     trajectory: Trajectory | None,
     gone: set[str],
+    read: Read,
 ) -> tuple[Pointer, ...]:
     """Pointers of finished trials that ``retention`` does not keep, without the blobs in ``gone``.
 
     Not those that an unfinished trial, or a study copied from this one, may refer to.
+
+    Args:
+        read: Of the same study, from earlier calls; filled.
     """
     by_role: dict[str, list[tuple[FrozenTrial, Pointer]]] = {}
     needed: set[str] = set()
     for trial in storage.get_all_trials(study_id, deepcopy=False):
-        for key, value in pointers_in(trial.system_attrs).items():
-            if _blob_of(value) in gone:
+        for pointer in _read(trial, gone, read):
+            if pointer.blob in gone:
                 continue
-            try:
-                pointer = Pointer.from_json(value, key, trial.number)
-            except CorruptTensorError:
-                continue  # whoever loads it hears of it
             if trial.state.is_finished():
                 by_role.setdefault(pointer.role, []).append((trial, pointer))
             else:
@@ -92,6 +96,24 @@ def find_expired(
     removable = [p for blob, p in expired.items() if blob not in needed]
     shared = _uuids(storage, excluding=study_id) if removable else set()
     return tuple(p for p in removable if p.study not in shared)
+
+
+def _read(trial: FrozenTrial, gone: set[str], read: Read) -> list[Pointer]:
+    """The pointers of a trial, at least those whose blobs are not in ``gone``."""
+    attributes, found = read.get(trial.number, (None, []))
+    if attributes is trial.system_attrs:  # storages replace what they change
+        return found
+    found = []
+    for key, value in pointers_in(trial.system_attrs).items():
+        if _blob_of(value) in gone:
+            continue
+        try:
+            found.append(Pointer.from_json(value, key, trial.number))
+        except CorruptTensorError:
+            continue  # whoever loads it hears of it
+    if trial.state.is_finished():
+        read[trial.number] = trial.system_attrs, found
+    return found
 
 
 def find_gone(storage: BaseStorage, study_id: int, store: AbstractArtifactStore) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -146,6 +147,7 @@ class Pointer:
         return cls(**{f: value[f] for f in fields}, size=size, tensors=tensors)
 
 
+@functools.lru_cache(maxsize=1024)
 def attribute_key(name: str, role: str) -> str:
     """Short and plain whatever the name: databases cut keys and refuse NUL in them."""
     digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()

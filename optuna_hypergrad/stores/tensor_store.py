@@ -19,7 +19,7 @@ from .._errors import CorruptTensorError, MissingTensorError, StorageError
 from .._typing import Params
 from ._database import is_for_threads, unwrap_rdb
 from ._encoding import DecodeError, decode, specs_of
-from ._housekeeping import SweepReport, find_expired, find_gone, find_orphans
+from ._housekeeping import Read, SweepReport, find_expired, find_gone, find_orphans
 from ._identity import ATTRIBUTE_PREFIX, study_uuid
 from ._pointer import Pointer, attribute_key, pointers_in
 from ._retention import Retention, Trajectory
@@ -73,10 +73,11 @@ class TensorStore:
         self._storage = storage
         self._exclusive = exclusive
         self._gone: dict[int, set[str]] = {}  # per study: blobs that retention has removed
+        self._read_pointers: dict[int, Read] = {}
         self._thread: tuple[int, ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_thread": None}
+        return {**self.__dict__, "_read_pointers": {}, "_thread": None}
 
     @classmethod
     def of_study(
@@ -364,7 +365,8 @@ class TensorStore:
 
     def _expired(self, study_id: int, trajectory: Trajectory | None) -> tuple[Pointer, ...]:
         gone = self._gone_blobs(study_id)
-        return find_expired(self._storage, study_id, self.retention, trajectory, gone)
+        read = self._read_pointers.setdefault(study_id, {})
+        return find_expired(self._storage, study_id, self.retention, trajectory, gone, read)
 
     def _gone_blobs(self, study_id: int) -> set[str]:
         """Blobs of this study that need no second look: those that the listing, if any, lacks."""

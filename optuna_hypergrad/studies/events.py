@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -77,7 +77,7 @@ class Claim:
         return _read(trial, CLAIM, lambda data: cls(**_checked(data, _CLAIM_FIELDS)))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self)}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Outcome:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
+        data = {**vars(self)}
         if self.rule is None:
             del data["rule"]
         return data

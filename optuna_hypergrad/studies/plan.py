@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
@@ -26,6 +26,9 @@ from .racing import Race
 from .trajectory import MAX_CUT_OFF, Cursor, Ledger, Trajectory
 
 StartFrom = Literal["best", "base", "init"]
+
+STARTUP_TRAJECTORIES = 4
+"""Settings that are chosen at random before TPE has a model: each takes several trials."""
 
 _PROPOSALS = 8
 """How often the base sampler is asked for a setting that is new, or not clearly bad."""
@@ -101,9 +104,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Planner:
-    """Decides what a trial does. Settings only; see :class:`HypergradientSampler` for them."""
+    """Decides what a trial does. Settings only; see :class:`HypergradientSampler` for them.
 
-    base: BaseSampler
+    Args:
+        base: Unused; ``None`` for the default one.
+    """
+
+    base: BaseSampler | None
     seed: int
     race: Race
     start: StartFrom
@@ -252,7 +259,12 @@ class Planner:
         stage: int,
     ) -> Proposer:
         entropy = [self.seed, self._ordinal(ledger, study, trials, trial), stage]
-        return Proposer(self.base, entropy, study, ledger, self.race, trials, trial, names)
+        if self.base is None:
+            fresh = TPESampler(n_startup_trials=STARTUP_TRAJECTORIES)
+            sampler = _optuna.seeded(fresh, entropy)
+        else:
+            sampler = _optuna.seeded_copy(self.base, entropy)
+        return Proposer(sampler, study, ledger, self.race, trials, trial, names)
 
     def _ordinal(
         self, ledger: Ledger, study: Study, trials: Sequence[FrozenTrial], trial: FrozenTrial

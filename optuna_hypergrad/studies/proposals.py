@@ -71,15 +71,13 @@ class Proposer:
     """A seeded copy of the base sampler in front of the representatives of a study's trajectories.
 
     Args:
-        base: The user's base sampler, unused.
-        entropy: Seeds the copy.
+        sampler: The copy.
         names: The hyperparameters that it is to know of.
     """
 
     def __init__(
         self,
-        base: BaseSampler,
-        entropy: Sequence[int],
+        sampler: BaseSampler,
         study: Study,
         ledger: Ledger,
         race: Race,
@@ -87,7 +85,7 @@ class Proposer:
         trial: FrozenTrial,
         names: set[str],
     ) -> None:
-        self.sampler = _optuna.seeded_copy(base, entropy)
+        self.sampler = sampler
         self.trial = cut(trial, names)
         shown = [
             t for t in representatives(ledger, race, trials, names) if t.number != trial.number

@@ -32,7 +32,7 @@ from .events import (
     write_event,
 )
 from .leases import LeaseKeeper
-from .plan import Memory, Plan, Planner, StartFrom
+from .plan import STARTUP_TRAJECTORIES, Memory, Plan, Planner, StartFrom
 from .points import Definition
 from .racing import Race
 from .recording import Recorder
@@ -44,10 +44,6 @@ from .trajectory import Ledger
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
-
-
-_STARTUP_TRAJECTORIES = 4
-"""Settings that are chosen at random before TPE has a model: each takes several trials."""
 
 
 class _Answers(dict[str, Any]):
@@ -146,13 +142,14 @@ class HypergradientSampler(BaseSampler):
             raise TypeError(
                 "base_sampler is a HypergradientSampler itself; give e.g. TPESampler()."
             )
+        is_default = base_sampler is None
         if base_sampler is None:
-            base_sampler = TPESampler(seed=seed, n_startup_trials=_STARTUP_TRAJECTORIES)
+            base_sampler = TPESampler(seed=seed, n_startup_trials=STARTUP_TRAJECTORIES)
         self._base = base_sampler
         drawn = _optuna.own_seed(self._base) if seed is None else seed
         rule = make_step_rule(optimizer)
         race = Race(slice_steps, reduction, max_steps=max_steps, patience=patience)
-        pristine = _optuna.seeded_copy(self._base, [0])
+        pristine = None if is_default else _optuna.seeded_copy(self._base, [0])
         drawn = secrets.randbits(31) if drawn is None else drawn
         self._planner = Planner(pristine, drawn, race, start)
         self._leases = LeaseKeeper(lease)
