@@ -50,6 +50,36 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         estimate(compiled, ohg.Lookahead(ohg.GradientDescent(0.1, 4)), steps.hypers())
 
 
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        ctx.save_for_backward(t)
+        return t.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.ForwardGradient(2, compile=True),
+        ohg.Unroll(compile=True),
+        ohg.Implicit(ohg.Neumann(3, alpha=0.1), compile=True),
+    ],
+)
+def test_functions_that_the_compiler_gets_wrong_are_refused(estimator: Any) -> None:
+    """torch 2.13 leaves part of their second derivatives out, and says nothing: hypergradients would be off by half."""
+
+    def loss(w: Params, lam: Params, batch: Any) -> Tensor:
+        return steps.inner(w, lam, batch) + Sine.apply(w["w"]).square().sum()
+
+    problem = ohg.BilevelProblem(loss, steps.outer, steps.batch_of)
+    with pytest.raises(ohg.RequirementError, match=r"\(Sine\).*compile=False"):
+        estimate(estimator, ohg.GradientDescent(0.1, 3), steps.hypers(), problem)
+
+
 def test_convolutions_are_batched() -> None:
     """No operation of a usual network is taken row by row: it would be as many products as there are directions."""
     x = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0))

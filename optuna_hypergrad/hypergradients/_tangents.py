@@ -18,13 +18,14 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._twice import goes_through_once_differentiable, nodes_of, other_ways
+from .._twice import goes_through_once_differentiable, other_ways, own_functions
 from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
 from ..operators import scalar, vjps_of_rows
 from ..problem import BilevelProblem
 from ._rewind import Point
+from .compiled import check_traced
 
 
 class _OtherwiseError(Exception):
@@ -175,6 +176,8 @@ class Pushforward:
                 raise RequirementError(
                     "inner_objective does not depend on inner_params through differentiable torch operations."
                 )
+            if self._compile:
+                check_traced(self._label, value)
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
         slopes = [torch.zeros_like(t) if g is None else g for t, g in zip(at, found, strict=True)]
         return value.detach(), slopes
@@ -333,11 +336,7 @@ class Pushforward:
             value = self._problem.inner_objective(
                 _tree.leaves(before.inner_params), self._lam, self._problem.inner_batch(index)
             )
-        kind = torch.autograd.function.BackwardCFunction
-        names = {
-            n.name().removesuffix("Backward") for n in nodes_of(value) if issubclass(type(n), kind)
-        }
-        custom = ", ".join(sorted(names))
+        custom = ", ".join(own_functions(value))
         return RequirementError(
             f"{self._label} differentiates each inner step, which takes two derivatives of inner_objective, and "
             f"one of its operations has no second one ({_first_line(error)}"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
+from .._twice import own_functions
 from .._typing import Batch, Objective, Params
 from ..ihvp import AbstractLinearSolver, LinearSolution
 from ..ihvp._base import scale_of
@@ -77,6 +78,21 @@ def check_compilable(label: str, inner_objective: Objective) -> None:
         )
 
 
+def check_traced(label: str, value: Tensor) -> None:
+    """Refuse a ``value`` of the inner objective whose second derivatives the compiler would get wrong, without a word.
+
+    Raises:
+        RequirementError: naming ``label``.
+    """
+    found = own_functions(value)
+    if found:
+        raise RequirementError(
+            f"{label}(compile=True): inner_objective uses a torch.autograd.Function of its own ({', '.join(found)}), and "
+            f"torch.compile leaves part of its second derivative out. Use {label}(compile=False), or write it with "
+            f"operations of torch."
+        )
+
+
 def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """``function`` as one graph, anew for other shapes; other functions do not count toward torch's limit on that.
 
@@ -129,12 +145,12 @@ def compiled_solve(
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
     """
     w, lam, scale = _tree.detach(inner_params), _tree.detach(outer_params), scale_of(b)
-    key = (inner_objective, tuple(lam), kind_of(batch))
+    label, key = "Implicit", (inner_objective, tuple(lam), kind_of(batch))
     alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
     if key not in _PATHS or alpha is None:
         graph = InnerGraph(inner_objective, w, lam, batch)
         if key not in _PATHS:
-            _remember(key, graph)
+            _remember(label, key, graph)
         if alpha is None:
             operator = DampedOperator(HessianOperator(graph), damping)
             alpha, curvature, failure = solver.step_length(operator, b)
@@ -170,20 +186,25 @@ def compiled_solve(
 
 
 def paths_of(
-    inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
+    label: str, inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
 ) -> frozenset[str]:
     """The hyperparameters that the inner gradient depends on at all: a trace gives zeros for the rest.
 
     Raises:
-        RequirementError: if the inner objective cannot be differentiated twice.
+        RequirementError: if the inner objective cannot be differentiated twice, or not when it is compiled (naming
+            ``label``).
     """
     key = (inner_objective, tuple(outer_params), kind_of(batch))
     if key not in _PATHS:
-        _remember(key, InnerGraph(inner_objective, inner_params, outer_params, batch))
+        _remember(label, key, InnerGraph(inner_objective, inner_params, outer_params, batch))
     return _PATHS[key]
 
 
-def _remember(key: tuple[Hashable, ...], graph: InnerGraph) -> None:
+def _remember(label: str, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
+    with torch.enable_grad():
+        check_traced(
+            label, graph.inner_objective(graph.inner_params, graph.outer_params, graph.batch)
+        )
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
     )

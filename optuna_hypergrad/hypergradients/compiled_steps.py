@@ -244,7 +244,7 @@ class CompiledRewinder(Rewinder):
     def _batch(self, index: int) -> Batch:
         batch = self._problem.inner_batch(index)
         objective = self._problem.inner_objective
-        self._reached |= paths_of(objective, self._start, self._lam, batch)
+        self._reached |= paths_of("Unroll", objective, self._start, self._lam, batch)
         return batch
 
     def _pull_short(
