@@ -50,6 +50,21 @@ def test_what_cannot_be_compiled_is_refused() -> None:
         estimate(compiled, ohg.Lookahead(ohg.GradientDescent(0.1, 4)), steps.hypers())
 
 
+def test_after_a_refusal_all_is_as_before() -> None:
+    """The compiler gives up on checkpoints within torch.func; Unroll measures its tapes by hooks on saved tensors."""
+
+    def loss(w: Params, lam: Params, batch: Any) -> Tensor:
+        part = torch.utils.checkpoint.checkpoint(torch.sin, w["w"], use_reentrant=False)
+        return steps.inner(w, lam, batch) + part.square().sum()
+
+    problem = ohg.BilevelProblem(loss, steps.outer, steps.batch_of)
+    solver = steps.BALL
+    with pytest.raises(ohg.RequirementError, match="could not turn"):
+        estimate(ohg.ForwardGradient(2, compile=True), solver, steps.hypers(), problem)
+    found = estimate(ohg.ForwardGradient(None), solver, steps.hypers(), problem)
+    assert relative_error(found, estimate(ohg.Unroll(), solver, steps.hypers(), problem)) < 1e-9
+
+
 class Sine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,32 @@ def check_traced(label: str, value: Tensor) -> None:
         )
 
 
+@contextmanager
+def in_one_graph(label: str, what: str) -> Iterator[None]:
+    """Around a call that may compile ``what``.
+
+    Raises:
+        RequirementError: naming ``label``, where the compiler fails.
+    """
+    hooks: Any = torch._C._autograd
+    enabled = hooks._saved_tensors_hooks_is_enabled()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if (
+            enabled
+        ):  # a compiler that gives up within torch.func leaves them off, for the whole process
+            hooks._saved_tensors_hooks_enable()
+        raise RequirementError(
+            f"torch.compile could not turn {what} into one graph ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]:.200}). Use {label}(compile=False), or take data-dependent branches, prints and "
+            f"third-party calls out of the inner objective, and give batches of one shape, with tensors in place of numbers "
+            f"that change from step to step."
+        ) from error
+
+
 def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """``function`` as one graph, anew for other shapes; other functions do not count toward torch's limit on that.
 
@@ -160,18 +187,10 @@ def compiled_solve(
                 return nothing, {k: None for k in lam}
         del graph
     run = _compiled(inner_objective, solver, damping, b.device.type)
-    try:
-        with torch.no_grad():
-            parts = Flattener(w).split(b if scale == 1.0 else b / scale)
-            residual, least_curvature, cross = run(
-                w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype, device="cpu")
-            )
-    except Exception as error:
-        raise RequirementError(
-            f"torch.compile could not turn the inner objective and {solver.name} into one graph "
-            f"({type(error).__name__}: {str(error).splitlines()[0]:.200}). Use Implicit(compile=False), or take "
-            f"data-dependent branches, prints and third-party calls out of the inner objective."
-        ) from error
+    with in_one_graph(label, f"the inner objective and {solver.name}"), torch.no_grad():
+        parts = Flattener(w).split(b if scale == 1.0 else b / scale)
+        start = torch.tensor(alpha, dtype=b.dtype, device="cpu")
+        residual, least_curvature, cross = run(w, lam, batch, parts, start)
     solution = LinearSolution(
         b.new_empty(0),
         float(residual),

@@ -26,7 +26,7 @@ from ._base import Cotangents
 from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
 from ._memory import num_bytes, saved_storages
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
-from .compiled import check_compilable, compiled_whole, paths_of
+from .compiled import check_compilable, compiled_whole, in_one_graph, paths_of
 
 _CACHE_SIZE = 16
 
@@ -334,13 +334,5 @@ class _Evaluated(torch.autograd.Function):
 
 
 def _called(run: Callable[..., Any], *arguments: Any, graph: bool = False) -> Any:
-    try:
-        with torch.set_grad_enabled(graph):
-            return run(*arguments)
-    except Exception as error:
-        raise RequirementError(
-            f"torch.compile could not turn the inner objective into one graph ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]:.200}). Use Unroll(compile=False), or take data-dependent branches, "
-            f"prints and third-party calls out of the inner objective, and give batches of one shape, with tensors in place "
-            f"of numbers that change from step to step."
-        ) from error
+    with in_one_graph("Unroll", "the inner objective"), torch.set_grad_enabled(graph):
+        return run(*arguments)
