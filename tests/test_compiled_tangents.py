@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from problems import relative_error
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.hypergradients import compiled_tangents
 
 Params = dict[str, Tensor]
 ADAM, SETTINGS = ohg.Adam("lr", 4, max_norm=0.4, weight_decay="l2"), {"lr": 0.05}
@@ -48,6 +50,22 @@ def test_what_cannot_be_compiled_is_refused() -> None:
             estimate(compiled, solver, steps.hypers(), problem)
     with pytest.raises(ohg.RequirementError, match=r"Lookahead is not made.*compile=False"):
         estimate(compiled, ohg.Lookahead(ohg.GradientDescent(0.1, 4)), steps.hypers())
+
+
+def test_blocks_of_columns_that_meet_other_random_numbers_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each would be pushed through another function."""
+
+    def loss(w: Params, lam: Params, batch: Any) -> Tensor:
+        return steps.inner({**w, "w": torch.nn.functional.dropout(w["w"])}, lam, batch)
+
+    monkeypatch.setattr(compiled_tangents, "compiled_whole", lambda function: function)
+    estimator = ohg.ForwardGradient(6, width=2, compile=True)
+    problem = ohg.BilevelProblem(loss, steps.outer, steps.batch_of)
+    with pytest.raises(ohg.RequirementError, match=r"3 blocks.*not the same.*compile=False"):
+        estimate(estimator, steps.BALL, steps.hypers(), problem)
+    estimate(replace(estimator, width=6), steps.BALL, steps.hypers(), problem)
 
 
 def test_after_a_refusal_all_is_as_before() -> None:

@@ -24,7 +24,7 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
 from ..operators import scalar, vjps_of_rows
 from ..problem import BilevelProblem
-from ._rewind import Point
+from ._rewind import NOT_REPEATED, Point, meets
 from .compiled import check_traced
 
 
@@ -67,6 +67,7 @@ class Pushforward:
         self._blocks = [Columns(v, []) for v in directions]
         self._names = list(inner_params)
         self._plain = self._batched = True
+        self._compared = False
         self._here = Point({}, {}), 0
 
     @property
@@ -145,8 +146,25 @@ class Pushforward:
             return value, gradient, (self._bend(slopes, w, b) for b in self._blocks)
         first, *rest = self._blocks
         value, gradient, bent = self._bent(before, index, first)
-        others = (self._bent(before, index, b)[2] for b in rest)
-        return value, gradient, itertools.chain([bent], others)
+
+        def others() -> Iterator[list[Tensor]]:
+            for block in rest:
+                found = self._bent(before, index, block)
+                if not self._compared:
+                    self._check_same(found[0], found[1], value, gradient)
+                yield found[2]
+            self._compared = True
+
+        return value, gradient, itertools.chain([bent], others())
+
+    def _check_same(self, found: Tensor, slope: Params, value: Tensor, gradient: Params) -> None:
+        """Each compiled call evaluates the objective; that of a first step tells if it is random."""
+        off = (found - value).abs() > 1e-3 * value.abs()
+        if bool(off) and not meets(slope, gradient, _tree.zeros_like(gradient)):
+            raise RequirementError(
+                f"{self._label}(compile=True) evaluates inner_objective for each of {len(self._blocks)} blocks of columns, and "
+                f"{NOT_REPEATED} Or use {self._label}(compile=False), or a width of all directions."
+            )
 
     def _bent(
         self, before: Point, index: int, block: Columns
