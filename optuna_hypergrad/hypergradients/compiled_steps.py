@@ -24,7 +24,7 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
 from ._base import Cotangents
 from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
-from ._memory import num_bytes, saved_storages
+from ._memory import num_bytes
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
 from .compiled import check_compilable, compiled_whole, in_one_graph, paths_of
 
@@ -191,8 +191,7 @@ class CompiledRewinder(Rewinder):
     def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
         begun = self._record(point, 0)
         if math.isfinite(self._tapes_within):
-            with saved_storages() as held:  # torch.func is not traced under these
-                begun = self._record(point, 0)
+            begun, held = self._measured(point)  # torch.func is not traced under hooks
             all_tapes = self._num_steps * self._own_bytes(begun[0], held)
             self._keeps_tapes = all_tapes <= self._tapes_within
         return begun
