@@ -13,9 +13,13 @@ from torch import Tensor
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad.hypergradients import compiled_tangents
+from optuna_hypergrad.hypergradients._tangents import Pushforward
 
 Params = dict[str, Tensor]
 ADAM, SETTINGS = ohg.Adam("lr", 4, max_norm=0.4, weight_decay="l2"), {"lr": 0.05}
+LATE = ohg.GradientDescent(
+    lambda lam, step: lam["late"] if step == steps.STEPS - 1 else torch.tensor(0.1), steps.STEPS
+)
 
 
 def estimate(estimator: Any, solver: Any, lam: Params, problem: Any = steps.PROBLEM) -> Params:
@@ -66,6 +70,30 @@ def test_blocks_of_columns_that_meet_other_random_numbers_are_refused(
     with pytest.raises(ohg.RequirementError, match=r"3 blocks.*not the same.*compile=False"):
         estimate(estimator, steps.BALL, steps.hypers(), problem)
     estimate(replace(estimator, width=6), steps.BALL, steps.hypers(), problem)
+
+
+@pytest.mark.parametrize(("solver", "looks"), [(steps.BALL, 1), (LATE, steps.STEPS)])
+def test_steps_that_are_alike_are_looked_at_once(
+    solver: Any, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a hyperparameter that no inner step sees; a schedule may come to see one in its last step."""
+    looked, look = [], Pushforward._look
+    monkeypatch.setattr(compiled_tangents, "compiled_whole", lambda function: function)
+    monkeypatch.setattr(Pushforward, "_look", lambda *where: looked.append(look(*where)))
+    lam = steps.hypers(late=0.1)
+
+    def outer(w: Params, lam: Params, batch: Any) -> Tensor:
+        return steps.outer(w, lam, batch) + 0 * lam["late"] + 0 * lam["l2"]
+
+    def inner(
+        w: Params, lam: Params, batch: Any
+    ) -> Tensor:  # anew: compiled functions are kept by it
+        return steps.inner(w, lam, batch)
+
+    problem = ohg.BilevelProblem(inner, outer, steps.batch_of)
+    found = estimate(ohg.ForwardGradient(None, compile=True), solver, lam, problem)
+    assert relative_error(found, estimate(ohg.Unroll(), solver, lam, problem)) < 1e-9
+    assert len(looked) == looks
 
 
 def test_after_a_refusal_all_is_as_before() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,16 @@ from .. import _tree
 from .._errors import RequirementError
 from .._twice import goes_through_once_differentiable, other_ways, own_functions
 from .._typing import Params
-from ..inner import AbstractStepSolver
+from ..inner import AbstractStepSolver, Adam, GradientDescent, HeavyBall
 from ..inner._base import InnerState, take_step
 from ..operators import scalar, vjps_of_rows
 from ..problem import BilevelProblem
 from ._rewind import NOT_REPEATED, Point, meets
-from .compiled import check_traced
+from .compiled import check_traced, kind_of
+
+_ALIKE = (GradientDescent, HeavyBall, Adam)
+"""Solvers whose steps all depend on the same hyperparameters, schedules aside."""
+_PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 class _OtherwiseError(Exception):
@@ -68,6 +72,7 @@ class Pushforward:
         self._names = list(inner_params)
         self._plain = self._batched = True
         self._compared = False
+        self._kinds: set[Hashable] = set()
         self._here = Point({}, {}), 0
 
     @property
@@ -98,7 +103,8 @@ class Pushforward:
 
     def _take(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
         lam = _tree.detach(self._lam)
-        value, gradient, bends = self._bends(before, index)
+        looking = bool(self._unseen) and not self._was_looked_at(index)
+        value, gradient, bends = self._bends(before, index, looking)
         asked: list[Params] = []
 
         def evaluate(at: Params) -> tuple[Tensor, Params]:
@@ -109,7 +115,7 @@ class Pushforward:
 
         with torch.no_grad():
             moved = self._solver.step(evaluate, before.inner_params, lam, before.state, index)
-        if self._unseen:
+        if looking:
             self._look(before, index)
         for i, (block, bent) in enumerate(zip(self._blocks, bends, strict=True)):
             try:
@@ -119,6 +125,18 @@ class Pushforward:
                 self._take_whole(before, index, self._blocks[i:])
                 break
         return moved
+
+    def _was_looked_at(self, index: int) -> bool:
+        """Whether a step that depends on the same hyperparameters was: code that is compiled has no branches."""
+        if not self._compile or self._solver.has_schedule() or type(self._solver) not in _ALIKE:
+            return False
+        batch = self._problem.inner_batch(index)
+        if not all(isinstance(v, _PLAIN) for v in torch.utils._pytree.tree_leaves(batch)):
+            return False
+        kind = kind_of(batch)
+        known = kind in self._kinds
+        self._kinds.add(kind)
+        return known
 
     def _go_whole(self) -> None:
         """Differentiate whole steps from now on.
@@ -134,12 +152,14 @@ class Pushforward:
             )
         self._plain = False
 
-    def _bends(self, before: Point, index: int) -> tuple[Tensor, Params, Iterator[list[Tensor]]]:
+    def _bends(
+        self, before: Point, index: int, looking: bool
+    ) -> tuple[Tensor, Params, Iterator[list[Tensor]]]:
         """``g``, ``g_w``, and by block the tangents of ``g_w``, each found when it is asked for."""
         w = _tree.leaves(before.inner_params)
-        if not (self._compile and self._blocks) or self._unseen:
+        if not (self._compile and self._blocks) or looking:
             value, slopes = self._gradients(w, index)
-            if self._unseen:
+            if looking:
                 self._refuse_dead_ends([g for g in slopes if g.requires_grad])
         if not (self._compile and self._blocks):
             gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
