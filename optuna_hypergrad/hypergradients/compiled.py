@@ -108,9 +108,8 @@ def in_one_graph(label: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if (
-            enabled
-        ):  # a compiler that gives up within torch.func leaves them off, for the whole process
+        # A compiler that gives up within torch.func leaves them off, for the whole process.
+        if enabled:
             hooks._saved_tensors_hooks_enable()
         raise RequirementError(
             f"torch.compile could not turn {what} into one graph ({type(error).__name__}: "
