@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node
 
 from ._errors import RequirementError
@@ -26,6 +26,12 @@ def _reached(ahead: list[Node | None]) -> set[Node]:
             known.add(node)
             ahead += [follower for follower, _ in node.next_functions]
     return known
+
+
+def own_functions(value: Tensor) -> list[str]:
+    """Names of the ``torch.autograd.Function`` that somebody has written, in the graph behind ``value``."""
+    kinds = {type(n): n for n in nodes_of(value) if issubclass(type(n), BackwardCFunction)}
+    return sorted({n.name().removesuffix("Backward") for n in kinds.values()})
 
 
 _MARK = getattr(once_differentiable(lambda ctx: None), "__code__", None)

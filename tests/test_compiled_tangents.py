@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ from problems import relative_error
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.hypergradients import compiled_tangents
+from optuna_hypergrad.hypergradients._tangents import Pushforward
 
 Params = dict[str, Tensor]
 ADAM, SETTINGS = ohg.Adam("lr", 4, max_norm=0.4, weight_decay="l2"), {"lr": 0.05}
+LATE = ohg.GradientDescent(
+    lambda lam, step: lam["late"] if step == steps.STEPS - 1 else torch.tensor(0.1), steps.STEPS
+)
 
 
 def estimate(estimator: Any, solver: Any, lam: Params, problem: Any = steps.PROBLEM) -> Params:
@@ -48,6 +54,91 @@ def test_what_cannot_be_compiled_is_refused() -> None:
             estimate(compiled, solver, steps.hypers(), problem)
     with pytest.raises(ohg.RequirementError, match=r"Lookahead is not made.*compile=False"):
         estimate(compiled, ohg.Lookahead(ohg.GradientDescent(0.1, 4)), steps.hypers())
+
+
+def test_blocks_of_columns_that_meet_other_random_numbers_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each would be pushed through another function."""
+
+    def loss(w: Params, lam: Params, batch: Any) -> Tensor:
+        return steps.inner({**w, "w": torch.nn.functional.dropout(w["w"])}, lam, batch)
+
+    monkeypatch.setattr(compiled_tangents, "compiled_whole", lambda function: function)
+    estimator = ohg.ForwardGradient(6, width=2, compile=True)
+    problem = ohg.BilevelProblem(loss, steps.outer, steps.batch_of)
+    with pytest.raises(ohg.RequirementError, match=r"3 blocks.*not the same.*compile=False"):
+        estimate(estimator, steps.BALL, steps.hypers(), problem)
+    estimate(replace(estimator, width=6), steps.BALL, steps.hypers(), problem)
+
+
+@pytest.mark.parametrize(("solver", "looks"), [(steps.BALL, 1), (LATE, steps.STEPS)])
+def test_steps_that_are_alike_are_looked_at_once(
+    solver: Any, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a hyperparameter that no inner step sees; a schedule may come to see one in its last step."""
+    looked, look = [], Pushforward._look
+    monkeypatch.setattr(compiled_tangents, "compiled_whole", lambda function: function)
+    monkeypatch.setattr(Pushforward, "_look", lambda *where: looked.append(look(*where)))
+    lam = steps.hypers(late=0.1)
+
+    def outer(w: Params, lam: Params, batch: Any) -> Tensor:
+        return steps.outer(w, lam, batch) + 0 * lam["late"] + 0 * lam["l2"]
+
+    def inner(
+        w: Params, lam: Params, batch: Any
+    ) -> Tensor:  # anew: compiled functions are kept by it
+        return steps.inner(w, lam, batch)
+
+    problem = ohg.BilevelProblem(inner, outer, steps.batch_of)
+    found = estimate(ohg.ForwardGradient(None, compile=True), solver, lam, problem)
+    assert relative_error(found, estimate(ohg.Unroll(), solver, lam, problem)) < 1e-9
+    assert len(looked) == looks
+
+
+def test_after_a_refusal_all_is_as_before() -> None:
+    """The compiler gives up on checkpoints within torch.func; Unroll measures its tapes by hooks on saved tensors."""
+
+    def loss(w: Params, lam: Params, batch: Any) -> Tensor:
+        part = torch.utils.checkpoint.checkpoint(torch.sin, w["w"], use_reentrant=False)
+        return steps.inner(w, lam, batch) + part.square().sum()
+
+    problem = ohg.BilevelProblem(loss, steps.outer, steps.batch_of)
+    solver = steps.BALL
+    with pytest.raises(ohg.RequirementError, match="could not turn"):
+        estimate(ohg.ForwardGradient(2, compile=True), solver, steps.hypers(), problem)
+    found = estimate(ohg.ForwardGradient(None), solver, steps.hypers(), problem)
+    assert relative_error(found, estimate(ohg.Unroll(), solver, steps.hypers(), problem)) < 1e-9
+
+
+class Sine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        ctx.save_for_backward(t)
+        return t.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.ForwardGradient(2, compile=True),
+        ohg.Unroll(compile=True),
+        ohg.Implicit(ohg.Neumann(3, alpha=0.1), compile=True),
+    ],
+)
+def test_functions_that_the_compiler_gets_wrong_are_refused(estimator: Any) -> None:
+    """torch 2.13 leaves part of their second derivatives out, and says nothing: hypergradients would be off by half."""
+
+    def loss(w: Params, lam: Params, batch: Any) -> Tensor:
+        return steps.inner(w, lam, batch) + Sine.apply(w["w"]).square().sum()
+
+    problem = ohg.BilevelProblem(loss, steps.outer, steps.batch_of)
+    with pytest.raises(ohg.RequirementError, match=r"\(Sine\).*compile=False"):
+        estimate(estimator, ohg.GradientDescent(0.1, 3), steps.hypers(), problem)
 
 
 def test_convolutions_are_batched() -> None:

@@ -1071,6 +1071,27 @@ MUTANTS = [
         "torch.arange(size)",
         "tests/test_default_device.py::test_estimator",
     ),
+    Mutant(
+        "forget at what scale velocities were that have died out",
+        "hypergradients/_fixed_point.py",
+        "if self._v_bound > 0 or any(bool(v.any()) for v in self._v.values()):",
+        "if self._v_bound > 0:",
+        f"{REVERSIBLE}::test_velocities_that_have_died_out_may_come_back",
+    ),
+    Mutant(
+        "leave hooks off where the compiler has given up",
+        "hypergradients/compiled.py",
+        "if enabled:",
+        "if not enabled:",
+        "tests/test_compiled_tangents.py::test_after_a_refusal_all_is_as_before",
+    ),
+    Mutant(
+        "look once at steps that a schedule makes different",
+        "hypergradients/_tangents.py",
+        "self._solver.has_schedule() or ",
+        "",
+        "tests/test_compiled_tangents.py::test_steps_that_are_alike_are_looked_at_once",
+    ),
 ]
 
 

@@ -118,6 +118,28 @@ def test_what_grows_out_of_doubles_goes_on_in_integers_and_back() -> None:
     assert exact._whole is F64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_velocities_that_have_died_out_may_come_back(dtype: torch.dtype) -> None:
+    """After 80 steps at a momentum of 0.0001 their bound is zero, and they are what rounding has left."""
+    w0, m = {"w": randn(50, seed=1).to(dtype)}, fractions(1e-4)
+    exact = FixedPoint(w0, {"w": torch.zeros(50, dtype=dtype)}, 44)
+    sizes = [1e-3] * 3 + [0.0] * 100 + [1e3] * 3
+    pushes = [{"w": (size * randn(50, seed=t)).to(dtype)} for t, size in enumerate(sizes)]
+    for t, push in enumerate(pushes):
+        exact.push(push, m, t)
+        exact.move(1e-3)
+    for t in reversed(range(len(pushes))):
+        exact.unmove(1e-3)
+        exact.unpush(pushes[t], m, t)
+    exact.check_start()
+
+
+def test_there_is_no_negative_zero_that_the_way_back_would_miss() -> None:
+    w0 = {"w": torch.tensor([-0.0, -1e-40, 1.0])}
+    exact = FixedPoint(w0, {"w": torch.zeros(3)}, 44)
+    assert not exact.inner_params()["w"].signbit().any()
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9])
 def test_undoing_steps_in_floating_point_does_not_work(momentum: float) -> None:
     w, v = {"w": randn(50, seed=1)}, torch.zeros(50, dtype=F64)

@@ -15,7 +15,7 @@ from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution
 from ..inner._base import InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._memory import num_bytes, saved_storages, storages
+from ._memory import num_bytes, storages, with_saved_storages
 from ._rewind import NOT_REPEATED, Point, meets
 
 _UNLIMITED = 1e18
@@ -153,18 +153,21 @@ def graph_bytes(
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     at = (*w.values(), *lam.values())
 
-    def build() -> tuple[dict[int, int], list[Tensor]]:
-        with torch.enable_grad(), saved_storages() as held:
+    def build() -> list[Tensor]:
+        with torch.enable_grad():
             value = scalar(
                 problem.inner_objective(w, lam, problem.inner_batch(index)), "inner_objective"
             )
             if not value.requires_grad:
-                return {}, [value]
+                return []
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
-        slopes = [g for g in found if g is not None]
-        return held | storages(slopes), [value, *slopes]
+        return [value, *(g for g in found if g is not None)]
 
-    shared, alive = build()
-    held, _ = build()  # what lies where it lay for the first one, which is alive, is not its own
+    def measured() -> tuple[list[Tensor], dict[int, int]]:
+        alive, held = with_saved_storages(build, lambda ends: ends)
+        return alive, held | storages(alive[1:])
+
+    alive, shared = measured()
+    _, held = measured()  # what lies where it lay for the first one, which is alive, is not its own
     del alive
     return sum(n for address, n in held.items() if address not in shared)

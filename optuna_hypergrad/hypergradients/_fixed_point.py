@@ -281,7 +281,8 @@ class FixedPoint:
         return wide if self._whole is wide.dtype else self._scratch[: len(part)].copy_(wide)
 
     def _encode(self, value: Tensor, bits: int) -> Tensor:
-        return (value.double().reshape(-1) * 2.0**bits).round_().to(self._whole)
+        """Without a negative zero, which no step back would lead to."""
+        return (value.double().reshape(-1) * 2.0**bits).round_().add_(0.0).to(self._whole)
 
     def _fits(self, bound: float) -> bool:
         """Whether ``w`` may reach ``bound``."""
@@ -301,7 +302,8 @@ class FixedPoint:
         return min(_FINEST, math.floor(limit - _ROOM - math.log2(bound)))
 
     def _coarsen(self, num_bits: int, position: int) -> None:
-        if self._v_bound > 0:
+        # A bound decays to zero in time; what rounding has left in the velocities does not.
+        if self._v_bound > 0 or any(bool(v.any()) for v in self._v.values()):
             most = 62 if self._whole is torch.int64 else 50
             for part in (most,) * (num_bits // most) + (num_bits % most,):
                 kept_as = torch.int8 if part < 8 else torch.int64

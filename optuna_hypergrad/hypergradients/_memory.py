@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
+
+from .._twice import nodes_of
+
+Built = TypeVar("Built")
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -15,17 +20,49 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes of the storages behind ``tensors``, by address."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    found = (part.untyped_storage() for t in tensors for part in _dense(t))
+    return {s.data_ptr(): s.nbytes() for s in found}
 
 
-@contextmanager
-def saved_storages() -> Iterator[dict[int, int]]:
-    """Bytes of the storages that graphs which are built inside keep alive, by address."""
+def with_saved_storages(
+    build: Callable[[], Built], roots: Callable[[Built], Iterable[Tensor]]
+) -> tuple[Built, dict[int, int]]:
+    """What ``build()`` gives, and the bytes of the storages that its graph keeps alive, by address.
+
+    An objective that calls ``torch.func`` cannot run under hooks on what is saved: then it is built once more, and its
+    graph, which ends in ``roots``, is looked through.
+    """
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         found.update(storages([tensor]))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return build(), found
+    except RuntimeError as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+    built = build()
+    return built, storages(t for n in nodes_of(*roots(built)) for t in _saved(n))
+
+
+def _saved(node: Node) -> Iterator[Tensor]:
+    names = [n for n in dir(node) if n == "saved_tensors" or n.startswith("_saved_")]
+    for value in (getattr(node, name) for name in names):
+        several = value if isinstance(value, (tuple, list)) else [value]
+        yield from (v for v in several if isinstance(v, Tensor))
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a tensor consists of."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return []

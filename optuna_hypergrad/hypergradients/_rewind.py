@@ -23,7 +23,7 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
 from ._base import Cotangents
-from ._memory import num_bytes, saved_storages, storages
+from ._memory import num_bytes, storages, with_saved_storages
 from ._shelf import Shelf, room_for
 
 
@@ -252,12 +252,17 @@ class Rewinder:
         self._kept.append((position, point.with_tensors(map(self._shelf.put, point.tensors()))))
 
     def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
-        with saved_storages() as held:
-            begun = self._record(point, 0)
+        begun, held = self._measured(point)
         check_differentiable_twice(begun[1], begun[0].after.tensors())
         size = 0 if self._planner is whole_tape else self._own_bytes(begun[0], held)
         self._plan = self._planner(self._num_steps, size, num_bytes(point.tensors()))
         return begun
+
+    def _measured(self, point: Point) -> tuple[tuple[Tape, Tensor, Params], dict[int, int]]:
+        """The first tape, and what it keeps alive."""
+        return with_saved_storages(
+            lambda: self._record(point, 0), lambda begun: [begun[1], *begun[0].after.tensors()]
+        )
 
     def _own_bytes(self, tape: Tape, held: dict[int, int]) -> int:
         """Of the storages that ``tape`` holds on to, those that it does not share with every other tape."""
@@ -268,9 +273,12 @@ class Rewinder:
         """Where the data lie that every tape refers to: what a second graph saves from where ``tape`` does."""
         w = tape.before.inner_params
         batch = self._problem.inner_batch(self._first)
-        with torch.enable_grad(), saved_storages() as found:
-            alive = self._problem.inner_objective(w, self._lam, batch)
-        del alive
+
+        def build() -> Tensor:
+            with torch.enable_grad():
+                return self._problem.inner_objective(w, self._lam, batch)
+
+        _, found = with_saved_storages(build, lambda value: [value])
         return found.keys() - storages(w.values()).keys()
 
     def _keeps_tape(self, position: int) -> bool:

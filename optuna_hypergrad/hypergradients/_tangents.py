@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,18 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._twice import goes_through_once_differentiable, nodes_of, other_ways
+from .._twice import goes_through_once_differentiable, other_ways, own_functions
 from .._typing import Params
-from ..inner import AbstractStepSolver
+from ..inner import AbstractStepSolver, Adam, GradientDescent, HeavyBall
 from ..inner._base import InnerState, take_step
 from ..operators import scalar, vjps_of_rows
 from ..problem import BilevelProblem
-from ._rewind import Point
+from ._rewind import NOT_REPEATED, Point, meets
+from .compiled import check_traced, kind_of
+
+_ALIKE = (GradientDescent, HeavyBall, Adam)
+"""Solvers whose steps all depend on the same hyperparameters, schedules aside."""
+_PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
 class _OtherwiseError(Exception):
@@ -66,6 +71,8 @@ class Pushforward:
         self._blocks = [Columns(v, []) for v in directions]
         self._names = list(inner_params)
         self._plain = self._batched = True
+        self._compared = False
+        self._kinds: set[Hashable] = set()
         self._here = Point({}, {}), 0
 
     @property
@@ -96,7 +103,8 @@ class Pushforward:
 
     def _take(self, before: Point, index: int) -> tuple[Params, InnerState, Tensor, Params]:
         lam = _tree.detach(self._lam)
-        value, gradient, bends = self._bends(before, index)
+        looking = bool(self._unseen) and not self._was_looked_at(index)
+        value, gradient, bends = self._bends(before, index, looking)
         asked: list[Params] = []
 
         def evaluate(at: Params) -> tuple[Tensor, Params]:
@@ -107,7 +115,7 @@ class Pushforward:
 
         with torch.no_grad():
             moved = self._solver.step(evaluate, before.inner_params, lam, before.state, index)
-        if self._unseen:
+        if looking:
             self._look(before, index)
         for i, (block, bent) in enumerate(zip(self._blocks, bends, strict=True)):
             try:
@@ -117,6 +125,18 @@ class Pushforward:
                 self._take_whole(before, index, self._blocks[i:])
                 break
         return moved
+
+    def _was_looked_at(self, index: int) -> bool:
+        """Whether a step that depends on the same hyperparameters was: code that is compiled has no branches."""
+        if not self._compile or self._solver.has_schedule() or type(self._solver) not in _ALIKE:
+            return False
+        batch = self._problem.inner_batch(index)
+        if not all(isinstance(v, _PLAIN) for v in torch.utils._pytree.tree_leaves(batch)):
+            return False
+        kind = kind_of(batch)
+        known = kind in self._kinds
+        self._kinds.add(kind)
+        return known
 
     def _go_whole(self) -> None:
         """Differentiate whole steps from now on.
@@ -132,20 +152,39 @@ class Pushforward:
             )
         self._plain = False
 
-    def _bends(self, before: Point, index: int) -> tuple[Tensor, Params, Iterator[list[Tensor]]]:
+    def _bends(
+        self, before: Point, index: int, looking: bool
+    ) -> tuple[Tensor, Params, Iterator[list[Tensor]]]:
         """``g``, ``g_w``, and by block the tangents of ``g_w``, each found when it is asked for."""
         w = _tree.leaves(before.inner_params)
-        if not (self._compile and self._blocks) or self._unseen:
+        if not (self._compile and self._blocks) or looking:
             value, slopes = self._gradients(w, index)
-            if self._unseen:
+            if looking:
                 self._refuse_dead_ends([g for g in slopes if g.requires_grad])
         if not (self._compile and self._blocks):
             gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
             return value, gradient, (self._bend(slopes, w, b) for b in self._blocks)
         first, *rest = self._blocks
         value, gradient, bent = self._bent(before, index, first)
-        others = (self._bent(before, index, b)[2] for b in rest)
-        return value, gradient, itertools.chain([bent], others)
+
+        def others() -> Iterator[list[Tensor]]:
+            for block in rest:
+                found = self._bent(before, index, block)
+                if not self._compared:
+                    self._check_same(found[0], found[1], value, gradient)
+                yield found[2]
+            self._compared = True
+
+        return value, gradient, itertools.chain([bent], others())
+
+    def _check_same(self, found: Tensor, slope: Params, value: Tensor, gradient: Params) -> None:
+        """Each compiled call evaluates the objective; that of a first step tells if it is random."""
+        off = (found - value).abs() > 1e-3 * value.abs()
+        if bool(off) and not meets(slope, gradient, _tree.zeros_like(gradient)):
+            raise RequirementError(
+                f"{self._label}(compile=True) evaluates inner_objective for each of {len(self._blocks)} blocks of columns, and "
+                f"{NOT_REPEATED} Or use {self._label}(compile=False), or a width of all directions."
+            )
 
     def _bent(
         self, before: Point, index: int, block: Columns
@@ -175,6 +214,8 @@ class Pushforward:
                 raise RequirementError(
                     "inner_objective does not depend on inner_params through differentiable torch operations."
                 )
+            if self._compile:
+                check_traced(self._label, value)
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)
         slopes = [torch.zeros_like(t) if g is None else g for t, g in zip(at, found, strict=True)]
         return value.detach(), slopes
@@ -333,11 +374,7 @@ class Pushforward:
             value = self._problem.inner_objective(
                 _tree.leaves(before.inner_params), self._lam, self._problem.inner_batch(index)
             )
-        kind = torch.autograd.function.BackwardCFunction
-        names = {
-            n.name().removesuffix("Backward") for n in nodes_of(value) if issubclass(type(n), kind)
-        }
-        custom = ", ".join(sorted(names))
+        custom = ", ".join(own_functions(value))
         return RequirementError(
             f"{self._label} differentiates each inner step, which takes two derivatives of inner_objective, and "
             f"one of its operations has no second one ({_first_line(error)}"

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
+from .._twice import own_functions
 from .._typing import Batch, Objective, Params
 from ..ihvp import AbstractLinearSolver, LinearSolution
 from ..ihvp._base import scale_of
@@ -77,6 +79,46 @@ def check_compilable(label: str, inner_objective: Objective) -> None:
         )
 
 
+def check_traced(label: str, value: Tensor) -> None:
+    """Refuse a ``value`` of the inner objective whose second derivatives the compiler would get wrong, without a word.
+
+    Raises:
+        RequirementError: naming ``label``.
+    """
+    found = own_functions(value)
+    if found:
+        raise RequirementError(
+            f"{label}(compile=True): inner_objective uses a torch.autograd.Function of its own ({', '.join(found)}), and "
+            f"torch.compile leaves part of its second derivative out. Use {label}(compile=False), or write it with "
+            f"operations of torch."
+        )
+
+
+@contextmanager
+def in_one_graph(label: str, what: str) -> Iterator[None]:
+    """Around a call that may compile ``what``.
+
+    Raises:
+        RequirementError: naming ``label``, where the compiler fails.
+    """
+    hooks: Any = torch._C._autograd
+    enabled = hooks._saved_tensors_hooks_is_enabled()
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        # A compiler that gives up within torch.func leaves them off, for the whole process.
+        if enabled:
+            hooks._saved_tensors_hooks_enable()
+        raise RequirementError(
+            f"torch.compile could not turn {what} into one graph ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]:.200}). Use {label}(compile=False), or take data-dependent branches, prints and "
+            f"third-party calls out of the inner objective, and give batches of one shape, with tensors in place of numbers "
+            f"that change from step to step."
+        ) from error
+
+
 def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
     """``function`` as one graph, anew for other shapes; other functions do not count toward torch's limit on that.
 
@@ -129,12 +171,12 @@ def compiled_solve(
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
     """
     w, lam, scale = _tree.detach(inner_params), _tree.detach(outer_params), scale_of(b)
-    key = (inner_objective, tuple(lam), kind_of(batch))
+    label, key = "Implicit", (inner_objective, tuple(lam), kind_of(batch))
     alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
     if key not in _PATHS or alpha is None:
         graph = InnerGraph(inner_objective, w, lam, batch)
         if key not in _PATHS:
-            _remember(key, graph)
+            _remember(label, key, graph)
         if alpha is None:
             operator = DampedOperator(HessianOperator(graph), damping)
             alpha, curvature, failure = solver.step_length(operator, b)
@@ -144,18 +186,10 @@ def compiled_solve(
                 return nothing, {k: None for k in lam}
         del graph
     run = _compiled(inner_objective, solver, damping, b.device.type)
-    try:
-        with torch.no_grad():
-            parts = Flattener(w).split(b if scale == 1.0 else b / scale)
-            residual, least_curvature, cross = run(
-                w, lam, batch, parts, torch.tensor(alpha, dtype=b.dtype, device="cpu")
-            )
-    except Exception as error:
-        raise RequirementError(
-            f"torch.compile could not turn the inner objective and {solver.name} into one graph "
-            f"({type(error).__name__}: {str(error).splitlines()[0]:.200}). Use Implicit(compile=False), or take "
-            f"data-dependent branches, prints and third-party calls out of the inner objective."
-        ) from error
+    with in_one_graph(label, f"the inner objective and {solver.name}"), torch.no_grad():
+        parts = Flattener(w).split(b if scale == 1.0 else b / scale)
+        start = torch.tensor(alpha, dtype=b.dtype, device="cpu")
+        residual, least_curvature, cross = run(w, lam, batch, parts, start)
     solution = LinearSolution(
         b.new_empty(0),
         float(residual),
@@ -170,20 +204,25 @@ def compiled_solve(
 
 
 def paths_of(
-    inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
+    label: str, inner_objective: Objective, inner_params: Params, outer_params: Params, batch: Batch
 ) -> frozenset[str]:
     """The hyperparameters that the inner gradient depends on at all: a trace gives zeros for the rest.
 
     Raises:
-        RequirementError: if the inner objective cannot be differentiated twice.
+        RequirementError: if the inner objective cannot be differentiated twice, or not when it is compiled (naming
+            ``label``).
     """
     key = (inner_objective, tuple(outer_params), kind_of(batch))
     if key not in _PATHS:
-        _remember(key, InnerGraph(inner_objective, inner_params, outer_params, batch))
+        _remember(label, key, InnerGraph(inner_objective, inner_params, outer_params, batch))
     return _PATHS[key]
 
 
-def _remember(key: tuple[Hashable, ...], graph: InnerGraph) -> None:
+def _remember(label: str, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
+    with torch.enable_grad():
+        check_traced(
+            label, graph.inner_objective(graph.inner_params, graph.outer_params, graph.batch)
+        )
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
     )

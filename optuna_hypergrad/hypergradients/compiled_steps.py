@@ -24,9 +24,9 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
 from ._base import Cotangents
 from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
-from ._memory import num_bytes, saved_storages
+from ._memory import num_bytes
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
-from .compiled import check_compilable, compiled_whole, paths_of
+from .compiled import check_compilable, compiled_whole, in_one_graph, paths_of
 
 _CACHE_SIZE = 16
 
@@ -191,8 +191,7 @@ class CompiledRewinder(Rewinder):
     def _begin(self, point: Point) -> tuple[Tape, Tensor, Params]:
         begun = self._record(point, 0)
         if math.isfinite(self._tapes_within):
-            with saved_storages() as held:  # torch.func is not traced under these
-                begun = self._record(point, 0)
+            begun, held = self._measured(point)  # torch.func is not traced under hooks
             all_tapes = self._num_steps * self._own_bytes(begun[0], held)
             self._keeps_tapes = all_tapes <= self._tapes_within
         return begun
@@ -244,7 +243,7 @@ class CompiledRewinder(Rewinder):
     def _batch(self, index: int) -> Batch:
         batch = self._problem.inner_batch(index)
         objective = self._problem.inner_objective
-        self._reached |= paths_of(objective, self._start, self._lam, batch)
+        self._reached |= paths_of("Unroll", objective, self._start, self._lam, batch)
         return batch
 
     def _pull_short(
@@ -334,13 +333,5 @@ class _Evaluated(torch.autograd.Function):
 
 
 def _called(run: Callable[..., Any], *arguments: Any, graph: bool = False) -> Any:
-    try:
-        with torch.set_grad_enabled(graph):
-            return run(*arguments)
-    except Exception as error:
-        raise RequirementError(
-            f"torch.compile could not turn the inner objective into one graph ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]:.200}). Use Unroll(compile=False), or take data-dependent branches, "
-            f"prints and third-party calls out of the inner objective, and give batches of one shape, with tensors in place "
-            f"of numbers that change from step to step."
-        ) from error
+    with in_one_graph("Unroll", "the inner objective"), torch.set_grad_enabled(graph):
+        return run(*arguments)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _tree
-from .._errors import RequirementError
 from .._typing import Batch, Objective, Params
-from .compiled import compiled_whole
+from .compiled import compiled_whole, in_one_graph
 
 _CACHE_SIZE = 16
 
@@ -40,19 +39,9 @@ def bent_by_columns(
         RequirementError: naming ``label``, if ``torch.compile`` cannot trace the inner objective as one graph.
     """
     run = _compiled(inner_objective)
-    try:
-        with torch.no_grad():
-            return run(
-                _tree.detach(inner_params), _tree.detach(outer_params), batch, of_inner, of_outer
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise RequirementError(
-            f"torch.compile could not turn the inner objective and its tangents into one graph "
-            f"({type(error).__name__}: {str(error).splitlines()[0]:.200}). Use {label}(compile=False), or take "
-            f"data-dependent branches, prints and third-party calls out of the inner objective."
-        ) from error
+    with in_one_graph(label, "the inner objective and its tangents"), torch.no_grad():
+        w, lam = _tree.detach(inner_params), _tree.detach(outer_params)
+        return run(w, lam, batch, of_inner, of_outer)
 
 
 @functools.lru_cache(maxsize=_CACHE_SIZE)
