@@ -14,6 +14,7 @@ from torch import Tensor
 import optuna_hypergrad as ohg
 from optuna_hypergrad.hypergradients import compiled_tangents
 from optuna_hypergrad.hypergradients._tangents import Pushforward
+from optuna_hypergrad.hypergradients.compiled import in_one_graph
 
 Params = dict[str, Tensor]
 ADAM, SETTINGS = ohg.Adam("lr", 4, max_norm=0.4, weight_decay="l2"), {"lr": 0.05}
@@ -109,6 +110,14 @@ def test_after_a_refusal_all_is_as_before() -> None:
         estimate(ohg.ForwardGradient(2, compile=True), solver, steps.hypers(), problem)
     found = estimate(ohg.ForwardGradient(None), solver, steps.hypers(), problem)
     assert relative_error(found, estimate(ohg.Unroll(), solver, steps.hypers(), problem)) < 1e-9
+
+
+def test_an_error_that_says_nothing_is_one_of_the_compiler_as_well() -> None:
+    with (
+        pytest.raises(ohg.RequirementError, match=r"turn it into one graph \(AssertionError: \)"),
+        in_one_graph("Unroll", "it"),
+    ):
+        raise AssertionError
 
 
 class Sine(torch.autograd.Function):

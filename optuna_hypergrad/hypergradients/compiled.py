@@ -108,15 +108,17 @@ def in_one_graph(label: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # A compiler that gives up within torch.func leaves them off, for the whole process.
-        if enabled:
-            hooks._saved_tensors_hooks_enable()
+        said = str(error).strip().partition("\n")[0]
         raise RequirementError(
-            f"torch.compile could not turn {what} into one graph ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]:.200}). Use {label}(compile=False), or take data-dependent branches, prints and "
+            f"torch.compile could not turn {what} into one graph ({type(error).__name__}: {said:.200}). "
+            f"Use {label}(compile=False), or take data-dependent branches, prints and "
             f"third-party calls out of the inner objective, and give batches of one shape, with tensors in place of numbers "
             f"that change from step to step."
         ) from error
+    finally:
+        # A compiler that gives up, or is stopped, within torch.func leaves them off, for the whole process.
+        if enabled:
+            hooks._saved_tensors_hooks_enable()
 
 
 def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
