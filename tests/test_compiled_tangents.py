@@ -112,6 +112,19 @@ def test_after_a_refusal_all_is_as_before() -> None:
     assert relative_error(found, estimate(ohg.Unroll(), solver, steps.hypers(), problem)) < 1e-9
 
 
+def test_implicit_refuses_an_objective_that_cannot_be_kept_before_it_is_called() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, w: Params, lam: Params, batch: Any) -> Tensor:
+            raise AssertionError("called")
+
+    problem = ohg.BilevelProblem(Unhashable(), steps.outer)
+    implicit = ohg.Implicit(ohg.Neumann(3, alpha=0.1), compile=True)
+    with pytest.raises(ohg.RequirementError, match=r"must be hashable.*Implicit\(compile=False\)"):
+        estimate(implicit, ohg.GradientDescent(0.1, 3), {"a": torch.ones(2)}, problem)
+
+
 def test_an_error_that_says_nothing_is_one_of_the_compiler_as_well() -> None:
     with (
         pytest.raises(ohg.RequirementError, match=r"turn it into one graph \(AssertionError: \)"),
