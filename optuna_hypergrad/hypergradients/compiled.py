@@ -136,7 +136,13 @@ def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., A
     return compiled
 
 
-_PATHS: dict[tuple[Hashable, ...], frozenset[str]] = {}
+_Paths = dict[tuple[Hashable, ...], frozenset[str]]
+
+
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _paths(inner_objective: Objective) -> _Paths:
+    """By names and batch; with the data that an objective holds, it is kept no longer than what is compiled of it."""
+    return {}
 
 
 def kind_of(batch: Batch) -> Hashable:
@@ -173,12 +179,12 @@ def compiled_solve(
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
     """
     w, lam, scale = _tree.detach(inner_params), _tree.detach(outer_params), scale_of(b)
-    label, key = "Implicit", (inner_objective, tuple(lam), kind_of(batch))
+    label, known, key = "Implicit", _paths(inner_objective), (tuple(lam), kind_of(batch))
     alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
-    if key not in _PATHS or alpha is None:
+    if key not in known or alpha is None:
         graph = InnerGraph(inner_objective, w, lam, batch)
-        if key not in _PATHS:
-            _remember(label, key, graph)
+        if key not in known:
+            _remember(label, known, key, graph)
         if alpha is None:
             operator = DampedOperator(HessianOperator(graph), damping)
             alpha, curvature, failure = solver.step_length(operator, b)
@@ -201,7 +207,7 @@ def compiled_solve(
     verdict = solver.traced_verdict(solution, float(least_curvature))
     if scale != 1.0:
         cross = {k: v * scale for k, v in cross.items()}
-    reached = {k: v if k in _PATHS[key] else None for k, v in cross.items()}
+    reached = {k: v if k in known[key] else None for k, v in cross.items()}
     return replace(solution, result=verdict), reached
 
 
@@ -214,13 +220,13 @@ def paths_of(
         RequirementError: if the inner objective cannot be differentiated twice, or not when it is compiled (naming
             ``label``).
     """
-    key = (inner_objective, tuple(outer_params), kind_of(batch))
-    if key not in _PATHS:
-        _remember(label, key, InnerGraph(inner_objective, inner_params, outer_params, batch))
-    return _PATHS[key]
+    known, key = _paths(inner_objective), (tuple(outer_params), kind_of(batch))
+    if key not in known:
+        _remember(label, known, key, InnerGraph(inner_objective, inner_params, outer_params, batch))
+    return known[key]
 
 
-def _remember(label: str, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
+def _remember(label: str, paths: _Paths, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     with torch.enable_grad():
         check_traced(
             label, graph.inner_objective(graph.inner_params, graph.outer_params, graph.batch)
@@ -228,6 +234,6 @@ def _remember(label: str, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
     )
-    if len(_PATHS) >= _MOST_PATHS:
-        _PATHS.pop(next(iter(_PATHS)))
-    _PATHS[key] = frozenset(k for k, v in cross.items() if v is not None)
+    if len(paths) >= _MOST_PATHS:
+        paths.pop(next(iter(paths)))
+    paths[key] = frozenset(k for k, v in cross.items() if v is not None)
