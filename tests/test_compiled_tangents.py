@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 import optuna_hypergrad as ohg
 from optuna_hypergrad.hypergradients import compiled_tangents
 from optuna_hypergrad.hypergradients._tangents import Pushforward
+from optuna_hypergrad.hypergradients.compiled import in_one_graph, paths_of
 
 Params = dict[str, Tensor]
 ADAM, SETTINGS = ohg.Adam("lr", 4, max_norm=0.4, weight_decay="l2"), {"lr": 0.05}
@@ -109,6 +112,44 @@ def test_after_a_refusal_all_is_as_before() -> None:
         estimate(ohg.ForwardGradient(2, compile=True), solver, steps.hypers(), problem)
     found = estimate(ohg.ForwardGradient(None), solver, steps.hypers(), problem)
     assert relative_error(found, estimate(ohg.Unroll(), solver, steps.hypers(), problem)) < 1e-9
+
+
+def test_implicit_refuses_an_objective_that_cannot_be_kept_before_it_is_called() -> None:
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, w: Params, lam: Params, batch: Any) -> Tensor:
+            raise AssertionError("called")
+
+    problem = ohg.BilevelProblem(Unhashable(), steps.outer)
+    implicit = ohg.Implicit(ohg.Neumann(3, alpha=0.1), compile=True)
+    with pytest.raises(ohg.RequirementError, match=r"must be hashable.*Implicit\(compile=False\)"):
+        estimate(implicit, ohg.GradientDescent(0.1, 3), {"a": torch.ones(2)}, problem)
+
+
+def test_objectives_are_not_kept_for_ever() -> None:
+    """A study that makes them anew in every trial would hold on to the data of them all."""
+    held = []
+    for _ in range(20):
+        data = torch.ones(3)
+        held.append(weakref.ref(data))
+
+        def loss(w: Params, lam: Params, batch: Any, data: Tensor = data) -> Tensor:
+            return (w["w"] * lam["a"] * data).square().sum()
+
+        at = {"w": torch.ones(3)}, {"a": torch.ones(3)}
+        assert paths_of("Unroll", loss, *at, None) == {"a"}
+    del data, loss
+    gc.collect()
+    assert sum(r() is not None for r in held) <= 16
+
+
+def test_an_error_that_says_nothing_is_one_of_the_compiler_as_well() -> None:
+    with (
+        pytest.raises(ohg.RequirementError, match=r"turn it into one graph \(AssertionError: \)"),
+        in_one_graph("Unroll", "it"),
+    ):
+        raise AssertionError
 
 
 class Sine(torch.autograd.Function):

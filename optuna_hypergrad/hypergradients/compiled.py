@@ -108,15 +108,17 @@ def in_one_graph(label: str, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # A compiler that gives up within torch.func leaves them off, for the whole process.
-        if enabled:
-            hooks._saved_tensors_hooks_enable()
+        said = str(error).strip().partition("\n")[0]
         raise RequirementError(
-            f"torch.compile could not turn {what} into one graph ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]:.200}). Use {label}(compile=False), or take data-dependent branches, prints and "
+            f"torch.compile could not turn {what} into one graph ({type(error).__name__}: {said:.200}). "
+            f"Use {label}(compile=False), or take data-dependent branches, prints and "
             f"third-party calls out of the inner objective, and give batches of one shape, with tensors in place of numbers "
             f"that change from step to step."
         ) from error
+    finally:
+        # A compiler that gives up, or is stopped, within torch.func leaves them off, for the whole process.
+        if enabled:
+            hooks._saved_tensors_hooks_enable()
 
 
 def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
@@ -134,7 +136,13 @@ def compiled_whole(function: Callable[..., Any], **more: Any) -> Callable[..., A
     return compiled
 
 
-_PATHS: dict[tuple[Hashable, ...], frozenset[str]] = {}
+_Paths = dict[tuple[Hashable, ...], frozenset[str]]
+
+
+@functools.lru_cache(maxsize=_CACHE_SIZE)
+def _paths(inner_objective: Objective) -> _Paths:
+    """By names and batch; with the data that an objective holds, it is kept no longer than what is compiled of it."""
+    return {}
 
 
 def kind_of(batch: Batch) -> Hashable:
@@ -171,12 +179,12 @@ def compiled_solve(
         RequirementError: if ``torch.compile`` cannot trace the inner objective as one graph.
     """
     w, lam, scale = _tree.detach(inner_params), _tree.detach(outer_params), scale_of(b)
-    label, key = "Implicit", (inner_objective, tuple(lam), kind_of(batch))
+    label, known, key = "Implicit", _paths(inner_objective), (tuple(lam), kind_of(batch))
     alpha, curvature, probes = solver.fixed_alpha(), math.nan, 0
-    if key not in _PATHS or alpha is None:
+    if key not in known or alpha is None:
         graph = InnerGraph(inner_objective, w, lam, batch)
-        if key not in _PATHS:
-            _remember(label, key, graph)
+        if key not in known:
+            _remember(label, known, key, graph)
         if alpha is None:
             operator = DampedOperator(HessianOperator(graph), damping)
             alpha, curvature, failure = solver.step_length(operator, b)
@@ -199,7 +207,7 @@ def compiled_solve(
     verdict = solver.traced_verdict(solution, float(least_curvature))
     if scale != 1.0:
         cross = {k: v * scale for k, v in cross.items()}
-    reached = {k: v if k in _PATHS[key] else None for k, v in cross.items()}
+    reached = {k: v if k in known[key] else None for k, v in cross.items()}
     return replace(solution, result=verdict), reached
 
 
@@ -212,13 +220,13 @@ def paths_of(
         RequirementError: if the inner objective cannot be differentiated twice, or not when it is compiled (naming
             ``label``).
     """
-    key = (inner_objective, tuple(outer_params), kind_of(batch))
-    if key not in _PATHS:
-        _remember(label, key, InnerGraph(inner_objective, inner_params, outer_params, batch))
-    return _PATHS[key]
+    known, key = _paths(inner_objective), (tuple(outer_params), kind_of(batch))
+    if key not in known:
+        _remember(label, known, key, InnerGraph(inner_objective, inner_params, outer_params, batch))
+    return known[key]
 
 
-def _remember(label: str, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
+def _remember(label: str, paths: _Paths, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     with torch.enable_grad():
         check_traced(
             label, graph.inner_objective(graph.inner_params, graph.outer_params, graph.batch)
@@ -226,6 +234,6 @@ def _remember(label: str, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])
     )
-    if len(_PATHS) >= _MOST_PATHS:
-        _PATHS.pop(next(iter(_PATHS)))
-    _PATHS[key] = frozenset(k for k, v in cross.items() if v is not None)
+    if len(paths) >= _MOST_PATHS:
+        paths.pop(next(iter(paths)))
+    paths[key] = frozenset(k for k, v in cross.items() if v is not None)

@@ -45,7 +45,7 @@ from ._base import (
     run_inner,
     sees_objectives,
 )
-from .compiled import compiled_solve
+from .compiled import check_compilable, compiled_solve
 
 _SOLUTION, _AGE = "solver/x", "preconditioner_age"
 _VISIBLE = 0.01
@@ -131,7 +131,8 @@ class Implicit(AbstractPullbackEstimator):
             carries (and a checkpoint): fewer products where outer steps are short. The answer is the same to
             the solver's tolerance; with a fixed number of steps it is nearer.
         compile: Compile the whole loop of products with ``torch.compile``, once per inner objective
-            (tens of seconds, more for long loops); then 2-4 times faster where tensors are small.
+            (tens of seconds, more for long loops; define it once, not anew in every trial, and without a
+            ``torch.autograd.Function`` of its own); then 2-4 times faster where tensors are small.
             ``inner_gradient_norm`` is then the inner solver's own, where it has one.
     """
 
@@ -193,6 +194,8 @@ class Implicit(AbstractPullbackEstimator):
     ) -> None:
         refuse_solver_hyperparameters("Implicit", inner_solver, outer_params)
         self._resolved_solver(inner_solver)
+        if self.compile:
+            check_compilable("Implicit", problem.inner_objective)
         if self.num_batches > 1 and problem.inner_batch is full_batch:
             raise RequirementError(
                 f"Implicit(num_batches={self.num_batches}): this problem has no inner_batch, so that its inner objective "
