@@ -203,6 +203,8 @@ class InnerGraph:
         ]
         try:
             products = vjps_of_rows(self._gradients, self._leaves, cotangents)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             return torch.stack([self.hvp(v) for v in vectors])
         flat = [

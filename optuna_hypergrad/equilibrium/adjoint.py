@@ -74,6 +74,8 @@ class AdjointOperator(AbstractLinearOperator):
         ]
         try:
             found = self._grad(cotangents, vjps_of_rows)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an operation that cannot be batched
             return torch.stack([self._apply(v, None) for v in vectors])
         flat = [

@@ -334,6 +334,8 @@ class Pushforward:
                     t.new_zeros(rows, *t.shape) if f is None else f
                     for t, f in zip(inputs, found, strict=True)
                 ]
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 one_by_one = self._walk_one_by_one(alive, inputs, cotangents)
                 self._batched = False

@@ -54,8 +54,8 @@ class ForwardGradient(AbstractDirectionalEstimator):
         memory_budget: Bytes for columns and for the graph of one step. Directions that do not fit are taken in
             further runs of the inner problem.
         compile: Compile the inner gradient and its tangents with ``torch.compile``, once for each inner objective, width
-            and shapes of tensors (a minute or two on a CPU): a direction then costs about half as much, and small
-            problems a third. Define the inner objective once, not anew in every trial. Needs a solver whose step is
+            and shapes of tensors (a minute or two on a CPU): a direction then costs about half as much, a
+            third as much where tensors are small. Define the inner objective once, not anew in every trial. Needs a solver whose step is
             one gradient at ``w`` and algebra, and an inner objective without a ``torch.autograd.Function`` of its own.
         control_variate: A cheap estimator of the same thing (truncated unrolling, ``Implicit(Identity())``), biased
             or not: the directions then only correct it. The estimate stays unbiased, and its variance is that of

@@ -49,7 +49,8 @@ class Unroll(AbstractPullbackEstimator):
             cannot be told what to keep) states only are kept: before every step, or before every ``k``-th with
             ``"auto"``. In all about 2.7 gradient evaluations a step with all states, 3.1 with every third, for
             ``GradientDescent`` and ``HeavyBall`` whose settings are numbers or 0-d hyperparameters; one more for the others
-            (``Adam``, ``Lookahead``, schedules, solvers of your own).
+            (``Adam``, ``Lookahead``, schedules, solvers of your own). An inner objective with a ``torch.autograd.Function`` of
+            its own is refused.
     """
 
     name: ClassVar[str] = "unroll"
