@@ -234,8 +234,9 @@ def vjps_of_rows(
 ) -> list[Tensor | None]:
     """For rows of ``cotangents``, ``(B, *shape)``, in one walk of the graph, which is kept: ``(B, *shape)``.
 
-    ``None`` for an input without a path. ``torch.autograd.grad(..., is_grads_batched=True)`` gives the same, but
-    takes convolutions, pooling and normalizations one row after the other.
+    ``None`` for an input without a path. Of torch's two ways, ``torch.func.vmap`` knows more operations: the older one takes
+    convolutions, pooling and normalizations one row after the other. That one goes through autograd functions without a
+    rule for ``vmap``, and is taken where the other one fails.
 
     Raises:
         RuntimeError: if an operation cannot be batched.
@@ -247,7 +248,15 @@ def vjps_of_rows(
         dead[:] = [f is None for f in found]
         return tuple(f for f in found if f is not None)
 
-    alive = iter(torch.func.vmap(pull)(*cotangents))
+    try:
+        alive = iter(torch.func.vmap(pull)(*cotangents))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        found = torch.autograd.grad(
+            outputs, inputs, cotangents, True, allow_unused=True, is_grads_batched=True
+        )
+        return list(found)
     return [None if d else next(alive) for d in dead]
 
 
