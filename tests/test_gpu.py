@@ -141,7 +141,7 @@ def peak(estimator: AbstractHypergradientEstimator, num_steps: int) -> int:
         return ((x @ w["first"]).tanh() @ w["last"]).square().mean() + decay
 
     def run() -> None:
-        problem = ohg.BilevelProblem(loss, lambda w, lam, batch: loss(w, lam, batch))
+        problem = ohg.BilevelProblem(loss, loss)
         solver = ohg.HeavyBall(1e-3, momentum=0.9, max_steps=num_steps)
         ohg.hypergradient(problem, w, lam, estimator=estimator, inner_solver=solver)
 

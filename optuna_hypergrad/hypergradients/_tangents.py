@@ -157,11 +157,12 @@ class Pushforward:
     ) -> tuple[Tensor, Params, Iterator[list[Tensor]]]:
         """``g``, ``g_w``, and by block the tangents of ``g_w``, each found when it is asked for."""
         w = _tree.leaves(before.inner_params)
-        if not (self._compile and self._blocks) or looking:
+        compiled = self._compile and bool(self._blocks)
+        if looking or not compiled:
             value, slopes = self._gradients(w, index)
             if looking:
                 self._refuse_dead_ends([g for g in slopes if g.requires_grad])
-        if not (self._compile and self._blocks):
+        if not compiled:
             gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
             return value, gradient, (self._bend(slopes, w, b) for b in self._blocks)
         first, *rest = self._blocks
