@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ NUM_SCANNED = 4
 Loss = Callable[[Params], Tensor]
 Losses = Callable[[Params, int, int], Tensor]
 
-ROUGH = TrustRegion(gtol=1e-4, ftol=1e-4, patience=8)
-"""It ends where little is to be gained."""
+ROUGH: dict[str, Any] = {"gtol": 1e-4, "ftol": 1e-4, "patience": 8}
+"""Of a rule that ends where little is to be gained."""
+
+IMPATIENT: dict[str, Any] = {**ROUGH, "patience": 6, "rtol": 2e-4}
+"""Of one that also ends where it creeps along a rugged valley."""
 
 
 def scan(
@@ -45,17 +49,74 @@ def scan(
         The middle, where every point fails.
     """
     names = sorted(domains)
-    ratio = _generalized_golden_ratio(len(names))
     middle = {n: domains[n].midpoint() for n in names}
-    candidates = [middle]
-    for i in range(1, min(NUM_SCANNED, 2 + len(names))):
-        shares = [(0.5 + i * ratio ** -(j + 1)) % 1.0 for j in range(len(names))]
-        candidates.append({n: _at(domains[n], u) for n, u in zip(names, shares, strict=True)})
+    candidates = [middle, *_spread(domains, range(1, min(NUM_SCANNED, 2 + len(names))))]
     inside = {
         n: v for n, v in more.items() if n in domains and domains[n].low <= v <= domains[n].high
     }
     if inside:
         candidates.append({**middle, **inside})
+    best = _race(losses, candidates, num_folds)
+    return middle if best is None else best
+
+
+def scan_elsewhere(
+    losses: Losses,
+    domains: Mapping[str, Domain],
+    visited: Sequence[Mapping[str, float]],
+    number: int,
+    num_folds: int,
+) -> dict[str, float] | None:
+    """The best of the next eight points for each number (24 at most) that are not near what was visited; they race as in :func:`scan`.
+
+    Args:
+        losses, domains, num_folds: As there.
+        visited: Points. What is nearer to one of them than half the distance of neighbors is left out.
+        number: Of this scan: 1, 2, ...; each has points of its own.
+
+    Returns:
+        ``None`` where no point is left, or every one fails.
+
+    Reference: Rinnooy Kan & Timmer (1987), "Stochastic global optimization methods" (starts of local searches that are not near
+    to what is known).
+    """
+    each = min(8 * len(domains), 24)
+    begin = NUM_SCANNED + (number - 1) * each
+    sizes = [high - low for low, high in (d.internal_bounds() for d in domains.values())]
+    near = max(0.5 * (math.prod(sizes) / each) ** (1 / len(sizes)), 1.0)
+    candidates = [
+        c
+        for c in _spread(domains, range(begin, begin + each))
+        if all(_distance(domains, c, v) > near for v in visited)
+    ]
+    return _race(losses, candidates, num_folds)
+
+
+def _spread(domains: Mapping[str, Domain], indices: Iterable[int]) -> list[dict[str, float]]:
+    """Points of the additive recurrence; the middle is number 0."""
+    names = sorted(domains)
+    ratio = _generalized_golden_ratio(len(names))
+    return [
+        {n: _at(domains[n], (0.5 + i * ratio ** -(j + 1)) % 1.0) for j, n in enumerate(names)}
+        for i in indices
+    ]
+
+
+def _distance(
+    domains: Mapping[str, Domain], one: Mapping[str, float], other: Mapping[str, float]
+) -> float:
+    """The largest of the distances of two points by any number, in the coordinates that are moved."""
+
+    def apart(name: str) -> float:
+        pair = torch.tensor([one[name], other[name]], dtype=torch.float64)
+        return abs(float(domains[name].to_internal(pair).diff()))
+
+    return max(map(apart, domains))
+
+
+def _race(
+    losses: Losses, candidates: list[dict[str, float]], num_folds: int
+) -> dict[str, float] | None:
     # neighbors one after the other: fits begin where the last one has ended
     candidates.sort(key=lambda c: tuple(c.values()))
     totals = [0.0] * len(candidates)
@@ -66,7 +127,7 @@ def scan(
             totals[i] += _total(losses, candidates[i], first, last)
         ranked = sorted((i for i in left if math.isfinite(totals[i])), key=lambda i: totals[i])
         left, first = sorted(ranked[: (len(left) + 1) // 2]), last
-    return candidates[min(left, key=lambda i: totals[i])] if left else middle
+    return candidates[min(left, key=lambda i: totals[i])] if left else None
 
 
 def _total(losses: Losses, candidate: Mapping[str, float], first: int, last: int) -> float:
@@ -114,7 +175,7 @@ def descend(
     for name, domain in domains.items():
         lower[name], upper[name] = domain.internal_bounds()
     point = {n: domains[n].to_internal(v.detach()) for n, v in start.items()}
-    rule, state = ROUGH, StepState()
+    rule, state = TrustRegion(**ROUGH), StepState()
     best, lowest = {n: v.detach() for n, v in start.items()}, math.inf
     for number in range(max_evaluations):
         external = {n: domains[n].to_external(u).requires_grad_() for n, u in point.items()}
@@ -135,7 +196,7 @@ def descend(
                 best, lowest = {n: v.detach() for n, v in external.items()}, value
         if number == 0:
             steepest = max(float(g.abs().max()) for g in slope.values())
-            rule = replace(ROUGH, radius=first_radius(steepest, stiffness))
+            rule = replace(rule, radius=first_radius(steepest, stiffness))
             state = rule.init(point, lower, upper)
         proposal = rule.step(state, point, value, slope, lower, upper)
         point, state = proposal.point, proposal.state

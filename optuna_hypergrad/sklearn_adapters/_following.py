@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..search_space import Domain
 from ._adapter import AbstractAdapter, FollowedLoss, Split
 from ._cross_validated import CrossValidatedLoss, Data
-from ._descent import scan
+from ._descent import Losses, scan, scan_elsewhere
 from ._distributions import Space
 from ._folds import NoMatrixError, last_step
 from ._nested import Freedom
@@ -200,6 +200,27 @@ class Followed:
 
         What changes nothing is at the middle.
         """
+        at_rest, domains, losses = self._scannable(chosen, freedom)
+        return at_rest | scan(losses, domains, freedom.more, len(self._splits))
+
+    def scanned_elsewhere(
+        self,
+        chosen: Mapping[str, Any],
+        freedom: Freedom,
+        visited: Sequence[Mapping[str, float]],
+        number: int,
+    ) -> dict[str, float] | None:
+        """Where the next descent begins: the best of other points, away from those that were visited; ``None`` if there is none."""
+        at_rest, domains, losses = self._scannable(chosen, freedom)
+        if not domains:
+            return None
+        found = scan_elsewhere(losses, domains, visited, number, len(self._splits))
+        return None if found is None else at_rest | found
+
+    def _scannable(
+        self, chosen: Mapping[str, Any], freedom: Freedom
+    ) -> tuple[dict[str, float], dict[str, Domain], Losses]:
+        """What changes nothing, at the middle; what is scanned; and the losses of the folds there."""
         idle = self.cross_validated.idle(chosen)
         at_rest = {n: d.midpoint() for n, d in freedom.domains.items() if n in idle}
         fixed = {n: torch.tensor(v, dtype=torch.float64) for n, v in at_rest.items()}
@@ -208,8 +229,7 @@ class Followed:
             point = freedom.untied({**fixed, **values})
             return self.cross_validated.each(chosen, point, first, last, rough=True)
 
-        domains = {n: d for n, d in freedom.domains.items() if n not in idle}
-        return at_rest | scan(of, domains, freedom.more, len(self._splits))
+        return at_rest, {n: d for n, d in freedom.domains.items() if n not in idle}, of
 
     def score_of(self, estimator: BaseEstimator, setting: Mapping[str, Any], scoring: Any) -> float:
         """Of scikit-learn's own fits: the mean over the folds. (Weights of samples that are searched are of the fits only.)"""

@@ -31,7 +31,7 @@ def guarded_search(
     objective: TrialLoss,
     optimize: Optimize,
     n_trials: int,
-    sampler_with: Callable[[float], BaseSampler],
+    sampler_with: Callable[..., BaseSampler],
 ) -> NestedChoice | None:
     """Both phases, or what is left of them in a study that was cut.
 
@@ -40,7 +40,7 @@ def guarded_search(
         objective: Guarded.
         optimize: Runs trials.
         n_trials: In all.
-        sampler_with: The sampler, with another length of the first step.
+        sampler_with: The sampler, with other settings of its rule.
 
     Returns:
         The choice; ``None`` if the search was cut before it was made.
@@ -68,7 +68,7 @@ def guarded_search(
         if left > 0 and not any(is_the_end(t) for t in free):
             radius = first_radius(_steepest(objective, best), choice.tau)
             kept = {PHASE: "free", **objective.chosen_of(best)}
-            study.sampler = held(sampler_with(radius), kept)
+            study.sampler = held(sampler_with(radius=radius), kept)
             optimize(left, [_stop_at_the_end])
         return choice
     finally:

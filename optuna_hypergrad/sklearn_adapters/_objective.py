@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 import torch
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from torch import Tensor
 
 from .._errors import MissingTensorError
 from .._typing import Params
 from ..studies import DifferentiableTrial, load_tensors
+from ..studies.events import Claim
 from ._distributions import suggest
 from ._folds import remembered
 from ._following import Followed
 from ._nested import Freedom
 from ._rows import distinct
+from ._study import completed
 
 PHASE = "guard:phase"
 """Parameter of a guarded search's trials, ``"tied"`` or ``"free"``."""
@@ -64,7 +66,6 @@ class TrialLoss:
         self.followed, self.guarded, self.restarted = followed, guarded, restarted
         self.start: Mapping[str, float | Tensor] | None = None
         self.penalty: Penalty | None = None
-        self._starts: dict[str, dict[str, float]] = {}
         self._freedoms: OrderedDict[Hashable, Freedom] = OrderedDict()
 
     def __call__(self, trial: DifferentiableTrial) -> Tensor:
@@ -162,23 +163,37 @@ class TrialLoss:
     def _start(
         self, trial: DifferentiableTrial, chosen: Mapping[str, Any], freedom: Freedom
     ) -> Mapping[str, float | Tensor]:
-        """Where a trajectory begins, if this trial begins one under a new setting."""
+        """Where a trajectory begins, if this trial begins one."""
         if self.penalty is not None:
             return self.penalty.tied
         if self.start is not None:
             return self.start
-        key = repr(sorted(chosen.items()))
-        if key not in self._starts:
-            earlier = trial.study.get_trials(deepcopy=False)[: trial.number]
-            known = any(
-                t.state == TrialState.COMPLETE
-                and all(t.params.get(n) == v for n, v in chosen.items())
-                for t in earlier
-            )
-            self._starts[key] = {} if known else self.followed.scanned(chosen, freedom)
-            if self.restarted and not known:
-                trial.set_user_attr(FIRST, self._starts[key])
-        return self._starts[key]
+        earlier = self._begun(trial, chosen)
+        if earlier is None:
+            return {}
+        if not earlier:
+            found = self.followed.scanned(chosen, freedom)
+            if self.restarted:
+                trial.set_user_attr(FIRST, found)
+            return found
+        visited = [self.tied_of(t) for t in completed(trial.study) if self._is_under(t, chosen)]
+        return self.followed.scanned_elsewhere(chosen, freedom, visited, earlier) or {}
+
+    def _begun(self, trial: DifferentiableTrial, chosen: Mapping[str, Any]) -> int | None:
+        """Trajectories of this setting that began before this one; ``None`` if this trial goes on with one."""
+        _ = trial.relative_params  # plans the trial
+        trials = trial.study.get_trials(deepcopy=False)[: trial.number + 1]
+        claim = Claim.of(trials.pop())
+        under = [t for t in trials if t.state.is_finished() and self._is_under(t, chosen)]
+        if claim is None:
+            return None if under else 0
+        if claim.parent is not None or claim.source not in ("init", "enqueued"):
+            return None
+        claims = [c for t in under if (c := Claim.of(t)) is not None]
+        return len([c for c in claims if c.parent is None])
+
+    def _is_under(self, trial: FrozenTrial, chosen: Mapping[str, Any]) -> bool:
+        return all(trial.params.get(n) == v for n, v in chosen.items())
 
 
 def is_tied(trial: FrozenTrial) -> bool:

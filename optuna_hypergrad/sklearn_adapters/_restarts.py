@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from ..studies import load_tensors
+from ._descent import ROUGH
 from ._guarded import held, is_the_end
 from ._objective import DESCENT, FIRST, TrialLoss
 from ._study import completed, finished
@@ -55,7 +56,7 @@ def restarted_search(
         objective: Not guarded; nothing but what is moved by hypergradients is searched.
         optimize: Runs trials.
         n_trials: In all.
-        sampler_with: The sampler, ``rough`` or not.
+        sampler_with: The sampler, with other settings of its rule.
     """
     sampler = study.sampler
     try:
@@ -66,7 +67,7 @@ def restarted_search(
                 return
             objective.start = None if number == 0 else _start(number, factor, study, objective)
             rough = number == 0 or factor != 1
-            study.sampler = held(sampler_with(rough=rough), {DESCENT: number})
+            study.sampler = held(sampler_with(**ROUGH if rough else {}), {DESCENT: number})
             if optimize(left, [_stop_at_the_end]):
                 return
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..step_rules import TrustRegion
 from ..stores import Retention
 from ..studies import HypergradientSampler
 from ._adapter import AbstractAdapter, Split
-from ._descent import ROUGH
+from ._descent import IMPATIENT
 from ._distributions import Space
 from ._folds import last_step
 from ._following import Followed, NotFollowedError
@@ -170,7 +169,7 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
             raise ValueError("resume=True needs storage= and study_name= to find the study again.")
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         if follows or self.sampler is not None:
-            self._sampler_with = functools.partial(self._sampler, seed)
+            self._sampler_with = functools.partial(self._sampler, seed, bool(space.vectors))
             sampler = self._sampler_with()
         else:
             sampler = TPESampler(seed=seed)
@@ -184,17 +183,25 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
                 self.storage, self.study_name, sampler, direction, digest, self.resume
             )
 
-    def _sampler(self, seed: int, radius: float = 1.0, rough: bool = False) -> BaseSampler:
-        """The user's, or one whose first step is at most of this length, and whose descents may end early."""
+    def _sampler(self, seed: int, of_vectors: bool, **settings: float) -> BaseSampler:
+        """The user's, or one whose rule has these settings.
+
+        Where numbers alone are searched, descents end when they creep, and each begins where a scan says.
+        """
         if self.sampler is not None:
             own: BaseSampler = copy.deepcopy(self.sampler)
             return own
         kept = Retention(best=self.n_rescored, every=0)
-        rule = TrustRegion(radius=radius, noise=_NOISE)
-        if rough:
-            rule = replace(rule, ftol=ROUGH.ftol, gtol=ROUGH.gtol, patience=ROUGH.patience)
+        usual = {} if of_vectors else IMPATIENT
+        rule = TrustRegion(**{"noise": _NOISE, **usual, **settings})
         shown = self.storage is not None  # nobody else sees a study in memory
-        return HypergradientSampler(seed=seed, retention=kept, optimizer=rule, publish=shown)
+        return HypergradientSampler(
+            seed=seed,
+            retention=kept,
+            optimizer=rule,
+            publish=shown,
+            start="init" if of_vectors else "given",
+        )
 
     def _digest(self, space: Space, splits: FrozenSplits, follows: bool) -> str:
         """Of all that a trial's value depends on but its parameters."""

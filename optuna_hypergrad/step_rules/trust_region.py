@@ -50,6 +50,8 @@ class TrustRegion(AbstractStepRule):
         noise: Error of the trapezoidal rule, relative to its terms, that makes an evaluation
             suspicious; ``inf`` takes every loss for smooth.
         patience: Evaluations without a better value that end the trajectory.
+        rtol: Where it is not 0, so many evaluations (of a noisy loss, too) without a value that is better by this share of
+            its size end the trajectory as well.
         gtol: Projected gradient, relative to the first one, that ends it.
         ftol: Predicted decrease, relative to the progress so far, that ends it when seen twice.
         min_radius: A smaller cube ends it.
@@ -63,6 +65,7 @@ class TrustRegion(AbstractStepRule):
     memory: float = 0.5
     noise: float = 0.5
     patience: int = 30
+    rtol: float = 0.0
     gtol: float = 1e-7
     ftol: float = 1e-9
     min_radius: float = 1e-6
@@ -97,9 +100,12 @@ class TrustRegion(AbstractStepRule):
         else:
             self._take_in(work)
         if "length" in work.numbers:
-            return averaged_step(work)
-        ahead = self._model_step(work)
-        self._judge(work)
+            ahead = averaged_step(work)
+        else:
+            ahead = self._model_step(work)
+            self._judge(work)
+        if self.rtol:
+            self._wait(work)
         return ahead
 
     def _take_in(self, work: Work) -> None:
@@ -192,6 +198,18 @@ class TrustRegion(AbstractStepRule):
                 step, predicted = 0 * step + length, -0.5 * float(slope[0]) * length
         n["predicted"] = predicted
         return base["point"] + step
+
+    def _wait(self, work: Work) -> None:
+        """Say that the trajectory is over if nothing has become better for long enough to see."""
+        n = work.numbers
+        marked = n.setdefault("marked", n["first"])
+        n["idle"] = n.get("idle", -1) + 1
+        if n["best"] < marked - self.rtol * abs(marked):
+            n["marked"], n["idle"] = n["best"], 0
+        if n["idle"] >= self.patience:
+            work.stop = (
+                f"No value was better by {self.rtol:g} of its size in {self.patience} evaluations."
+            )
 
     def _judge(self, work: Work) -> None:
         """Say why the trajectory is over, if it is."""

@@ -25,7 +25,7 @@ from .proposals import Proposer
 from .racing import Race
 from .trajectory import MAX_CUT_OFF, Cursor, Ledger, Trajectory
 
-StartFrom = Literal["best", "base", "init"]
+StartFrom = Literal["best", "base", "init", "given"]
 
 STARTUP_TRAJECTORIES = 4
 """Settings that are chosen at random before TPE has a model: each takes several trials."""
@@ -220,7 +220,11 @@ class Planner:
             source = inherited.source
         elif enqueued:
             source = "enqueued"
-        elif (not ledger.started and not claims) or (fresh and self.start == "init"):
+        elif (
+            (not ledger.started and not claims)
+            or (fresh and self.start == "init")
+            or self.start == "given"
+        ):
             source = "init"
         elif best is not None and (not floats or (fresh and self.start == "best")):
             source = str(best.best.number)  # type: ignore[union-attr]

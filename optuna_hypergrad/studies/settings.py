@@ -31,8 +31,8 @@ def check_settings(
             "BruteForceSampler reads every trial of a study as one branch of its tree, and this sampler "
             "shows one trial per trajectory. Use GridSampler, or TPESampler()."
         )
-    if start not in ("best", "base", "init"):
-        raise ValueError(f'start={start!r} is not "best", "base" or "init".')
+    if start not in ("best", "base", "init", "given"):
+        raise ValueError(f'start={start!r} is not "best", "base", "init" or "given".')
     for name, number, least in (
         ("slice_steps", slice_steps, 1),
         ("reduction", reduction, 2),

@@ -1,0 +1,164 @@
+"""Descents of numbers from several starts: where they begin, when they end, and what they find together."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from sklearn.datasets import make_moons
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, SVR
+from torch import Tensor
+
+from optuna_hypergrad import HypergradientSampler, HypergradientSearchCV, differentiable
+from optuna_hypergrad.search_space import Domain
+from optuna_hypergrad.sklearn_adapters._descent import IMPATIENT, scan, scan_elsewhere
+from optuna_hypergrad.step_rules import StepState, TrustRegion
+from optuna_hypergrad.studies.events import Claim
+
+SPACE = {
+    "C": FloatDistribution(1e-2, 1e3, log=True),
+    "gamma": FloatDistribution(1e-5, 1e1, log=True),
+}
+DOMAINS = {"a": Domain(1e-3, 1e3, True), "b": Domain(0.0, 1.0, False)}
+
+
+def sinc() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(4)
+    x = rng.uniform(-3, 3, size=(150, 2))
+    y = np.sinc(x[:, 0]) + 0.3 * x[:, 1] + 0.1 * rng.standard_t(2, size=150)
+    return StandardScaler().fit_transform(x), (y - y.mean()) / y.std()
+
+
+def of_moons(num_samples: int = 300, **settings: Any) -> HypergradientSearchCV:
+    x, y = make_moons(num_samples, noise=0.3, random_state=0)
+    cv = StratifiedKFold(5, shuffle=True, random_state=0)
+    search = HypergradientSearchCV(SVC(), SPACE, cv=cv, random_state=0, **settings)
+    return search.fit(StandardScaler().fit_transform(x), y)
+
+
+def starts(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    claims = [Claim.of(t) for t in study.trials]
+    return [
+        t for t, c in zip(study.trials, claims, strict=True) if c is not None and c.parent is None
+    ]
+
+
+def test_a_search_leaves_the_valley_of_its_first_descent() -> None:
+    study = of_moons().study_
+    assert min(t.value for t in study.trials[:6]) > 0.2  # as a straight line separates them
+    assert study.best_value < 0.0935  # a grid of 12 x 12 points has that, after 720 fits
+    begun = starts(study)
+    assert 2 <= len(begun) <= 8
+    assert [begun[0].number, begun[0].params["C"]] == [0, pytest.approx(66.6, rel=1e-2)]
+
+
+def test_so_it_does_under_choices() -> None:
+    x, y = sinc()
+    space = {**SPACE, "shrinking": CategoricalDistribution([True, False])}
+    cv = KFold(5, shuffle=True, random_state=0)
+    search = HypergradientSearchCV(SVR(epsilon=0.02), space, cv=cv, n_trials=60, random_state=0)
+    search.fit(x, y)
+    grid = {"C": np.geomspace(1e-2, 1e3, 6), "gamma": np.geomspace(1e-5, 1e1, 7)}
+    usual = GridSearchCV(SVR(epsilon=0.02), grid, cv=cv, scoring="neg_mean_squared_error")
+    assert search.study_.best_value < -usual.fit(x, y).best_score_ * 1.01
+
+
+def test_a_search_that_was_cut_goes_on_to_the_bit(tmp_path: Any) -> None:
+    def cut(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if trial.number == at:
+            study.stop()
+
+    def kept(name: str, **more: Any) -> optuna.Study:
+        file = f"sqlite:///{tmp_path / name}"
+        settings = {"storage": file, "study_name": "s", "n_trials": 18, "n_rescored": 1, **more}
+        return of_moons(100, resume=True, **settings).study_
+
+    whole = kept("whole.db")
+    begun = [t.number for t in starts(whole)]
+    at = begun[1] - 1  # before the second scan
+    assert len(kept("cut.db", callbacks=[cut]).trials) == at + 1
+    again = kept("cut.db")
+    assert [t.params for t in again.trials] == [t.params for t in whole.trials]
+    assert [t.values for t in again.trials] == [t.values for t in whole.trials]
+
+
+def losses_to(a: float, b: float, seen: list[dict[str, float]]) -> Any:
+    def losses(values: dict[str, Tensor], first: int, last: int) -> Tensor:
+        seen.append({k: float(v) for k, v in values.items()})
+        gap = (values["a"].log() - math.log(a)) ** 2 + (values["b"] - b) ** 2
+        return (1 + gap).expand(last - first)
+
+    return losses
+
+
+def test_further_scans_look_elsewhere() -> None:
+    first: list[dict[str, float]] = []
+    scan(losses_to(1.0, 0.5, first), DOMAINS, {}, 1)
+    visited = [{"a": a, "b": b} for a, b in ((1.0, 0.5), (0.01, 0.2), (100.0, 0.8), (30.0, 0.3))]
+    others: list[list[dict[str, float]]] = [[], []]
+    for number, seen in enumerate(others, 1):
+        found = scan_elsewhere(losses_to(1.0, 0.5, seen), DOMAINS, visited, number, 1)
+        assert found is not None
+        assert 8 <= len(seen) < 16  # of sixteen, those near what was visited are left out
+        size = math.log(1e6) * 10.0  # a unit of b is a tenth of its range
+        near = 0.5 * math.sqrt(size / 16)
+        for point in seen:
+            for known in visited:
+                apart = abs(math.log(point["a"] / known["a"])), 10 * abs(point["b"] - known["b"])
+                assert max(apart) > near
+        assert found == min(seen, key=lambda p: math.log(p["a"]) ** 2 + (p["b"] - 0.5) ** 2)
+    points = [tuple(p.values()) for seen in (first, *others) for p in seen]
+    assert len(set(points)) == len(points)
+
+
+def test_where_all_is_known_there_is_no_further_start() -> None:
+    a, b = np.geomspace(1e-3, 1e3, 20), np.linspace(0, 1, 20)
+    everywhere = [{"a": float(p), "b": float(q)} for p in a for q in b]
+    seen: list[dict[str, float]] = []
+    assert scan_elsewhere(losses_to(1.0, 0.5, seen), DOMAINS, everywhere, 1, 5) is None
+    assert not seen
+
+    def fails(values: dict[str, Tensor], first: int, last: int) -> Tensor:
+        return torch.full((last - first,), math.nan)
+
+    assert scan_elsewhere(fails, DOMAINS, [], 1, 5) is None
+
+
+def test_a_start_is_given_every_time() -> None:
+    @differentiable
+    def objective(trial: Any) -> Tensor:
+        x = trial.suggest_float("x", -3.0, 3.0, init=2.9 - 0.4 * trial.number)
+        return (x - 0.7) ** 4  # type: ignore[no-any-return]
+
+    study = optuna.create_study(sampler=HypergradientSampler(start="given", max_steps=4, seed=0))
+    study.optimize(objective, n_trials=12)
+    begun = starts(study)
+    assert len(begun) > 2
+    assert all(t.params["x"] == pytest.approx(2.9 - 0.4 * t.number) for t in begun)
+    with pytest.raises(ValueError, match='"init" or "given"'):
+        HypergradientSampler(start="elsewhere")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rtol", "ends"), [(0.0, False), (1e-3, True)])
+def test_what_creeps_has_ended(rtol: float, ends: bool) -> None:
+    """Values that fall by a ten thousandth each time, and a slope that promises more."""
+    rule = TrustRegion(**{**IMPATIENT, "rtol": rtol, "ftol": 0.0})
+    point = {"x": torch.zeros(2, dtype=torch.float64)}
+    slope = {"x": torch.tensor([1.0, -1.0], dtype=torch.float64)}
+    bounds = {"x": -100.0}, {"x": 100.0}
+    state = rule.init(point, *bounds)
+    stops: list[str | None] = []
+    for i in range(20):
+        proposal = rule.step(state, point, 1 - 1e-4 * i, slope, *bounds)
+        point, state = proposal.point, proposal.state
+        stops.append(proposal.stop)
+    assert isinstance(state, StepState)
+    found = [i for i, s in enumerate(stops) if s is not None and "of its size" in s]
+    assert found[:1] == ([6] if ends else [])
