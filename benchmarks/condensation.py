@@ -164,6 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the tensors are small
     data = load_mnist(arguments.mnist, arguments.size, arguments.device)
+    arguments.results.mkdir(parents=True, exist_ok=True)
     path = arguments.results / "condensation.json"
     store = json.loads(path.read_text()) if path.exists() else {}
     for seed in arguments.seeds:

@@ -7,7 +7,7 @@ the preconditioner as many as it needs. What is measured runs in float32, as tra
 hypergradient from a solve to a residual of 1e-9 in float64. Cost is CPU time, as a whole and divided by that of one gradient
 evaluation.
 
-hypertorch is not on PyPI: its CG walks a kept graph as "torch, graph kept" does (``--hypertorch DIR`` for a checkout).
+hypertorch is not on PyPI: its rows need a checkout of github.com/prolearner/hypertorch (``--hypertorch DIR``).
 
     python benchmarks/ihvp_peers.py --data DIR --peers benchmarks/.peers-venv/bin/python
 """

@@ -233,7 +233,7 @@ def test_modules_of_ones_own_in_pipelines() -> None:
         ({"module": lambda a, b: nn.Linear(a, b + 1)}, ValueError, r"gives \(2, 11\).*must give \(2, 10\)"),
         ({"module": lambda a, b: nn.ReLU()}, ValueError, "no parameters"),
         ({"module": lambda a, b: 3}, TypeError, "gave int, no torch module"),
-        ({"decay_range": (1e-2, 1.0)}, ValueError, "low <= decay_init"),
+        ({"decay_range": (2e-2, 1.0)}, ValueError, "low <= decay_init"),
         ({"decay_range": (0.0, 1.0)}, ValueError, "0 < low"),
         ({"hidden_layer_sizes": (0,)}, ValueError, "integers from 1 on"),
         ({"decay": "per_unit"}, ValueError, "'decay' parameter"),

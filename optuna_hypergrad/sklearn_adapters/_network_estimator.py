@@ -57,7 +57,7 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         activation: str = "relu",
         decay: Literal["one", "per_layer", "per_tensor", "per_weight"] = "per_layer",
         tune_sample_weights: bool = False,
-        decay_init: float = 1e-3,
+        decay_init: float = 1e-2,
         decay_range: tuple[float, float] = (1e-7, 10.0),
         validation_fraction: float = 0.2,
         max_iter: int = 100,
