@@ -1059,10 +1059,24 @@ MUTANTS = [
     ),
     Mutant(
         "walk back through convolutions row by row",
-        "operators.py",
+        "kept_graph.py",
         "alive = iter(torch.func.vmap(pull)(*cotangents))",
         "alive = iter([torch.stack(c) for c in zip(*[pull(*r) for r in zip(*cotangents)])])",
         "tests/test_compiled_tangents.py::test_convolutions_are_batched",
+    ),
+    Mutant(
+        "try at each step what has failed before",
+        "kept_graph.py",
+        "self._ways.remove(way)",
+        "pass",
+        "tests/test_forward.py::test_a_way_to_batch_that_has_failed_is_tried_once_a_solve",
+    ),
+    Mutant(
+        "mix up rows and columns of a closed form",
+        "closed_form/_solving.py",
+        "t.reshape(*t.shape[:-1], -1, rows) for",
+        "t.reshape(*t.shape[:-1], rows, -1).mT for",
+        f"{CLOSED}::test_rows_of_second_derivatives_are_those_of_one_at_a_time[ridge-2]",
     ),
     Mutant(
         "make what the library needs on torch's default device",

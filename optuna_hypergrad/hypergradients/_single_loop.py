@@ -19,7 +19,8 @@ from .._twice import check_differentiable_twice
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, GradientDescent
 from ..inner._base import verdict
-from ..operators import Flattener, scalar, vjp_through_kept_graph
+from ..kept_graph import vjp_through_kept_graph
+from ..operators import Flattener, scalar
 from ..problem import BilevelProblem
 from ._base import (
     AbstractHypergradientEstimator,

@@ -22,7 +22,8 @@ from .._twice import goes_through_once_differentiable, other_ways, own_functions
 from .._typing import Params
 from ..inner import AbstractStepSolver, Adam, GradientDescent, HeavyBall
 from ..inner._base import InnerState, take_step
-from ..operators import scalar, vjps_of_rows
+from ..kept_graph import VjpsOfRows
+from ..operators import scalar
 from ..problem import BilevelProblem
 from ._rewind import NOT_REPEATED, Point, meets
 from .compiled import check_traced, kind_of
@@ -70,7 +71,8 @@ class Pushforward:
         self._unseen = set(outer_params)
         self._blocks = [Columns(v, []) for v in directions]
         self._names = list(inner_params)
-        self._plain = self._batched = True
+        self._plain, self._warned = True, False
+        self._vjps_of_rows = VjpsOfRows()
         self._compared = False
         self._kinds: set[Hashable] = set()
         self._here = Point({}, {}), 0
@@ -328,26 +330,22 @@ class Pushforward:
         if not pairs:
             return [t.new_zeros(rows, *t.shape) for t in inputs]
         alive, cotangents = [o for o, _ in pairs], [d for _, d in pairs]
-        if self._batched and rows > 1:
-            try:
-                found = vjps_of_rows(alive, inputs, cotangents)
-                return [
-                    t.new_zeros(rows, *t.shape) if f is None else f
-                    for t, f in zip(inputs, found, strict=True)
-                ]
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                one_by_one = self._walk_one_by_one(alive, inputs, cotangents)
-                self._batched = False
-                warnings.warn(
-                    f"{self._label} takes its columns of tangents one by one, which costs small problems the "
-                    f"most (up to {rows} times): an operation of the inner objective cannot be batched "
-                    f"({_first_line(error)}). Replace it, or set width=1 if this is meant.",
-                    stacklevel=2,
-                )
-                return one_by_one
-        return self._walk_one_by_one(alive, inputs, cotangents)
+        found = self._vjps_of_rows(alive, inputs, cotangents) if rows > 1 else None
+        if found is not None:
+            return [
+                t.new_zeros(rows, *t.shape) if f is None else f
+                for t, f in zip(inputs, found, strict=True)
+            ]
+        one_by_one = self._walk_one_by_one(alive, inputs, cotangents)
+        if (reason := self._vjps_of_rows.failure) is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self._label} takes its columns of tangents one by one, which costs small problems the "
+                f"most (up to {rows} times): an operation of the inner objective cannot be batched "
+                f"({_first_line(reason)}). Replace it, or set width=1 if this is meant.",
+                stacklevel=2,
+            )
+        return one_by_one
 
     def _walk_one_by_one(
         self, outputs: list[Tensor], inputs: tuple[Tensor, ...], cotangents: list[Tensor]
