@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     Mutant(
         "flip the sign of the direct term",
-        "hypergradients/_base.py",
+        "hypergradients/_outer_gradients.py",
         "parts[0] + parts[1]",
         "parts[1] - parts[0]",
         RIDGE,

@@ -22,18 +22,9 @@ from ..inner._base import verdict
 from ..kept_graph import vjp_through_kept_graph
 from ..operators import Flattener, scalar
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractHypergradientEstimator,
-    Cotangents,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-    combine,
-    outer_gradients,
-    refuse_solver_hyperparameters,
-    sees_objectives,
-)
+from ._base import AbstractHypergradientEstimator, refuse_solver_hyperparameters, sees_objectives
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure, combine, outer_gradients
 from ._pace import Schedule, check_schedule, paced, scheduled
 
 

@@ -18,14 +18,8 @@ from ..inner._base import verdict
 from ..inner._settings import Value
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._base import (
-    Cotangents,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-    combine,
-)
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure, combine
 from ._pace import paced
 from ._penalty import part
 from ._single_loop import AbstractOneStep, check_theta, moving_average, single_step, steps_taken
