@@ -779,23 +779,23 @@ MUTANTS = [
     ),
     Mutant(
         "forget the second signs of the probe",
-        "hypergradients/bros.py",
+        "hypergradients/_sketched_action.py",
         "(x - e[k] * second.product[k])",
         "(x - second.product[k])",
         f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-gaussian-3]",
     ),
     Mutant(
         "forget the factor of the probe",
-        "hypergradients/bros.py",
-        "correction = self.rank / (self.rank - 1)",
+        "hypergradients/_sketched_action.py",
+        "correction = rank / (rank - 1)",
         "correction = 1.0",
         f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-rademacher-2]",
     ),
     Mutant(
         "take the same sketch for both sides of two",
         "hypergradients/bros.py",
-        "others = self._drawn(count, 1, inner_params)",
-        "others = sketches",
+        "two_sketch(along, v, self._drawn(count, 1, inner_params))",
+        "two_sketch(along, v, sketches)",
         f"{BROS}::test_the_action_of_the_hessian_is_unbiased[two_sketch-orthonormal-2]",
     ),
     Mutant(
