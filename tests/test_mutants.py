@@ -1143,7 +1143,7 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path, nursery: subprocess.Po
 
 NURSERY = """
 import json, os, sys
-import numpy, optuna, pytest, scipy.optimize, sklearn.datasets, sqlalchemy, torch
+import numpy, optuna, pytest, scipy.optimize, sklearn.datasets, sqlalchemy, torch, torch._dynamo, torch._inductor.compile_fx
 
 def examine(folder, root, *tests):
     said = os.open(os.path.join(folder, "said"), os.O_CREAT | os.O_WRONLY)
