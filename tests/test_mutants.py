@@ -1154,7 +1154,7 @@ def examine(folder, root, *tests):
     if not optuna_hypergrad.__file__.startswith(folder):
         sys.exit(f"the tests would see {optuna_hypergrad.__file__}, not the mutant")
     return pytest.main(
-        ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", f"{root}/pyproject.toml", *tests]
+        ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest", "-c", f"{root}/pyproject.toml", *tests]
     )
 
 for line in sys.stdin:
