@@ -32,6 +32,7 @@ from .events import (
     write_event,
 )
 from .leases import LeaseKeeper
+from .ledger import Ledger
 from .plan import STARTUP_TRAJECTORIES, Memory, Plan, Planner, StartFrom
 from .points import Definition
 from .racing import Race
@@ -40,7 +41,6 @@ from .settings import check_settings
 from .stored_state import LostTrajectoryError
 from .succession import keep_given_params, succeed
 from .telling import attributes_of
-from .trajectory import Ledger
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
