@@ -22,7 +22,7 @@ from .hypergradients import (
     TwoPhase,
     hypergradient,
 )
-from .hypergradients._base import outer_value_at
+from .hypergradients._outer_gradients import outer_value_at
 from .inner import AbstractInnerSolver, inner_solve
 from .problem import AbstractProblem, BilevelProblem
 

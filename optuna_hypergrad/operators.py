@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from . import _tree
 from ._errors import ObjectiveError
-from ._twice import check_differentiable_twice, saying_what_has_no_second_derivative
+from ._twice import check_differentiable_twice
 from ._typing import Batch, Objective, Params
+from .kept_graph import VjpsOfRows, vjp_through_kept_graph
 
 
 class Flattener:
@@ -174,6 +175,7 @@ class InnerGraph:
         self._alive = tuple(i for i, g in enumerate(gradients) if g.requires_grad)
         # Edges keep the graph without the gradient's own memory.
         self._gradients = tuple(get_gradient_edge(gradients[i]) for i in self._alive)
+        self._vjps_of_rows = VjpsOfRows()
 
     def hvp(self, vector: Tensor, out: Tensor | None = None) -> Tensor:
         """``H v``: ``(P,) -> (P,)`` with ``H = d2g/dw2``."""
@@ -201,11 +203,8 @@ class InnerGraph:
             parts[i].reshape(rows, *self.layout.shapes[i]).to(self.layout.dtypes[i])
             for i in self._alive
         ]
-        try:
-            products = vjps_of_rows(self._gradients, self._leaves, cotangents)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
+        products = self._vjps_of_rows(self._gradients, self._leaves, cotangents)
+        if products is None:
             return torch.stack([self.hvp(v) for v in vectors])
         flat = [
             w.new_zeros(rows, w.numel()) if h is None else h.reshape(rows, -1)
@@ -225,68 +224,6 @@ class InnerGraph:
     def _cotangents(self, vector: Tensor) -> list[Tensor]:
         parts = self.layout.split(vector)
         return parts if len(self._alive) == len(parts) else [parts[i] for i in self._alive]
-
-
-def vjps_of_rows(
-    outputs: Sequence[Tensor] | Sequence[GradientEdge],
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-) -> list[Tensor | None]:
-    """For rows of ``cotangents``, ``(B, *shape)``, in one walk of the graph, which is kept: ``(B, *shape)``.
-
-    ``None`` for an input without a path. Of torch's two ways, ``torch.func.vmap`` knows more operations: the older one takes
-    convolutions, pooling and normalizations one row after the other. That one goes through autograd functions without a
-    rule for ``vmap``, and is taken where the other one fails.
-
-    Raises:
-        RuntimeError: if an operation cannot be batched.
-    """
-    dead: list[bool] = []
-
-    def pull(*row: Tensor) -> tuple[Tensor, ...]:
-        found = torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True)
-        dead[:] = [f is None for f in found]
-        return tuple(f for f in found if f is not None)
-
-    try:
-        alive = iter(torch.func.vmap(pull)(*cotangents))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        found = torch.autograd.grad(
-            outputs, inputs, cotangents, True, allow_unused=True, is_grads_batched=True
-        )
-        return list(found)
-    return [None if d else next(alive) for d in dead]
-
-
-def vjp_through_kept_graph(
-    outputs: Sequence[GradientEdge], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """``torch.autograd.grad(..., retain_graph=True, allow_unused=True)`` without its argument checks.
-
-    On small problems those checks cost a tenth of a product, so the engine is called as
-    ``torch.autograd.grad`` calls it, where this version of torch has that entry.
-    """
-    if _run_backward is None:
-        return torch.autograd.grad(
-            tuple(outputs), tuple(inputs), tuple(cotangents), retain_graph=True, allow_unused=True
-        )
-    with saying_what_has_no_second_derivative():
-        found: tuple[Tensor | None, ...] = _run_backward(
-            tuple(outputs),
-            tuple(cotangents),
-            True,
-            False,
-            tuple(inputs),
-            allow_unreachable=True,
-            accumulate_grad=False,
-        )
-    return found
-
-
-_engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-_run_backward = getattr(_engine, "run_backward", None)
 
 
 class HessianOperator(AbstractLinearOperator):

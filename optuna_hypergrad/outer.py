@@ -20,7 +20,8 @@ from ._results import SUCCESS, Result
 from ._typing import Params
 from .checkpoint import Checkpoints, check_same, settings_of
 from .hypergradients import AbstractHypergradientEstimator, Implicit
-from .hypergradients._base import check_methods, outer_value_at, run_inner
+from .hypergradients._base import check_methods, run_inner
+from .hypergradients._outer_gradients import outer_value_at
 from .inner import (
     AbstractCurvatureSolver,
     AbstractInnerSolver,

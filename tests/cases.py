@@ -452,9 +452,11 @@ def gauss_newton(network: networks.Network, **settings: object) -> ohg.GaussNewt
 
 PRECONDITIONERS = [
     PreconditionerRow(gauss_newton(networks.layer()), "layer", most=1 / 6),
-    PreconditionerRow(gauss_newton(networks.perceptron()), "perceptron", most=1 / 3),
+    PreconditionerRow(gauss_newton(networks.untrained_perceptron()), "perceptron", most=1 / 3),
     PreconditionerRow(
-        gauss_newton(networks.perceptron(), targets=lambda batch: networks.perceptron().y),
+        gauss_newton(
+            networks.untrained_perceptron(), targets=lambda batch: networks.untrained_perceptron().y
+        ),
         "perceptron",
         most=1 / 3,
     ),
@@ -482,8 +484,10 @@ PRECONDITIONERS = [
         message=r"must return a tensor of shape \(60,\)",
     ),
     PreconditionerRow(kfac(networks.layer(), num_samples=None), "layer", most=1 / 6),
-    PreconditionerRow(kfac(networks.perceptron()), "perceptron", most=1 / 3),
-    PreconditionerRow(kfac(networks.perceptron(), num_samples=None), "perceptron", most=1 / 3),
+    PreconditionerRow(kfac(networks.untrained_perceptron()), "perceptron", most=1 / 3),
+    PreconditionerRow(
+        kfac(networks.untrained_perceptron(), num_samples=None), "perceptron", most=1 / 3
+    ),
     PreconditionerRow(kfac(networks.layer()), "scales", message="use NystromPreconditioner"),
     PreconditionerRow(
         kfac(networks.layer(), prefix="body."),

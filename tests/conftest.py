@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from servers import SERVERS, Server, UnavailableError
 
 pytest.register_assert_rewrite("optuna.testing.pytest_samplers", "optuna.testing.pytest_storages")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+# Otherwise torch.compile tries out in each process which of the processor's instructions the C++ compiler knows.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 STORAGES = ("memory", "sqlite", "journal")
 DATABASES = ("sqlite", "postgresql", "mariadb")

@@ -25,7 +25,7 @@ import optuna_hypergrad as ohg
 from optuna_hypergrad.stores import unwrap_rdb
 from optuna_hypergrad.studies import RetryingStorage, leases
 from optuna_hypergrad.studies.events import Claim, Outcome
-from optuna_hypergrad.studies.trajectory import Ledger
+from optuna_hypergrad.studies.ledger import Ledger
 
 _SLOT = "slot"
 _PATIENCE = 600.0

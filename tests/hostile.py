@@ -43,7 +43,7 @@ from watching import Hang, Watch
 import optuna_hypergrad as ohg
 from optuna_hypergrad import HypergradError, cli, load_tensors
 from optuna_hypergrad.stores import TensorStore
-from optuna_hypergrad.studies import leases
+from optuna_hypergrad.studies import leases, processes
 
 SECONDS = 60.0
 """For all that is done in one case."""
@@ -90,7 +90,7 @@ class HostileSpecimen(Specimen):
         for trial in (dead, run.ask()):
             with contextlib.suppress(CutOff):
                 long_run(trial, CUT_OFF_AT)
-        host, _, birth = leases.this_process().split("|")
+        host, _, birth = processes.this_process().split("|")
         process = f"{host}|99999999|1@{birth.partition('@')[2]}"
         storage.set_trial_system_attr(
             dead._trial_id, leases.OWNER, {"process": process, "until": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from problems import F64, Params, randn
@@ -59,6 +59,16 @@ def layer() -> Network:
 
 @functools.cache
 def perceptron() -> Network:
+    """:func:`untrained_perceptron`, trained."""
+    start = untrained_perceptron()
+    problem = ohg.BilevelProblem(start.inner_objective, start.inner_objective)
+    lam = {"decay": torch.tensor(DECAY, dtype=F64)}
+    found = ohg.inner_solve(problem, ohg.LBFGS(), start.inner_params, lam, num_steps=150)
+    return replace(start, inner_params=found.inner_params)
+
+
+@functools.cache
+def untrained_perceptron() -> Network:
     """16-8-4 regression of noisy targets: more samples than parameters, inputs of very different scales."""
     model, teacher = (
         initialized(nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 4)), seed=40)
@@ -69,8 +79,4 @@ def perceptron() -> Network:
         for i, p in enumerate(teacher.parameters()):
             p.add_(0.02 * randn(*p.shape, seed=70 + i))
         y = teacher(x) + 0.1 * randn(600, 4, seed=42)
-    start = Network(model, x, y, {k: v.detach() for k, v in model.named_parameters()})
-    problem = ohg.BilevelProblem(start.inner_objective, start.inner_objective)
-    lam = {"decay": torch.tensor(DECAY, dtype=F64)}
-    found = ohg.inner_solve(problem, ohg.LBFGS(), start.inner_params, lam, num_steps=150)
-    return Network(model, x, y, found.inner_params)
+    return Network(model, x, y, {k: v.detach() for k, v in model.named_parameters()})

@@ -82,6 +82,8 @@ class Specimen:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "specimen.db"
         storage = RDBStorage(f"sqlite:///{self.path}")
+        sa.event.listen(storage.engine, "connect", _in_haste)
+        storage.engine.dispose()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rdb, "CHUNK_BYTES", self.chunk_bytes)
             self.fill(storage)

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optuna_hypergrad as ohg
 from optuna_hypergrad import closed_form as cf
-from optuna_hypergrad.closed_form._solving import positive_solve, weighted_solve
+from optuna_hypergrad import kept_graph
+from optuna_hypergrad.closed_form._solving import _PositiveSolve, positive_solve, weighted_solve
+from optuna_hypergrad.operators import InnerGraph
 
 SHAPES = {"tall": (26, 5), "wide": (7, 12), "square": (9, 9)}
 FOLDS: dict[str, Any] = {
@@ -253,6 +255,68 @@ def test_forward_methods_go_through_a_closed_form(what: str) -> None:
         ohg.ForwardGradient(num_directions=None),
     ):
         assert relative_error(found(estimator), truth) < 1e-12
+
+
+def weighted_folds(x: Tensor, y: Tensor, penalty: Tensor) -> Tensor:
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 0.0, 3.0, 1.0], dtype=F64) + 0 * penalty.sum()
+    kernel = cf.rbf_kernel(x, length_scale=penalty[0])
+    by_kernel = cf.kernel_ridge_k_fold(kernel, y, penalty[1], 2, sample_weight=weights)
+    few = torch.arange(8) // 4
+    return by_kernel + cf.ridge_k_fold(x, y, penalty, few, intercept=True, sample_weight=weights)
+
+
+def tasks(x: Tensor, y: Tensor, penalty: Tensor) -> Tensor:
+    xs, ys = torch.stack([x, x + penalty, 2 * x]), torch.stack([y, y + 1.0, 2 * y])
+    return cf.ridge(xs, ys, penalty, intercept=True).predict(xs).mean(0)
+
+
+@pytest.mark.parametrize("num_targets", [None, 2])
+@pytest.mark.parametrize("what", [*WITHIN, "weighted folds", "tasks"])
+def test_rows_of_second_derivatives_are_those_of_one_at_a_time(
+    what: str, num_targets: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And take the quick way, which asks each function for a rule of its own."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("torch.func.vmap has failed")
+
+    monkeypatch.setattr(kept_graph, "_by_older_batching", fail)
+    others = {"weighted folds": weighted_folds, "tasks": tasks}
+    function = others.get(what) or WITHIN[what]
+    x = randn(8, 3, seed=1)
+    y = randn(8, seed=2) if num_targets is None else randn(8, num_targets, seed=2)
+
+    def inner(w: ohg.Params, lam: ohg.Params, batch: object) -> Tensor:
+        return (function(x * w["x"], y + w["y"], w["log_penalty"].exp()) - lam["y"]).square().mean()
+
+    w = {"x": randn(3, seed=3).exp(), "y": 0.1 * y, "log_penalty": randn(3, seed=4)}
+    graph = InnerGraph(inner, w, {"y": y}, None)
+    rows = randn(4, graph.layout.size, seed=5)
+    for found, row in zip(graph.hvp_many(rows), rows, strict=True):
+        assert error(found, graph.hvp(row)) < 1e-10
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_rows_of_second_derivatives_are_columns_of_one_solve(shape: str) -> None:
+    given = data(shape)
+
+    def inner(w: ohg.Params, lam: ohg.Params, batch: object) -> Tensor:
+        return (cf.ridge(given["x"], given["y"], w["penalty"].exp()).coefficients ** 2).sum()
+
+    graph = InnerGraph(inner, {"penalty": given["penalty"].log()}, {}, None)
+    with Counted() as one:
+        graph.hvp(randn(graph.layout.size, seed=5))
+    with Counted() as many:
+        graph.hvp_many(randn(7, graph.layout.size, seed=5))
+    assert many.seen == one.seen
+    assert many.columns == [7 * k for k in one.columns]
+
+
+def test_rows_of_data_are_refused_in_words() -> None:
+    matrices = torch.stack([torch.eye(3, dtype=F64), 2 * torch.eye(3, dtype=F64)])
+    side, factor = randn(3, 2, seed=1), torch.eye(3, dtype=F64)
+    with pytest.raises(ohg.RequirementError, match=r"for rows of its data.* leading dimensions"):
+        torch.func.vmap(lambda matrix: _PositiveSolve.apply(matrix, side, factor))(matrices)
 
 
 @pytest.mark.parametrize("what", [*WITHIN, "folds", "duals"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
+import weakref
+from collections import Counter
 from typing import Any
 
 import cases
@@ -15,7 +18,10 @@ from problems import F64, relative_error
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad import kept_graph
 from optuna_hypergrad.hypergradients._tangents import Pushforward, _OtherwiseError
+from optuna_hypergrad.kept_graph import VjpsOfRows
+from optuna_hypergrad.operators import InnerGraph
 
 Params = dict[str, Tensor]
 PROBLEM, hypers, start = unrolling.PROBLEM, unrolling.hypers, unrolling.start
@@ -232,6 +238,89 @@ def with_three(function: Any, estimator: Any, **settings: Any) -> ohg.Hypergradi
         inner_solver=ohg.GradientDescent(0.1, 4),
         **settings,
     )
+
+
+class Square(torch.autograd.Function):
+    """``x^2``, without a rule for ``torch.func.vmap``."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        return Product.apply(2 * ctx.saved_tensors[0], slope)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        a, b = ctx.saved_tensors
+        return Product.apply(slope, b), Product.apply(slope, a)
+
+
+def counted_ways(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often rows were tried to be pulled back in each way."""
+    tried: Counter[str] = Counter()
+    for name in "_by_vmap", "_by_older_batching":
+
+        def way(*args: Any, name: str = name, plain: Any = getattr(kept_graph, name)) -> Any:
+            tried[name] += 1
+            return plain(*args)
+
+        monkeypatch.setattr(kept_graph, name, way)
+    return tried
+
+
+def test_a_way_to_batch_that_has_failed_is_tried_once_a_solve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exact = with_three(lambda x: x**2, ohg.Unroll())
+    tried = counted_ways(monkeypatch)
+    for solves in 1, 2:
+        found = with_three(Square.apply, ohg.ForwardMode())
+        assert relative_error(found.value, exact.value) < 1e-12
+        assert tried == {"_by_vmap": solves, "_by_older_batching": 4 * solves}
+    tried.clear()
+    with_three(lambda x: x**2, ohg.ForwardMode())
+    assert tried == {"_by_vmap": 4}
+
+
+@pytest.mark.parametrize("function", [Square, Branching])
+def test_one_graph_tries_each_way_to_batch_once(
+    function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = counted_ways(monkeypatch)
+    w, lam = {"w": problems.randn(3, seed=1)}, {"x": torch.ones(3, dtype=F64)}
+    inner = with_operation(function.apply).inner_objective
+    graph = InnerGraph(inner, w, lam, None)
+    rows = torch.eye(3, dtype=F64)
+    exact = torch.autograd.functional.hessian(
+        lambda v: with_operation(lambda x: x**2).inner_objective({"w": v}, lam, None), w["w"]
+    )
+    for _ in range(3):
+        assert relative_error({"w": graph.hvp_many(rows)}, {"w": exact}) < 1e-12
+    assert tried["_by_vmap"] == 1
+    assert tried["_by_older_batching"] == (3 if function is Square else 1)
+
+
+def test_what_has_failed_is_remembered_without_the_graph() -> None:
+    vjps = VjpsOfRows()
+    x = problems.randn(3, seed=1).requires_grad_()
+    y = Branching.apply(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert vjps([slope], [x], [torch.eye(3, dtype=F64)]) is None
+    assert "item" in str(vjps.failure)
+    alive = weakref.ref(x), weakref.ref(slope)
+    del x, y, slope
+    gc.collect()
+    assert [a() for a in alive] == [None, None]
 
 
 def test_an_operation_that_cannot_be_batched_costs_a_loop_and_one_warning() -> None:

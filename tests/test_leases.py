@@ -29,7 +29,7 @@ from torch import Tensor
 import optuna_hypergrad as ohg
 from optuna_hypergrad import checkpoint
 from optuna_hypergrad.stores import _retrying
-from optuna_hypergrad.studies import leases, succession
+from optuna_hypergrad.studies import leases, processes, succession
 from optuna_hypergrad.studies.events import CLAIM
 from optuna_hypergrad.studies.inspection import _worker
 from optuna_hypergrad.studies.leases import CUT_OFF, OWNER, Lease, LeaseKeeper
@@ -95,7 +95,7 @@ def test_a_lease_is_there_from_the_first_moment(kind: str, tmp_path: Path) -> No
     (trial,) = study.trials
     lease = Lease.of(trial)
     assert lease is not None
-    assert lease.process == leases.this_process()
+    assert lease.process == processes.this_process()
     assert lease.until is not None
     assert 40 < lease.until - time.time() <= 50
 
@@ -253,50 +253,50 @@ def test_a_live_process_keeps_its_trials(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_is_gone_before_its_parent_knows() -> None:
-    code = "from optuna_hypergrad.studies.leases import this_process; print(this_process(), flush=True); input()"
+    code = "from optuna_hypergrad.studies.processes import this_process; print(this_process(), flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None
         name = child.stdout.readline().strip()
-        assert not leases.is_dead(name)
+        assert not processes.is_dead(name)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
-        assert leases.is_dead(name)
+        assert processes.is_dead(name)
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="becomes another user")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_process_of_another_user_lives() -> None:
-    name = leases.this_process()
+    name = processes.this_process()
     child = os.fork()
     if child == 0:
         os.setgid(65534)
         os.setuid(65534)
-        os._exit(leases.is_dead(name))
+        os._exit(processes.is_dead(name))
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_process_that_is_hidden_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, _, birth = leases.this_process().split("|")
+    machine, _, birth = processes.this_process().split("|")
     name = f"{machine}|4194305|{birth}"
-    assert leases.is_dead(name)
+    assert processes.is_dead(name)
 
     def refuse(pid: int, signal: int) -> None:
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", refuse)
-    assert not leases.is_dead(name)
+    assert not processes.is_dead(name)
 
 
 def test_processes_are_compared_within_one_boot_of_one_machine() -> None:
-    machine, _, birth = leases.this_process().split("|")
+    machine, _, birth = processes.this_process().split("|")
     host, _, boot = machine.partition("/")
     assert boot or not Path("/proc/sys/kernel/random/boot_id").exists()
-    assert leases.is_dead(f"{machine}|4194305|{birth}")
-    assert leases.is_dead(f"{host}|4194305|{birth}")  # as written before there were boots
-    assert not leases.is_dead(f"{host}/another-boot|4194305|{birth}")
+    assert processes.is_dead(f"{machine}|4194305|{birth}")
+    assert processes.is_dead(f"{host}|4194305|{birth}")  # as written before there were boots
+    assert not processes.is_dead(f"{host}/another-boot|4194305|{birth}")
     lease = Lease(f"{host}/another-boot|12|{birth}", None)
     assert (lease.pid, lease.host) == ("12", host)
 
@@ -388,7 +388,7 @@ def test_a_trial_is_kept_for_another_process_to_tell(
     lease: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_in(open_storage("sqlite", tmp_path), lease=lease)
-    machine, _, birth = leases.this_process().split("|")
+    machine, _, birth = processes.this_process().split("|")
     with monkeypatch.context() as patch:  # it has ended since
         patch.setattr(leases, "this_process", lambda: f"{machine}|4194305|{birth}")
         asked = study.ask()

@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     Mutant(
         "flip the sign of the direct term",
-        "hypergradients/_base.py",
+        "hypergradients/_outer_gradients.py",
         "parts[0] + parts[1]",
         "parts[1] - parts[0]",
         RIDGE,
@@ -779,23 +779,23 @@ MUTANTS = [
     ),
     Mutant(
         "forget the second signs of the probe",
-        "hypergradients/bros.py",
+        "hypergradients/_sketched_action.py",
         "(x - e[k] * second.product[k])",
         "(x - second.product[k])",
         f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-gaussian-3]",
     ),
     Mutant(
         "forget the factor of the probe",
-        "hypergradients/bros.py",
-        "correction = self.rank / (self.rank - 1)",
+        "hypergradients/_sketched_action.py",
+        "correction = rank / (rank - 1)",
         "correction = 1.0",
         f"{BROS}::test_the_action_of_the_hessian_is_unbiased[bi_probe-rademacher-2]",
     ),
     Mutant(
         "take the same sketch for both sides of two",
         "hypergradients/bros.py",
-        "others = self._drawn(count, 1, inner_params)",
-        "others = sketches",
+        "two_sketch(along, v, self._drawn(count, 1, inner_params))",
+        "two_sketch(along, v, sketches)",
         f"{BROS}::test_the_action_of_the_hessian_is_unbiased[two_sketch-orthonormal-2]",
     ),
     Mutant(
@@ -1087,10 +1087,24 @@ MUTANTS = [
     ),
     Mutant(
         "walk back through convolutions row by row",
-        "operators.py",
+        "kept_graph.py",
         "alive = iter(torch.func.vmap(pull)(*cotangents))",
         "alive = iter([torch.stack(c) for c in zip(*[pull(*r) for r in zip(*cotangents)])])",
         "tests/test_compiled_tangents.py::test_convolutions_are_batched",
+    ),
+    Mutant(
+        "try at each step what has failed before",
+        "kept_graph.py",
+        "self._ways.remove(way)",
+        "pass",
+        "tests/test_forward.py::test_a_way_to_batch_that_has_failed_is_tried_once_a_solve",
+    ),
+    Mutant(
+        "mix up rows and columns of a closed form",
+        "closed_form/_solving.py",
+        "t.reshape(*t.shape[:-1], -1, rows) for",
+        "t.reshape(*t.shape[:-1], rows, -1).mT for",
+        f"{CLOSED}::test_rows_of_second_derivatives_are_those_of_one_at_a_time[ridge-2]",
     ),
     Mutant(
         "make what the library needs on torch's default device",
@@ -1157,7 +1171,7 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path, nursery: subprocess.Po
 
 NURSERY = """
 import json, os, sys
-import numpy, optuna, pytest, scipy.optimize, sklearn.datasets, sqlalchemy, torch
+import numpy, optuna, pytest, scipy.optimize, sklearn.datasets, sqlalchemy, torch, torch._dynamo, torch._inductor.compile_fx
 
 def examine(folder, root, *tests):
     said = os.open(os.path.join(folder, "said"), os.O_CREAT | os.O_WRONLY)
@@ -1168,7 +1182,7 @@ def examine(folder, root, *tests):
     if not optuna_hypergrad.__file__.startswith(folder):
         sys.exit(f"the tests would see {optuna_hypergrad.__file__}, not the mutant")
     return pytest.main(
-        ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", f"{root}/pyproject.toml", *tests]
+        ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest", "-c", f"{root}/pyproject.toml", *tests]
     )
 
 for line in sys.stdin:

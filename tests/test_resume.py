@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from optuna_hypergrad.studies import HypergradientSampler, differentiable, leases, load_tensors
-from optuna_hypergrad.studies.leases import OWNER, this_process
+from optuna_hypergrad.studies.leases import OWNER
+from optuna_hypergrad.studies.processes import this_process
 
 CRASH_AT: int | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._solving import common_shape, factorized, no_forward_mode, residuals
+from ._solving import common_shape, factorized, no_forward_mode, residuals, rows_as_columns
 
 
 def ridge_fit(x: Tensor, y: Tensor, weights: Tensor, penalty: Tensor, what: str) -> Tensor:
@@ -108,3 +108,7 @@ class _Fit(torch.autograd.Function):
             None,
             None,
         )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+        return rows_as_columns(_Fit, (3, 4), info, in_dims, given)

@@ -120,6 +120,39 @@ def no_forward_mode(ctx: Any, *tangents: Any) -> Tensor:
     )
 
 
+def rows_as_columns(
+    function: type[torch.autograd.Function],
+    sides: Sequence[int],
+    info: Any,
+    in_dims: Sequence[int | None],
+    given: Sequence[Any],
+) -> tuple[Any, Any]:
+    """The ``vmap`` of these functions: rows of right-hand sides are further columns of one solve with one factor.
+
+    Args:
+        function: Whose results have the columns of its right-hand sides.
+        sides: Which arguments those are, ``(..., n, k)``.
+        info, in_dims, given: As torch calls ``vmap``.
+
+    Raises:
+        RequirementError: if there are rows of anything else.
+    """
+    if any(d is not None for i, d in enumerate(in_dims) if i not in sides):
+        raise RequirementError(
+            "torch.func.vmap was to solve a closed form for rows of its data, weights or penalties. Give them as leading "
+            "dimensions, which closed forms take."
+        )
+    rows, columns = info.batch_size, list(given)
+    for i in sides:
+        v, d = given[i], in_dims[i]
+        last = v.unsqueeze(-1).expand(*v.shape, rows) if d is None else v.movedim(d, -1)
+        columns[i] = last.flatten(-2)
+    found = function.apply(*columns)  # type: ignore[no-untyped-call]
+    results = (found,) if isinstance(found, Tensor) else found
+    split = tuple(t.reshape(*t.shape[:-1], -1, rows) for t in results)
+    return (split[0], -1) if isinstance(found, Tensor) else (split, (-1,) * len(split))
+
+
 class _PositiveSolve(torch.autograd.Function):
     jvp = staticmethod(no_forward_mode)
 
@@ -142,6 +175,10 @@ class _PositiveSolve(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_matrix = (-pulled @ found.mT).sum_to_size(matrix.shape)
         return by_matrix, pulled.sum_to_size(ctx.rhs_shape), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+        return rows_as_columns(_PositiveSolve, (1,), info, in_dims, given)
 
 
 class _WeightedSolve(torch.autograd.Function):
@@ -192,3 +229,7 @@ class _WeightedSolve(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             by_weights = -((kernel @ left) * right).sum(-1).sum_to_size(weights.shape)
         return by_kernel, by_weights, pulled.sum_to_size(ctx.rhs_shape), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, Any]:
+        return rows_as_columns(_WeightedSolve, (2,), info, in_dims, given)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +14,10 @@ from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
 from ..ihvp import AbstractLinearSolver, LinearSolution, Neumann, linear_solve
 from ..ihvp._base import without_products
-from ..operators import (
-    AbstractLinearOperator,
-    Flattener,
-    vjp_through_kept_graph,
-    vjps_of_rows,
-)
+from ..kept_graph import VjpsOfRows, vjp_through_kept_graph
+from ..operators import AbstractLinearOperator, Flattener
 from ._base import AbstractFixedPointSolver, find_fixed_point
 from .phantom import Phantom
-
-_Vjp = Callable[[Any, tuple[Tensor, ...], list[Tensor]], Sequence[Tensor | None]]
 
 AdjointSolver = Phantom | AbstractLinearSolver | AbstractFixedPointSolver
 """What solves ``(I - J^T) u = b``. It is a fixed point itself, ``u = J^T u + b``."""
@@ -56,6 +49,7 @@ class AdjointOperator(AbstractLinearOperator):
         self._alive = [names.index(k) for k in alive]
         self._images = tuple(get_gradient_edge(images[k]) for k in alive)
         self._dtypes = [images[k].dtype for k in alive]
+        self._vjps_of_rows = VjpsOfRows()
 
     def transposed(self, vector: Tensor) -> Tensor:
         """``J^T u``: ``(P,) -> (P,)``."""
@@ -72,11 +66,10 @@ class AdjointOperator(AbstractLinearOperator):
             parts[i].reshape(rows, *self.layout.shapes[i]).to(dtype)
             for i, dtype in zip(self._alive, self._dtypes, strict=True)
         ]
-        try:
-            found = self._grad(cotangents, vjps_of_rows)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation that cannot be batched
+        found: Sequence[Tensor | None] | None = self._without_path
+        if self._images:
+            found = self._vjps_of_rows(self._images, self._points, cotangents)
+        if found is None:
             return torch.stack([self._apply(v, None) for v in vectors])
         flat = [
             vectors.new_zeros(rows, p.numel())
@@ -89,7 +82,9 @@ class AdjointOperator(AbstractLinearOperator):
     def _pulled(self, vector: Tensor) -> Tensor:
         parts = self.layout.split(vector)
         cotangents = [parts[i].to(d) for i, d in zip(self._alive, self._dtypes, strict=True)]
-        found = self._grad(cotangents, vjp_through_kept_graph)
+        found: Sequence[Tensor | None] = self._without_path
+        if self._images:
+            found = vjp_through_kept_graph(self._images, self._points, cotangents)
         return self.layout.flatten(
             [
                 torch.zeros_like(p) if g is None else g
@@ -97,12 +92,10 @@ class AdjointOperator(AbstractLinearOperator):
             ]
         )
 
-    def _grad(self, cotangents: list[Tensor], vjp: _Vjp) -> Sequence[Tensor | None]:
-        return (
-            vjp(self._images, self._points, cotangents)
-            if self._images
-            else (None,) * len(self._points)
-        )
+    @property
+    def _without_path(self) -> Sequence[None]:
+        """What is pulled back where no image depends on the point."""
+        return (None,) * len(self._points)
 
 
 def check_adjoint_solver(label: str, solver: object) -> None:

@@ -4,14 +4,11 @@ from .._registry import registry
 from ._base import (
     AbstractHypergradientEstimator,
     AbstractPullbackEstimator,
-    EstimatorState,
-    HypergradientEstimate,
-    Pulled,
-    Solved,
     hypergradient,
     run_inner,
 )
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
+from ._estimate import EstimatorState, HypergradientEstimate, Pulled, Solved
 from .auto import Auto, Choice
 from .bome import BOME
 from .bros import BROS

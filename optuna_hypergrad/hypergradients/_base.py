@@ -1,4 +1,4 @@
-"""What an estimator is given, what it returns, and the checks that hold for all of them.
+"""What an estimator is, how it is called, and the checks that hold for all of them.
 
 d f(w*(lam), lam) / d lam  =  direct term (df/dlam)  +  indirect term (through w*)
 """
@@ -6,104 +6,23 @@ d f(w*(lam), lam) / d lam  =  direct term (df/dlam)  +  indirect term (through w
 from __future__ import annotations
 
 import abc
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import _tree
 from .._arguments import check_count
-from .._errors import ObjectiveError, RequirementError, ZeroHypergradientError
-from .._results import SUCCESS, Result, Status
+from .._errors import RequirementError, ZeroHypergradientError
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution, inner_solve
-from ..inner._base import InnerState
-from ..operators import scalar
 from ..problem import AbstractProblem, BilevelProblem, check_problem
+from ._estimate import EstimatorState, HypergradientEstimate, Solved
+from ._outer_gradients import _finite, _first_failure, combine, nothing_found, outer_gradients
 
 _LARGE = 100_000
 """Entries of a direct term from which memory is worth more than one evaluation of ``f``."""
-
-Cotangents = dict[str, Tensor | None]
-"""By name; ``None`` where there is no path, which is not the same as zero."""
-
-
-@dataclass(frozen=True)
-class EstimatorState:
-    """What one outer step hands to the next.
-
-    Attributes:
-        inner_index: Index of the next inner batch.
-        solver_state: The inner solver's memory; ``None`` for a fresh one.
-        tensors: The estimator's own memory; whoever is given none begins anew.
-        numbers: Likewise.
-    """
-
-    inner_index: int = 0
-    solver_state: InnerState | None = None
-    tensors: Params = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-
-    def cold(self) -> EstimatorState:
-        """What is handed on where each inner solve begins anew: the estimator's own memory."""
-        return EstimatorState(tensors=self.tensors, numbers=self.numbers)
-
-
-@dataclass(frozen=True)
-class HypergradientEstimate:
-    """A hypergradient and how it was come by.
-
-    Attributes:
-        value: ``df/dlam``: keys, shapes, dtypes, device of ``outer_params``.
-        outer_value: ``f(w, lam)``, a 0-d tensor.
-        inner_params: ``w`` after the inner solve: the caller's next warm start.
-        result: Success, or a sentence that says what to change.
-        stats: ``num_inner_steps``, ``num_hvps``, ``residual``, ``inner_gradient_norm``,
-            ``curvature``, ``seconds_inner``, ``seconds_backward`` where they apply.
-        state: For the next outer step under warm starts.
-    """
-
-    value: Params
-    outer_value: Tensor
-    inner_params: Params
-    result: Result = SUCCESS
-    stats: dict[str, float] = field(default_factory=dict)
-    state: EstimatorState = EstimatorState()
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """A cotangent of the inner solution, pulled back.
-
-    Attributes:
-        outer: Cotangents of ``lam``.
-        initial: Cotangents of ``w_0``.
-        result: Of the linear solve, where there is one.
-        stats: Counts and residuals.
-        tensors: What the estimator wants back at the next outer step, as ``EstimatorState.tensors``.
-        numbers: Likewise.
-    """
-
-    outer: Cotangents
-    initial: Cotangents
-    result: Result = SUCCESS
-    stats: dict[str, float] = field(default_factory=dict)
-    tensors: Params = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Solved:
-    """An inner solution and the map that pulls its cotangents back (and takes them: the dict is emptied)."""
-
-    solution: InnerSolution
-    pullback: Callable[[Params], Pulled]
-    last_pullback: Callable[[Params], Pulled] | None = None
-    """The same for the last time and without ``initial``, where that lets it leave out work or give back memory."""
 
 
 class AbstractHypergradientEstimator(abc.ABC):
@@ -288,103 +207,12 @@ def run_inner(
     )
 
 
-def outer_value_at(
-    problem: BilevelProblem, inner_params: Params, outer_params: Params, step: int
-) -> float:
-    """``f`` on outer batch ``step``, as a number."""
-    w, lam = _tree.detach(inner_params), _tree.detach(outer_params)
-    with torch.enable_grad():  # it may take derivatives of its own
-        value = problem.outer_objective(w, lam, problem.outer_batch(step))
-        return float(scalar(value, "outer_objective").detach())
-
-
-def outer_gradients(
-    problem: BilevelProblem, inner_params: Params, outer_params: Params, step: int
-) -> tuple[Tensor, Params, Cotangents]:
-    """``f``, ``b = df/dw`` and the direct term ``df/dlam`` on outer batch ``step``."""
-    w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
-    with torch.enable_grad():
-        value = scalar(
-            problem.outer_objective(w, lam, problem.outer_batch(step)), "outer_objective"
-        )
-        if not value.requires_grad:
-            raise ObjectiveError(
-                "outer_objective depends neither on inner_params nor on outer_params through "
-                "differentiable torch operations; compute it from the arguments that it is given."
-            )
-        gradients = torch.autograd.grad(value, (*w.values(), *lam.values()), allow_unused=True)
-    by_w = {
-        k: torch.zeros_like(v) if g is None else g
-        for (k, v), g in zip(w.items(), gradients, strict=False)
-    }
-    return value.detach(), by_w, dict(zip(lam, gradients[len(w) :], strict=True))
-
-
-def combine(
-    direct: Cotangents, indirect: Cotangents, outer_params: Params, method: str, sees: str
-) -> Params:
-    """Direct plus indirect term; refuses a hypergradient that is zero by construction.
-
-    Raises:
-        ZeroHypergradientError: naming the hyperparameter and the methods that can see it.
-    """
-    total: Params = {}
-    for name, like in outer_params.items():
-        parts = [p for p in (direct[name], indirect[name]) if p is not None]
-        if not parts:
-            raise ZeroHypergradientError(
-                f"The hypergradient of {name!r} under {method} is zero by construction: neither the outer "
-                f"objective nor what {method} differentiates depends on it. {sees} Use {name!r} in an "
-                f"objective (the tensor in its second argument: not one from outside, and no float(...) or "
-                f"detach() of it), take it out of outer_params, or choose another estimator."
-            )
-        value = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        total[name] = value.detach().to(like.dtype)
-    return total
-
-
-def nothing_found(
-    solution: InnerSolution, outer_params: Params, stats: dict[str, float], state: EstimatorState
-) -> HypergradientEstimate:
-    """The estimate where the inner solve has left nothing to estimate at: NaN, with its result."""
-    nan = _tree.tree_map(lambda v: torch.full_like(v, torch.nan), outer_params)
-    return HypergradientEstimate(
-        nan,
-        torch.tensor(torch.nan, device="cpu"),
-        solution.inner_params,
-        solution.result,
-        stats,
-        state,
-    )
-
-
 def sees_objectives(method: str) -> str:
     """The ``sees`` of a method that looks at objectives alone."""
     return (
         f"{method} sees what the inner or outer objective uses, not how the inner solver moves (learning rates, schedules, "
         f"initializations): Unroll sees those."
     )
-
-
-def _finite(value: Params, outer_value: Tensor) -> Result:
-    if not math.isfinite(outer_value.item()):
-        return Result(
-            Status.NONFINITE,
-            f"The outer objective is {float(outer_value)} at the inner solution; keep the hyperparameters "
-            f"where the inner problem has a usable solution (tighter bounds, more inner steps).",
-        )
-    for name, v in value.items():
-        if not _tree.finite(v):
-            return Result(
-                Status.NONFINITE,
-                f"The hypergradient of {name!r} holds NaN or infinite entries; check that both objectives are "
-                f"differentiable at the inner solution (sqrt, norm and log at 0 are not).",
-            )
-    return SUCCESS
-
-
-def _first_failure(*results: Result) -> Result:
-    return next((r for r in results if not r), SUCCESS)
 
 
 def refuse_solver_hyperparameters(

@@ -13,14 +13,10 @@ from .._errors import RequirementError
 from .._typing import Params
 from ..inner import AbstractInnerSolver
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractHypergradientEstimator,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-)
+from ._base import AbstractHypergradientEstimator
 from ._directions import LAWS, WITHOUT_REPLACEMENT, Directions, Law, shaped
+from ._estimate import EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,9 @@ from ..inner import (
 )
 from ..inner._base import InnerState
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractHypergradientEstimator,
-    Cotangents,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-    combine,
-    outer_value_at,
-    refuse_solver_hyperparameters,
-    sees_objectives,
-)
+from ._base import AbstractHypergradientEstimator, refuse_solver_hyperparameters, sees_objectives
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure, combine, outer_value_at
 from ._pace import Schedule, check_schedule, scheduled
 from ._slopes import Slopes, difference, outer_slopes, slopes
 

@@ -22,19 +22,9 @@ from ..inner._base import AbstractBlackBox, InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem
 from ._around import Around, names_seen
-from ._base import (
-    AbstractHypergradientEstimator,
-    Cotangents,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-    combine,
-    nothing_found,
-    outer_gradients,
-    refuse_solver_hyperparameters,
-    run_inner,
-)
+from ._base import AbstractHypergradientEstimator, refuse_solver_hyperparameters, run_inner
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure, combine, nothing_found, outer_gradients
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..inner import HeavyBall
 from ..inner._base import InnerState, gradient_of, objective_at
 from ..inner._settings import Setting, Value, resolve, times
 from ..problem import BilevelProblem
-from ._base import Cotangents
+from ._estimate import Cotangents
 from ._fixed_doubles import DENOMINATOR
 from ._fixed_point import FixedPoint, NotReversedError, OutOfRangeError, Rational
 from ._rewind import Cotangent, Point, Tape, pull_through

@@ -22,7 +22,7 @@ from .._typing import Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
-from ._base import Cotangents
+from ._estimate import Cotangents
 from ._memory import num_bytes, storages, with_saved_storages
 from ._shelf import Shelf, room_for
 

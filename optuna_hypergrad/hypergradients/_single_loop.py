@@ -19,20 +19,12 @@ from .._twice import check_differentiable_twice
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, GradientDescent
 from ..inner._base import verdict
-from ..operators import Flattener, scalar, vjp_through_kept_graph
+from ..kept_graph import vjp_through_kept_graph
+from ..operators import Flattener, scalar
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractHypergradientEstimator,
-    Cotangents,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-    combine,
-    outer_gradients,
-    refuse_solver_hyperparameters,
-    sees_objectives,
-)
+from ._base import AbstractHypergradientEstimator, refuse_solver_hyperparameters, sees_objectives
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure, combine, outer_gradients
 from ._pace import Schedule, check_schedule, paced, scheduled
 
 

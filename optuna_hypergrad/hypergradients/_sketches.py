@@ -16,7 +16,7 @@ from .._errors import RequirementError
 from .._twice import saying_what_has_no_second_derivative
 from .._typing import Batch, Objective, Params
 from ..operators import scalar
-from ._base import Cotangents
+from ._estimate import Cotangents
 
 SketchLaw = Literal["gaussian", "rademacher", "orthonormal"]
 SKETCH_LAWS: tuple[SketchLaw, ...] = ("gaussian", "rademacher", "orthonormal")

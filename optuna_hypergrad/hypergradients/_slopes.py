@@ -12,7 +12,7 @@ from .. import _tree
 from .._errors import ObjectiveError
 from .._typing import Batch, Objective, Params
 from ..operators import scalar
-from ._base import Cotangents
+from ._estimate import Cotangents
 
 
 class Slopes(NamedTuple):

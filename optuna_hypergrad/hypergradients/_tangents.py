@@ -9,7 +9,6 @@ elementwise, and is pushed forward with the gradient as one more input.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +17,13 @@ from torch import Tensor
 
 from .. import _tree
 from .._errors import RequirementError
-from .._twice import goes_through_once_differentiable, other_ways, own_functions
 from .._typing import Params
 from ..inner import AbstractStepSolver, Adam, GradientDescent, HeavyBall
 from ..inner._base import InnerState, take_step
-from ..operators import scalar, vjps_of_rows
+from ..operators import scalar
 from ..problem import BilevelProblem
 from ._rewind import NOT_REPEATED, Point, meets
+from ._second_derivatives import SecondDerivatives
 from .compiled import check_traced, kind_of
 
 _ALIKE = (GradientDescent, HeavyBall, Adam)
@@ -70,10 +69,10 @@ class Pushforward:
         self._unseen = set(outer_params)
         self._blocks = [Columns(v, []) for v in directions]
         self._names = list(inner_params)
-        self._plain = self._batched = True
+        self._plain = True
         self._compared = False
         self._kinds: set[Hashable] = set()
-        self._here = Point({}, {}), 0
+        self._second = SecondDerivatives(problem, self._lam, label)
 
     @property
     def seen(self) -> frozenset[str]:
@@ -89,7 +88,7 @@ class Pushforward:
     ) -> tuple[Params, InnerState, Tensor, Params]:
         """A step on inner batch ``index``, without a graph; the columns go with it."""
         before = Point(inner_params, state)
-        self._here = before, index
+        self._second.at(before, index)
         for block in self._blocks:
             if not block.point:
                 rows = len(next(iter(block.outer.values())))
@@ -161,7 +160,7 @@ class Pushforward:
         if looking or not compiled:
             value, slopes = self._gradients(w, index)
             if looking:
-                self._refuse_dead_ends([g for g in slopes if g.requires_grad])
+                self._second.refuse_dead_ends([g for g in slopes if g.requires_grad])
         if not compiled:
             gradient = {k: g.detach() for k, g in zip(w, slopes, strict=False)}
             return value, gradient, (self._bend(slopes, w, b) for b in self._blocks)
@@ -224,7 +223,7 @@ class Pushforward:
     def _bend(self, slopes: list[Tensor], w: Params, block: Columns) -> list[Tensor]:
         """Tangents of the inner gradient."""
         directions = (*block.point[: len(w)], *block.outer.values())
-        return self._walk(slopes, tuple(w.values()), directions)
+        return self._second.of_rows(slopes, tuple(w.values()), directions)
 
     def _push(
         self,
@@ -282,9 +281,11 @@ class Pushforward:
                 alive, inputs, cotangents, create_graph=True, materialize_grads=True
             )
         except RuntimeError as error:
-            raise self._refusal(error) from error
+            raise self._second.refusal(error) from error
         for block in blocks:
-            found = iter(self._walk(pulled, cotangents, (*block.point, *block.outer.values())))
+            found = iter(
+                self._second.of_rows(pulled, cotangents, (*block.point, *block.outer.values()))
+            )
             block.point = [
                 next(found) if new.requires_grad else torch.zeros_like(old)
                 for new, old in zip(ends, block.point, strict=True)
@@ -305,7 +306,7 @@ class Pushforward:
         names = sorted(self._unseen)
         _, after, value, _ = self._record(before, index)
         ends = [t for t in after.tensors() if t.requires_grad]
-        self._refuse_dead_ends(ends, value)
+        self._second.refuse_dead_ends(ends, value)
         if not ends:
             return
         ones = [torch.ones_like(t) for t in ends]
@@ -314,75 +315,8 @@ class Pushforward:
                 ends, [self._lam[k] for k in names], ones, allow_unused=True
             )
         except RuntimeError as error:
-            raise self._refusal(error) from error
+            raise self._second.refusal(error) from error
         self._unseen -= {k for k, slope in zip(names, found, strict=True) if slope is not None}
-
-    def _walk(
-        self, outputs: Sequence[Tensor], inputs: tuple[Tensor, ...], directions: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """For each row of ``directions``, the gradient of ``<outputs, row>``: ``(B, *shape)`` for each input."""
-        pairs = [
-            (o, d.to(o.dtype)) for o, d in zip(outputs, directions, strict=True) if o.requires_grad
-        ]
-        rows = len(directions[0])
-        if not pairs:
-            return [t.new_zeros(rows, *t.shape) for t in inputs]
-        alive, cotangents = [o for o, _ in pairs], [d for _, d in pairs]
-        if self._batched and rows > 1:
-            try:
-                found = vjps_of_rows(alive, inputs, cotangents)
-                return [
-                    t.new_zeros(rows, *t.shape) if f is None else f
-                    for t, f in zip(inputs, found, strict=True)
-                ]
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                one_by_one = self._walk_one_by_one(alive, inputs, cotangents)
-                self._batched = False
-                warnings.warn(
-                    f"{self._label} takes its columns of tangents one by one, which costs small problems the "
-                    f"most (up to {rows} times): an operation of the inner objective cannot be batched "
-                    f"({_first_line(error)}). Replace it, or set width=1 if this is meant.",
-                    stacklevel=2,
-                )
-                return one_by_one
-        return self._walk_one_by_one(alive, inputs, cotangents)
-
-    def _walk_one_by_one(
-        self, outputs: list[Tensor], inputs: tuple[Tensor, ...], cotangents: list[Tensor]
-    ) -> list[Tensor]:
-        rows: list[tuple[Tensor, ...]] = []
-        for i in range(len(cotangents[0])):
-            try:
-                rows.append(
-                    torch.autograd.grad(
-                        outputs, inputs, [c[i] for c in cotangents], True, materialize_grads=True
-                    )
-                )
-            except RuntimeError as error:
-                raise self._refusal(error) from error
-        if len(rows) == 1:
-            return [t[None] for t in rows[0]]
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-
-    def _refuse_dead_ends(self, tensors: list[Tensor], value: Tensor | None = None) -> None:
-        """``torch.autograd.grad`` goes around them, and then its answer is wrong."""
-        if goes_through_once_differentiable(tensors, value):
-            raise self._refusal("once_differentiable")
-
-    def _refusal(self, error: RuntimeError | str) -> RequirementError:
-        before, index = self._here
-        with torch.enable_grad():
-            value = self._problem.inner_objective(
-                _tree.leaves(before.inner_params), self._lam, self._problem.inner_batch(index)
-            )
-        custom = ", ".join(own_functions(value))
-        return RequirementError(
-            f"{self._label} differentiates each inner step, which takes two derivatives of inner_objective, and "
-            f"one of its operations has no second one ({_first_line(error)}"
-            f"{'; its own autograd functions: ' if custom else ''}{custom}). {other_ways(str(error))}"
-        )
 
 
 def _filled(like: Point, tensors: Sequence[Tensor]) -> Point:
@@ -390,7 +324,3 @@ def _filled(like: Point, tensors: Sequence[Tensor]) -> Point:
     rest = iter(tensors)
     w = {k: next(rest) for k in like.inner_params}
     return Point(w, {role: {k: next(rest) for k in tree} for role, tree in like.state.items()})
-
-
-def _first_line(error: BaseException | str) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(".")

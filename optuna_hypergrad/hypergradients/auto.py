@@ -17,8 +17,9 @@ from ..inner import AbstractInnerSolver, AbstractStepSolver
 from ..inner._base import AbstractBlackBox
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._base import AbstractHypergradientEstimator, EstimatorState, HypergradientEstimate
+from ._base import AbstractHypergradientEstimator
 from ._columns import graph_bytes
+from ._estimate import EstimatorState, HypergradientEstimate
 from ._memory import num_bytes
 from ._rewind import within
 from .forward_gradient import ForwardGradient

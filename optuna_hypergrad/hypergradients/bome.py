@@ -11,7 +11,8 @@ from .._arguments import is_number
 from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution
 from ..problem import BilevelProblem
-from ._base import Cotangents, EstimatorState, run_inner
+from ._base import run_inner
+from ._estimate import Cotangents, EstimatorState
 from ._penalty import AbstractJointPenalty
 from ._slopes import Slopes, product, squared
 

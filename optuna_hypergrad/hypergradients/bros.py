@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,42 +18,25 @@ from ..inner._base import verdict
 from ..inner._settings import Value
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._base import (
-    Cotangents,
-    EstimatorState,
-    HypergradientEstimate,
-    _finite,
-    _first_failure,
-    combine,
-)
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
+from ._outer_gradients import _finite, _first_failure, combine
 from ._pace import paced
 from ._penalty import part
 from ._single_loop import AbstractOneStep, check_theta, moving_average, single_step, steps_taken
+from ._sketched_action import SketchedAction, bi_probe, two_sketch
 from ._sketches import (
     SKETCH_LAWS,
     Sketch,
     Sketches,
     SketchLaw,
     draw,
-    generator_of,
     rank_of,
-    signs,
     sketched_gradient,
     sketched_products,
 )
-from ._slopes import difference
 
 Correction = Literal["one_sided", "bi_probe", "two_sketch"]
 CORRECTIONS: tuple[Correction, ...] = ("one_sided", "bi_probe", "two_sketch")
-
-
-class SketchedAction(NamedTuple):
-    """``g``, ``P^T g_w``, coordinates ``C`` of ``P C ~ H v``, and ``M^T v``."""
-
-    value: Tensor
-    slope: Params
-    product: Params
-    mixed: Cotangents
 
 
 @dataclass(frozen=True)
@@ -286,26 +269,8 @@ class BROS(AbstractOneStep):
         if self.correction == "one_sided":
             return along(v, True)
         if self.correction == "two_sketch":
-            others = self._drawn(count, 1, inner_params)
-            return along({k: s.up(s.down(v[k])) for k, s in others.items()}, True)
-        matrices = {k: s for k, s in sketches.items() if s.basis is not None}
-        c = {k: s.down(v[k]) for k, s in matrices.items()}
-        probe = signs((int(self.rank), 1), generator_of((self.seed, count, 2)))
-        e = {k: probe.to(x) for k, x in c.items()}
-        first = along({k: s.up(c[k]) for k, s in matrices.items()}, True)
-        second = along({k: s.up(e[k] * c[k]) for k, s in matrices.items()}, False)
-        correction = self.rank / (self.rank - 1)
-        product = {
-            k: correction * (x - e[k] * second.product[k]) if k in matrices else x
-            for k, x in first.product.items()
-        }
-        if len(matrices) == len(v):
-            return first._replace(product=product)
-        rest = along({k: x for k, x in v.items() if k not in matrices}, False)
-        added = {k: None if x is None else -x for k, x in rest.mixed.items()}
-        return first._replace(
-            product=_tree.add(product, rest.product), mixed=difference(first.mixed, added)
-        )
+            return two_sketch(along, v, self._drawn(count, 1, inner_params))
+        return bi_probe(along, v, sketches, int(self.rank), (self.seed, count, 2))
 
     def _drawn(self, count: int, salt: int, inner_params: Params) -> Sketches:
         """One function of the seed and the step."""

@@ -22,7 +22,7 @@ from .._errors import RequirementError
 from .._typing import Batch, Objective, Params
 from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
-from ._base import Cotangents
+from ._estimate import Cotangents
 from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
 from ._memory import num_bytes
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through

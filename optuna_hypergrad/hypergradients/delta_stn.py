@@ -13,7 +13,7 @@ from .._typing import Batch, Params
 from ..inner import Adam, inner_solve
 from ..problem import BilevelProblem
 from ._around import Around
-from ._base import EstimatorState
+from ._estimate import EstimatorState
 from ._proxy import AbstractProxy, WHat, packed, paired, unpacked
 
 _SCALE_STEP = 0.03

@@ -9,7 +9,8 @@ from .. import _tree
 from .._typing import Batch, Params
 from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
-from ._base import Cotangents, EstimatorState, HypergradientEstimate, run_inner
+from ._base import run_inner
+from ._estimate import Cotangents, EstimatorState, HypergradientEstimate
 from ._pace import Schedule, check_schedule, scheduled
 from ._penalty import AbstractPenalty, in_words, packed, part, unpacked
 from ._slopes import Slopes, difference, outer_slopes

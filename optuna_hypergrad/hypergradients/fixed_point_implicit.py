@@ -23,7 +23,8 @@ from ..equilibrium import (
 from ..inner import AbstractInnerSolver, AbstractStepSolver, Adam, Lookahead
 from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
-from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved, run_inner
+from ._base import AbstractPullbackEstimator, run_inner
+from ._estimate import EstimatorState, Pulled, Solved
 
 
 @dataclass(frozen=True)

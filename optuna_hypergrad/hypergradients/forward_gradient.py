@@ -12,13 +12,7 @@ from .. import _tree
 from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractHypergradientEstimator,
-    EstimatorState,
-    combine,
-    nothing_found,
-    outer_gradients,
-)
+from ._base import AbstractHypergradientEstimator
 from ._columns import (
     check_repeated,
     check_step_solver,
@@ -30,6 +24,8 @@ from ._columns import (
 )
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from ._directions import flat
+from ._estimate import EstimatorState
+from ._outer_gradients import combine, nothing_found, outer_gradients
 from ._tangents import Pushforward
 from .compiled import check_compilable
 

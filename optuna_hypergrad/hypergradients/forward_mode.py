@@ -12,7 +12,7 @@ from .. import _tree
 from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution, inner_solve
 from ..problem import BilevelProblem
-from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
+from ._base import AbstractPullbackEstimator
 from ._columns import (
     check_repeated,
     check_step_solver,
@@ -23,6 +23,7 @@ from ._columns import (
     width_of,
 )
 from ._directions import shaped, unit_rows
+from ._estimate import EstimatorState, Pulled, Solved
 from ._tangents import Pushforward
 
 

@@ -37,14 +37,11 @@ from ..operators import (
 from ..problem import BilevelProblem, full_batch
 from ._base import (
     AbstractPullbackEstimator,
-    Cotangents,
-    EstimatorState,
-    Pulled,
-    Solved,
     refuse_solver_hyperparameters,
     run_inner,
     sees_objectives,
 )
+from ._estimate import Cotangents, EstimatorState, Pulled, Solved
 from .compiled import check_compilable, compiled_solve
 
 _SOLUTION, _AGE = "solver/x", "preconditioner_age"

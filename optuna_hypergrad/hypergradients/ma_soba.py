@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .._typing import Params
-from ._base import EstimatorState
+from ._estimate import EstimatorState
 from ._single_loop import check_theta, moving_average
 from .soba import SOBA
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from .._typing import Params
 from ..inner import AbstractInnerSolver, InnerSolution
 from ..problem import BilevelProblem
-from ._base import Cotangents, EstimatorState, run_inner
+from ._base import run_inner
+from ._estimate import Cotangents, EstimatorState
 from ._pace import Schedule, check_schedule, scheduled
 from ._penalty import AbstractJointPenalty
 from ._slopes import Slopes

@@ -13,7 +13,8 @@ from .._typing import Params
 from ..episodes import EpisodeBatch
 from ..inner import AbstractInnerSolver
 from ..problem import BilevelProblem
-from ._base import AbstractHypergradientEstimator, EstimatorState, HypergradientEstimate
+from ._base import AbstractHypergradientEstimator
+from ._estimate import EstimatorState, HypergradientEstimate
 from .implicit import Implicit
 
 

@@ -12,7 +12,8 @@ from .._results import Result, Status
 from .._typing import Params
 from ..inner import AbstractInnerSolver, HeavyBall, inner_solve
 from ..problem import BilevelProblem
-from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
+from ._base import AbstractPullbackEstimator
+from ._estimate import EstimatorState, Pulled, Solved
 from ._fixed_point import OutOfRangeError
 from ._reversing import Descent, rational
 

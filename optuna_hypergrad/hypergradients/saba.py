@@ -16,7 +16,8 @@ from .._typing import Params
 from ..inner import AbstractInnerSolver
 from ..operators import Flattener
 from ..problem import BilevelProblem, full_batch, same_batch
-from ._base import EstimatorState, combine
+from ._estimate import EstimatorState
+from ._outer_gradients import combine
 from ._single_loop import AbstractSingleLoop, Derivatives, Directions, derivatives
 
 _INNER = ("slope", "product", "indirect")

@@ -19,14 +19,8 @@ from ..inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
 from ..inner._base import InnerState, take_step
 from ..operators import Flattener, scalar
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractPullbackEstimator,
-    Cotangents,
-    EstimatorState,
-    Pulled,
-    Solved,
-    sees_objectives,
-)
+from ._base import AbstractPullbackEstimator, sees_objectives
+from ._estimate import Cotangents, EstimatorState, Pulled, Solved
 
 
 @dataclass(frozen=True)

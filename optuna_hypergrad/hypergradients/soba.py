@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._typing import Params
 from ..problem import BilevelProblem
-from ._base import EstimatorState
+from ._estimate import EstimatorState
 from ._single_loop import AbstractSingleLoop, Directions, derivatives, directions
 
 

@@ -12,13 +12,8 @@ from .._typing import Params
 from ..ihvp import Identity
 from ..inner import AbstractInnerSolver, GradientDescent, HeavyBall
 from ..problem import BilevelProblem
-from ._base import (
-    AbstractPullbackEstimator,
-    EstimatorState,
-    Solved,
-    refuse_solver_hyperparameters,
-    sees_objectives,
-)
+from ._base import AbstractPullbackEstimator, refuse_solver_hyperparameters, sees_objectives
+from ._estimate import EstimatorState, Solved
 from .implicit import Implicit
 
 

@@ -9,7 +9,8 @@ from .._arguments import check_count, is_number
 from .._typing import Params
 from ..inner import AbstractInnerSolver
 from ..problem import BilevelProblem
-from ._base import AbstractHypergradientEstimator, EstimatorState, HypergradientEstimate
+from ._base import AbstractHypergradientEstimator
+from ._estimate import EstimatorState, HypergradientEstimate
 
 _OWN = ("phase", "sum", "count", "before")
 

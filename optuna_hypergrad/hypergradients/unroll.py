@@ -17,7 +17,8 @@ from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
 from ..inner._base import InnerState, StepFunction, take_step, verdict
 from ..problem import BilevelProblem
-from ._base import AbstractPullbackEstimator, EstimatorState, Pulled, Solved
+from ._base import AbstractPullbackEstimator
+from ._estimate import EstimatorState, Pulled, Solved
 from ._rewind import Planner, Rewinder, square_root, tree, whole_tape, within
 
 

@@ -19,9 +19,11 @@ from ..inner import AbstractInnerSolver, InnerSolution
 from ..inner._base import AbstractBlackBox
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._base import EstimatorState, HypergradientEstimate, _first_failure, run_inner
+from ._base import run_inner
 from ._directional import AbstractDirectionalEstimator, PartialEstimate
 from ._directions import flat, shaped
+from ._estimate import EstimatorState, HypergradientEstimate
+from ._outer_gradients import _first_failure
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .._errors import HyperparameterError
+from .ledger import Ledger
 from .points import Definition, PointSpace, domain_of
-from .trajectory import Ledger
 
 
 def check_definition(

@@ -16,8 +16,9 @@ from ..stores import Pointer, Retention
 from ..stores._verifying import Held, expected_of, held_by
 from .events import Claim
 from .leases import Lease
+from .ledger import Ledger
 from .racing import Race
-from .trajectory import Ledger, Trajectory
+from .trajectory import Trajectory
 
 Presence = Literal["stored", "removed", "missing"]
 

@@ -20,10 +20,11 @@ from .._typing import Params
 from ..stores import TensorStore
 from .events import CLAIM, Claim, write_event
 from .leases import abandoned, is_abandoned
+from .ledger import MAX_CUT_OFF, Ledger
 from .points import Definition, PointSpace
 from .proposals import Proposer
 from .racing import Race
-from .trajectory import MAX_CUT_OFF, Cursor, Ledger, Trajectory
+from .trajectory import Cursor, Trajectory
 
 StartFrom = Literal["best", "base", "init", "given"]
 

@@ -12,9 +12,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .. import _optuna
 from .leases import is_abandoned
+from .ledger import Ledger
 from .points import domain_of
 from .racing import Race
-from .trajectory import Ledger
 
 
 def representatives(

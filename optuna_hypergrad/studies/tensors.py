@@ -17,9 +17,9 @@ from .._typing import Params
 from .._words import listed, nearest, ranges
 from ..stores import AbstractArtifactStore, TensorStore
 from .layouts import laid_out
+from .ledger import Ledger
 from .ranking import ranked
 from .sampler import HypergradientSampler
-from .trajectory import Ledger
 
 
 def load_tensors(

@@ -15,8 +15,9 @@ from .. import _optuna
 from .._errors import RequirementError
 from .._words import shortened
 from ..stores._pointer import checkpoint_attributes, pointers_in
+from ..studies.ledger import Ledger
 from ..studies.ranking import ranked
-from ..studies.trajectory import Ledger, Trajectory
+from ..studies.trajectory import Trajectory
 from ..trial_attributes import COLD_VALUE, WARM_VALUE
 
 VALUES_OF_A_RUN = (WARM_VALUE, COLD_VALUE)

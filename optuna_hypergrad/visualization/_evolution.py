@@ -16,6 +16,7 @@ from .._arguments import check_count, is_number
 from .._errors import MissingTensorError
 from ..stores import TensorStore
 from ..stores._pointer import attribute_key
+from ..studies.ledger import Ledger
 from ..studies.tensors import (
     best_with_tensors,
     is_stored,
@@ -24,7 +25,6 @@ from ..studies.tensors import (
     stored_in,
     tensor_steps,
 )
-from ..studies.trajectory import Ledger
 from ._curves import finite, is_run, ledger_of, refuse_several_objectives, thinned
 from ._tensors import Array, Values, chosen, has_tensors, heads, quantiles
 
