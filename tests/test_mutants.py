@@ -880,7 +880,14 @@ MUTANTS = [
         "sklearn_adapters/_network_estimator.py",
         "guide, judge = held[first], held[second]",
         "guide, judge = held, held",
-        "tests/test_sklearn_networks.py::test_those_that_judge_are_not_those_that_guide",
+        "tests/test_sklearn_networks.py::test_those_that_judge_many_are_not_those_that_guide[per_weight-False]",
+    ),
+    Mutant(
+        "hold back samples from a few hyperparameters",
+        "sklearn_adapters/_network_estimator.py",
+        "and count * _SAMPLES_EACH > len(held)",
+        "and count > 0",
+        "tests/test_sklearn_networks.py::test_those_that_judge_many_are_not_those_that_guide[per_layer-True]",
     ),
     Mutant(
         "train inner folds on what the outer fold is judged by",

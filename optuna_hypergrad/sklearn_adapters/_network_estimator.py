@@ -20,6 +20,9 @@ from ._counted import counted, relative
 from ._network_problem import ACTIVATIONS, SAMPLES, Data, Network, build, split
 from ._network_training import Schedule, train_anew, tune
 
+_SAMPLES_EACH = 5
+"""Held-back samples for each hyperparameter, with which they are too few to fit the samples that they are judged by."""
+
 
 class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
     """A network whose regularization is tuned while it trains."""
@@ -172,7 +175,9 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         else:
             inside, held = np.arange(num_own), np.arange(num_own, len(y))
         guide, judge = held, held
-        if self.early_stopping and len(held) > 1:
+        num_samples = len(inside) if self.tune_sample_weights else None
+        count = sum(v.numel() for v in network.start(self.decay_init, num_samples).values())
+        if self.early_stopping and len(held) > 1 and count * _SAMPLES_EACH > len(held):
             first, second = split(y[held], 0.5, self._classes, seed)
             guide, judge = held[first], held[second]
 

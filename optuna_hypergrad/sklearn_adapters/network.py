@@ -38,9 +38,10 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
             one decay, and, where there are more hyperparameters, so many with all.
         inner_steps, burn_in: Steps of training (Adam, ``learning_rate_init``) between outer steps, and before the first.
         num_products: Products with the curvature per hypergradient.
-        early_stopping: Half of what is held back guides the hyperparameters, and the other half judges them: it ends after
-            ``n_iter_no_change`` outer steps without a smaller loss there, and what had the smallest one is taken, so that many
-            hyperparameters are used only where that generalizes. Otherwise one set does both, and they can overfit it.
+        early_stopping: It ends after ``n_iter_no_change`` outer steps without a smaller loss of what is held back, and what had the
+            smallest one is taken. Where there are fewer than five samples held back for each hyperparameter, half of them
+            guides the hyperparameters and the other half judges, so that many are used only where that generalizes; otherwise,
+            and without early stopping, all of them do both.
         batch_size: Samples per step of training; ``None`` for all.
         standardize: Inputs to mean 0 and variance 1.
         dtype: Of the computation: "float32", "float64", or "auto", which is the former on a GPU.
