@@ -18,6 +18,7 @@ from sklearn.datasets import (
     load_digits,
     load_wine,
     make_friedman1,
+    make_moons,
 )
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
@@ -230,6 +231,41 @@ def _friedman(num_samples: int) -> Data:
     return x, (y - y.mean()) / y.std()
 
 
+def _moons() -> Data:
+    x, y = make_moons(300, noise=0.3, random_state=0)
+    return StandardScaler().fit_transform(x), y
+
+
+def _sinc() -> Data:
+    """Two features, and noise of heavy tails."""
+    rng = np.random.default_rng(4)
+    x = rng.uniform(-3, 3, size=(250, 2))
+    y = np.sinc(x[:, 0]) + 0.3 * x[:, 1] + 0.1 * rng.standard_t(2, size=250)
+    return StandardScaler().fit_transform(x), (y - y.mean()) / y.std()
+
+
+def _correlated() -> Data:
+    """Features of which each is much like the one before, 20 of 100 relevant."""
+    rng = np.random.default_rng(2)
+    z = rng.normal(size=(150, 100))
+    x = z.copy()
+    for j in range(1, 100):
+        x[:, j] = 0.95 * x[:, j - 1] + np.sqrt(1 - 0.95**2) * z[:, j]
+    w = np.zeros(100)
+    w[rng.permutation(100)[:20]] = rng.normal(size=20)
+    y = x @ w
+    y = y / y.std() + 0.5 * rng.normal(size=150)
+    return x, (y - y.mean()) / y.std()
+
+
+def _of_many_scales() -> Data:
+    """Features and coefficients whose sizes range over orders of magnitude."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 30)) * np.exp(3 * rng.normal(size=30))
+    w = rng.normal(size=30) / np.exp(2 * rng.normal(size=30))
+    return x, x @ w + 30 * rng.normal(size=200)
+
+
 def _grouped() -> Data:
     """Ten groups of ten features each, whose coefficients are of other sizes, most of them zero."""
     rng = np.random.default_rng(0)
@@ -275,6 +311,18 @@ ROWS = {
     ),
     "svr-friedman": Row(
         "SVR friedman 200x10 (3)", lambda: _friedman(200), SVR(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1), "epsilon": _log(1e-3, 1e0)}, 7
+    ),
+    "ridge-scales": Row(
+        "Ridge, features of many scales 200x30 (1)", _of_many_scales, Ridge(), {"alpha": _log(1e-8, 1e8)}, 25
+    ),
+    "elastic-net-correlated": Row(
+        "ElasticNet, correlated 150x100 (2)", _correlated, ElasticNet(), {"alpha": ALPHA, "l1_ratio": L1}, 12
+    ),
+    "svc-moons": Row(
+        "SVC two moons 300x2 (2)", _moons, SVC(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1)}, 12, None
+    ),
+    "svr-sinc": Row(
+        "SVR sinc 250x2 (3)", _sinc, SVR(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1), "epsilon": _log(1e-3, 1e0)}, 7
     ),
     "ridge-features": Row(
         "Ridge per feature diabetes (10)", lambda: _standard(load_diabetes), Ridge(), {}, 0, trials=300, vector=WEIGHTS
