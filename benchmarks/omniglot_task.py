@@ -275,6 +275,7 @@ def imaml(
             curvature=curvature if gauss_newton else ohg.Hessian(),
         ),
         _fresh_network,
+        num_steps=5000,
     )
 
 
@@ -304,7 +305,7 @@ def ridge_head() -> Method:
             | {"log_ridge": torch.tensor(-1.0), "log_scale": torch.tensor(2.0)}
         ),
         lambda s: {"dual": torch.zeros(s.ways * s.shots, s.ways)},
-        num_steps=1500,
+        num_steps=4000,
         with_support=True,
     )
 
@@ -322,5 +323,5 @@ def unrolled_head(step_size: float = 1.0, num_steps: int = 10) -> Method:
         ohg.Unroll(),
         lambda s, seed: fresh_features(s.width, seed) | {"log_scale": torch.tensor(1.0)},
         lambda s: {"last": torch.zeros(4 * s.width, s.ways)},
-        num_steps=1500,
+        num_steps=1000,
     )
