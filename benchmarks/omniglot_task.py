@@ -148,13 +148,17 @@ class Setting:
 
 
 def features(w: Params, x: Tensor) -> Tensor:
-    """Four convolutions of stride 2 with the batch's own statistics: ``(n, 4 * width)``."""
+    """Four convolutions of stride 2 with the batch's own statistics: ``(n, 4 * width)``, rows of length 1."""
     for i in range(NUM_BLOCKS):
         x = conv2d(x, w[f"conv{i}"], stride=2, padding=1)
-        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        scale = w[f"gain{i}"] * (variance + 1e-3).rsqrt()
-        x = silu(x * scale[:, None, None] + (w[f"bias{i}"] - mean * scale)[:, None, None])
-    return x.flatten(1)
+        x = x - x.mean((0, 2, 3))[:, None, None]
+        scale = (
+            w[f"gain{i}"] * (x.square().mean((0, 2, 3)) + 1e-3).rsqrt()
+        )  # x.var is 3 times as long
+        x = silu(x * scale[:, None, None] + w[f"bias{i}"][:, None, None])
+    x = x.flatten(1)
+    x = x - x.mean(0)
+    return x * (x.square().sum(1, keepdim=True) + 1e-3).rsqrt()
 
 
 def fresh_features(width: int, seed: int) -> Params:
@@ -179,7 +183,7 @@ class Method:
     outer_params: Callable[[Setting, int], Params]
     inner_params: Callable[[Setting], Params] | None = None  # none: they start from theta
     num_steps: int = 3000
-    lr: float = 2e-3
+    lr: float = 1e-2
     with_support: bool = False
 
     def problem(self, setting: Setting, classes: Tensor, seed: int, rotate: bool) -> ohg.Episodes:
@@ -224,30 +228,35 @@ def nearest_pixels(setting: Setting, classes: Tensor, seed: int, num_episodes: i
 
 
 def _network(w: Params, x: Tensor) -> Tensor:
-    return features(w, x) @ w["last"] + w["last_bias"]
+    return 18.0 * features(w, x) @ w["last"] + w["last_bias"]
 
 
 def _network_loss(w: Params, lam: Params, batch: tuple[Tensor, ...]) -> Tensor:
     return cross_entropy(_network(w, batch[0]), batch[1])
 
 
+def _confident_logits(w: Params, lam: Params, batch: tuple[Tensor, ...]) -> Tensor:
+    """The pull keeps logits small: those of the queries are multiplied by a learned factor."""
+    return lam["log_scale"].exp() * _network(w, batch[0])
+
+
 def _fresh_network(setting: Setting, seed: int) -> Params:
-    size, rng = 4 * setting.width, torch.Generator().manual_seed(seed + 1)
+    """A last layer of zeros, which treats all classes alike, and ``log_scale``."""
     last = {
-        "last": torch.randn(size, setting.ways, generator=rng) / size**0.5,
+        "last": torch.zeros(4 * setting.width, setting.ways),
         "last_bias": torch.zeros(setting.ways),
     }
     whole = fresh_features(setting.width, seed) | last
-    return {f"theta.{k}": v for k, v in whole.items()}
+    return {f"theta.{k}": v for k, v in whole.items()} | {"log_scale": torch.tensor(1.0)}
 
 
 def imaml(
-    strength: float = 2.0,
-    step_size: float = 0.1,
-    num_steps: int = 10,
-    products: int = 4,
+    strength: float = 10.0,
+    step_size: float = 0.04,
+    num_steps: int = 4,
+    products: int = 2,
     damping: float = 0.0,
-    gauss_newton: bool = True,
+    gauss_newton: bool = False,
 ) -> Method:
     """All weights of the network, pulled to the shared ones, by implicit differentiation."""
     inner_objective = ohg.proximal(_network_loss, strength)
@@ -258,26 +267,22 @@ def imaml(
     )
     return Method(
         inner_objective,
-        lambda w, lam, batch: _network(w, batch[0]),
+        _confident_logits,
         ohg.GradientDescent(step_size, max_steps=num_steps),
         ohg.Implicit(
-            ohg.CG(products),
+            ohg.CG(products, rtol=1e-3),
             damping=damping,
             curvature=curvature if gauss_newton else ohg.Hessian(),
         ),
         _fresh_network,
+        num_steps=5000,
     )
-
-
-def _embedded(lam: Params, x: Tensor) -> Tensor:
-    found = features(lam, x)
-    return found / found.shape[1] ** 0.5
 
 
 def _dual_ridge(w: Params, lam: Params, batch: tuple[Tensor, ...]) -> Tensor:
     """Smallest at ``(K + ridge)^-1 Y``, the ridge head in the coordinates of the images."""
     x, y = batch
-    embedded, a = _embedded(lam, x), w["dual"]
+    embedded, a = features(lam, x), w["dual"]
     targets = one_hot(y, a.shape[1]).to(a.dtype) - 1 / a.shape[1]
     pushed = embedded @ (embedded.T @ a) + lam["log_ridge"].exp() * a
     return (a * (0.5 * pushed - targets)).sum()
@@ -285,7 +290,7 @@ def _dual_ridge(w: Params, lam: Params, batch: tuple[Tensor, ...]) -> Tensor:
 
 def _ridge_logits(w: Params, lam: Params, batch: tuple[Tensor, ...]) -> Tensor:
     asked, _, seen, _ = batch
-    return lam["log_scale"].exp() * _embedded(lam, asked) @ (_embedded(lam, seen).T @ w["dual"])
+    return lam["log_scale"].exp() * features(lam, asked) @ (features(lam, seen).T @ w["dual"])
 
 
 def ridge_head() -> Method:
@@ -300,7 +305,7 @@ def ridge_head() -> Method:
             | {"log_ridge": torch.tensor(-1.0), "log_scale": torch.tensor(2.0)}
         ),
         lambda s: {"dual": torch.zeros(s.ways * s.shots, s.ways)},
-        num_steps=1500,
+        num_steps=4000,
         with_support=True,
     )
 
@@ -309,7 +314,7 @@ def unrolled_head(step_size: float = 1.0, num_steps: int = 10) -> Method:
     """Shared features, a softmax head for each task by a few steps, which are unrolled."""
 
     def logits(w: Params, lam: Params, batch: tuple[Tensor, ...]) -> Tensor:
-        return lam["log_scale"].exp() * _embedded(lam, batch[0]) @ w["last"]
+        return lam["log_scale"].exp() * features(lam, batch[0]) @ w["last"]
 
     return Method(
         lambda w, lam, batch: cross_entropy(logits(w, lam, batch), batch[1]),
@@ -318,5 +323,5 @@ def unrolled_head(step_size: float = 1.0, num_steps: int = 10) -> Method:
         ohg.Unroll(),
         lambda s, seed: fresh_features(s.width, seed) | {"log_scale": torch.tensor(1.0)},
         lambda s: {"last": torch.zeros(4 * s.width, s.ways)},
-        num_steps=1500,
+        num_steps=1000,
     )
