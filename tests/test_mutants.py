@@ -962,8 +962,8 @@ MUTANTS = [
     Mutant(
         "count starts that were cut off",
         "sklearn_adapters/_objective.py",
-        "if trial.state != TrialState.FAIL or FAILURE in trial.user_attrs:",
-        "if True:",
+        "return trial.state != TrialState.FAIL or has_failed(trial)",
+        "return True",
         "tests/test_sklearn_multistart.py::test_a_search_that_was_cut_in_a_scan_goes_on_to_the_bit[scanned_elsewhere]",
     ),
     Mutant(

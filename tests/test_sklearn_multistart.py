@@ -222,19 +222,44 @@ def test_two_searches_at_once_begin_in_different_places(monkeypatch: pytest.Monk
     assert len({t.params["alpha"] for t in study.trials}) == len(study.trials) == 2
 
 
-def test_starts_of_vectors_need_no_tied_trials() -> None:
+def of_vectors(n_trials: int, **settings: Any) -> optuna.Study:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 3))
     search = HypergradientSearchCV(
         make_pipeline(FeatureWeights(), Ridge()),
         {"featureweights__weights": TensorDistribution((3,), 1e-3, 1e3, log=True)},
         cv=3,
-        n_trials=5,
+        n_trials=n_trials,
         guard=None,
-        sampler=HypergradientSampler(start="given", max_steps=3, seed=0),
+        **settings,
     )
-    search.fit(x, x[:, 0] + 0.3 * rng.normal(size=30))
-    assert len(starts(search.study_)) == 2
+    return search.fit(x, x[:, 0] + 0.3 * rng.normal(size=30)).study_
+
+
+def test_starts_of_vectors_need_no_tied_trials() -> None:
+    sampler = HypergradientSampler(start="given", max_steps=3, seed=0)
+    assert len(starts(of_vectors(5, sampler=sampler))) == 2
+
+
+def test_a_search_of_vectors_that_was_cut_in_its_first_scan_goes_on_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def kept(storage: Any, n_trials: int) -> optuna.Study:
+        settings = {"storage": storage, "study_name": "s", "resume": True, "random_state": 0}
+        return of_vectors(n_trials, **settings)
+
+    whole = kept(optuna.storages.InMemoryStorage(), 45)
+    assert len({t.params["descent"] for t in whole.trials}) > 1
+    cut = optuna.storages.InMemoryStorage()
+    with monkeypatch.context() as patched:
+        patched.setattr(Followed, "scanned", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kept(cut, 45)
+    again = [t for t in kept(cut, 46).trials if t.state == TrialState.COMPLETE]
+    assert [t.values for t in again] == [t.values for t in whole.trials]
 
 
 def test_a_start_is_given_every_time() -> None:

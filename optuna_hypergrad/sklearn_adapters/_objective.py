@@ -219,7 +219,12 @@ def _has_opened(trial: FrozenTrial) -> bool:
     claim = Claim.of(trial)
     if claim is None or claim.parent is not None:
         return False
-    if trial.state != TrialState.FAIL or FAILURE in trial.user_attrs:
+    return trial.state != TrialState.FAIL or has_failed(trial)
+
+
+def has_failed(trial: FrozenTrial) -> bool:
+    """Whether a trial has failed by its own fault: it was not cut off."""
+    if FAILURE in trial.user_attrs:
         return True
     with suppress(StorageError):  # of which the ledger tells
         outcome = Outcome.of(trial)
