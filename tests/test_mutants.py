@@ -948,9 +948,23 @@ MUTANTS = [
     Mutant(
         "look again near what was visited",
         "sklearn_adapters/_descent.py",
-        "if all(_distance(domains, c, v) > near for v in visited)",
-        "if all(_distance(domains, c, v) >= 0 for v in visited)",
+        "if g > near]",
+        "if g >= 0]",
         "tests/test_sklearn_multistart.py::test_further_scans_look_elsewhere",
+    ),
+    Mutant(
+        "begin at the nearest point where all is known",
+        "sklearn_adapters/_descent.py",
+        "points[gaps.index(max(gaps))]",
+        "points[gaps.index(min(gaps))]",
+        "tests/test_sklearn_multistart.py::test_where_all_is_known_the_farthest_point_is_next",
+    ),
+    Mutant(
+        "count starts that were cut off",
+        "sklearn_adapters/_objective.py",
+        "return trial.state != TrialState.FAIL or has_failed(trial)",
+        "return True",
+        "tests/test_sklearn_multistart.py::test_a_search_that_was_cut_in_a_scan_goes_on_to_the_bit[scanned_elsewhere]",
     ),
     Mutant(
         "scan the same points again",

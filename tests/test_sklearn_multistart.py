@@ -10,15 +10,29 @@ import optuna
 import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
 from sklearn.datasets import make_moons
+from sklearn.exceptions import FitFailedWarning
+from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 from torch import Tensor
 
-from optuna_hypergrad import HypergradientSampler, HypergradientSearchCV, differentiable
+from optuna_hypergrad import (
+    FeatureWeights,
+    HypergradientSampler,
+    HypergradientSearchCV,
+    SolverError,
+    TensorDistribution,
+    differentiable,
+)
+from optuna_hypergrad._results import Result, Status
 from optuna_hypergrad.search_space import Domain
 from optuna_hypergrad.sklearn_adapters._descent import IMPATIENT, scan, scan_elsewhere
+from optuna_hypergrad.sklearn_adapters._following import Followed
+from optuna_hypergrad.sklearn_adapters._objective import TrialLoss
 from optuna_hypergrad.step_rules import StepState, TrustRegion
 from optuna_hypergrad.studies.events import Claim
 
@@ -105,7 +119,6 @@ def test_further_scans_look_elsewhere() -> None:
     others: list[list[dict[str, float]]] = [[], []]
     for number, seen in enumerate(others, 1):
         found = scan_elsewhere(losses_to(1.0, 0.5, seen), DOMAINS, visited, number, 1)
-        assert found is not None
         assert 8 <= len(seen) < 16  # of sixteen, those near what was visited are left out
         size = math.log(1e6) * 10.0  # a unit of b is a tenth of its range
         near = 0.5 * math.sqrt(size / 16)
@@ -118,17 +131,135 @@ def test_further_scans_look_elsewhere() -> None:
     assert len(set(points)) == len(points)
 
 
-def test_where_all_is_known_there_is_no_further_start() -> None:
+def test_where_all_is_known_the_farthest_point_is_next() -> None:
     a, b = np.geomspace(1e-3, 1e3, 20), np.linspace(0, 1, 20)
     everywhere = [{"a": float(p), "b": float(q)} for p in a for q in b]
     seen: list[dict[str, float]] = []
-    assert scan_elsewhere(losses_to(1.0, 0.5, seen), DOMAINS, everywhere, 1, 5) is None
+    found = scan_elsewhere(losses_to(1.0, 0.5, seen), DOMAINS, everywhere, 1, 5)
     assert not seen
+
+    def gap(point: dict[str, float]) -> float:
+        return min(
+            max(abs(math.log(point["a"] / v["a"])), 10 * abs(point["b"] - v["b"]))
+            for v in everywhere
+        )
+
+    scan_elsewhere(losses_to(1.0, 0.5, seen), DOMAINS, [], 1, 1)
+    assert len(seen) == 16
+    assert gap(found) == pytest.approx(max(map(gap, seen)), rel=1e-12)
 
     def fails(values: dict[str, Tensor], first: int, last: int) -> Tensor:
         return torch.full((last - first,), math.nan)
 
-    assert scan_elsewhere(fails, DOMAINS, [], 1, 5) is None
+    assert scan_elsewhere(fails, DOMAINS, [], 1, 5) in seen
+
+
+def of_ridge(storage: Any, n_trials: int, low: float = 1e-6, high: float = 1e2) -> optuna.Study:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 2))
+    y = x[:, 0] + (rng.uniform(size=60) > 0.5)
+    space = {"alpha": FloatDistribution(low, high, log=True)}
+    settings = {"storage": storage, "study_name": "s", "resume": True, "random_state": 0}
+    search = HypergradientSearchCV(Ridge(), space, cv=3, n_trials=n_trials, **settings)
+    return search.fit(x, y).study_
+
+
+def test_no_descent_is_repeated_in_a_small_range() -> None:
+    study = of_ridge(optuna.storages.InMemoryStorage(), 14, 1.0, 2.0)
+    begun = [t.params["alpha"] for t in starts(study)]
+    assert len(begun) >= 3
+    assert len(set(begun)) == len(begun)
+
+
+@pytest.mark.parametrize("where", ["scanned", "scanned_elsewhere"])
+def test_a_search_that_was_cut_in_a_scan_goes_on_to_the_bit(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = of_ridge(optuna.storages.InMemoryStorage(), 24)
+    assert len(starts(whole)) > 2
+
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    cut = optuna.storages.InMemoryStorage()
+    with monkeypatch.context() as patched:
+        patched.setattr(Followed, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            of_ridge(cut, 24)
+    again = of_ridge(cut, 25)  # the one that was cut counts
+    values = [(t.params, t.values) for t in again.trials if t.state == TrialState.COMPLETE]
+    assert values == [(t.params, t.values) for t in whole.trials]
+
+
+def test_a_start_that_fails_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = TrialLoss.__call__
+
+    def fails_twice(loss: TrialLoss, trial: Any) -> Tensor:
+        found = true(loss, trial)
+        if trial.number < 2:
+            raise SolverError("It is not solved.", Result(Status.NONFINITE, "It is not solved."))
+        return found
+
+    monkeypatch.setattr(TrialLoss, "__call__", fails_twice)
+    with pytest.warns(FitFailedWarning):
+        study = of_ridge(optuna.storages.InMemoryStorage(), 5)
+    assert [t.state == TrialState.FAIL for t in study.trials] == [True, True, False, False, False]
+    assert len({t.params["alpha"] for t in study.trials[:3]}) == 3
+
+
+def test_two_searches_at_once_begin_in_different_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, true, within = optuna.storages.InMemoryStorage(), Followed.scanned, [0]
+
+    def beside(followed: Followed, *given: Any) -> dict[str, float]:
+        within[0] += 1
+        if within[0] == 1:
+            of_ridge(storage, 1)  # while this one looks for a start
+        return true(followed, *given)
+
+    monkeypatch.setattr(Followed, "scanned", beside)
+    study = of_ridge(storage, 1)
+    assert within == [1]
+    assert len({t.params["alpha"] for t in study.trials}) == len(study.trials) == 2
+
+
+def of_vectors(n_trials: int, **settings: Any) -> optuna.Study:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 3))
+    search = HypergradientSearchCV(
+        make_pipeline(FeatureWeights(), Ridge()),
+        {"featureweights__weights": TensorDistribution((3,), 1e-3, 1e3, log=True)},
+        cv=3,
+        n_trials=n_trials,
+        guard=None,
+        **settings,
+    )
+    return search.fit(x, x[:, 0] + 0.3 * rng.normal(size=30)).study_
+
+
+def test_starts_of_vectors_need_no_tied_trials() -> None:
+    sampler = HypergradientSampler(start="given", max_steps=3, seed=0)
+    assert len(starts(of_vectors(5, sampler=sampler))) == 2
+
+
+def test_a_search_of_vectors_that_was_cut_in_its_first_scan_goes_on_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    def kept(storage: Any, n_trials: int) -> optuna.Study:
+        settings = {"storage": storage, "study_name": "s", "resume": True, "random_state": 0}
+        return of_vectors(n_trials, **settings)
+
+    whole = kept(optuna.storages.InMemoryStorage(), 45)
+    assert len({t.params["descent"] for t in whole.trials}) > 1
+    cut = optuna.storages.InMemoryStorage()
+    with monkeypatch.context() as patched:
+        patched.setattr(Followed, "scanned", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kept(cut, 45)
+    again = [t for t in kept(cut, 46).trials if t.state == TrialState.COMPLETE]
+    assert [t.values for t in again] == [t.values for t in whole.trials]
 
 
 def test_a_start_is_given_every_time() -> None:

@@ -66,7 +66,7 @@ def scan_elsewhere(
     visited: Sequence[Mapping[str, float]],
     number: int,
     num_folds: int,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """The best of the next eight points for each number (24 at most) that are not near what was visited; they race as in :func:`scan`.
 
     Args:
@@ -75,7 +75,7 @@ def scan_elsewhere(
         number: Of this scan: 1, 2, ...; each has points of its own.
 
     Returns:
-        ``None`` where no point is left, or every one fails.
+        Where no point is left, or every one fails: the one of them that is farthest from what was visited, unseen.
 
     Reference: Rinnooy Kan & Timmer (1987), "Stochastic global optimization methods" (starts of local searches that are not near
     to what is known).
@@ -84,12 +84,10 @@ def scan_elsewhere(
     begin = NUM_SCANNED + (number - 1) * each
     sizes = [high - low for low, high in (d.internal_bounds() for d in domains.values())]
     near = max(0.5 * (math.prod(sizes) / each) ** (1 / len(sizes)), 1.0)
-    candidates = [
-        c
-        for c in _spread(domains, range(begin, begin + each))
-        if all(_distance(domains, c, v) > near for v in visited)
-    ]
-    return _race(losses, candidates, num_folds)
+    points = _spread(domains, range(begin, begin + each))
+    gaps = [min((_distance(domains, p, v) for v in visited), default=math.inf) for p in points]
+    best = _race(losses, [p for p, g in zip(points, gaps, strict=True) if g > near], num_folds)
+    return points[gaps.index(max(gaps))] if best is None else best
 
 
 def _spread(domains: Mapping[str, Domain], indices: Iterable[int]) -> list[dict[str, float]]:

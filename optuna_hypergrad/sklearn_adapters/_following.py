@@ -209,13 +209,12 @@ class Followed:
         freedom: Freedom,
         visited: Sequence[Mapping[str, float]],
         number: int,
-    ) -> dict[str, float] | None:
-        """Where the next descent begins: the best of other points, away from those that were visited; ``None`` if there is none."""
+    ) -> dict[str, float]:
+        """Where the next descent begins: the best of other points, away from those that were visited."""
         at_rest, domains, losses = self._scannable(chosen, freedom)
         if not domains:
-            return None
-        found = scan_elsewhere(losses, domains, visited, number, len(self._splits))
-        return None if found is None else at_rest | found
+            return at_rest
+        return at_rest | scan_elsewhere(losses, domains, visited, number, len(self._splits))
 
     def _scannable(
         self, chosen: Mapping[str, Any], freedom: Freedom

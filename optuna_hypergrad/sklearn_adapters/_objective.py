@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from .._errors import MissingTensorError
+from .._errors import MissingTensorError, StorageError
 from .._typing import Params
 from ..studies import DifferentiableTrial, load_tensors
-from ..studies.events import Claim
+from ..studies.events import Claim, Outcome
 from ._distributions import suggest
 from ._folds import remembered
 from ._following import Followed
 from ._nested import Freedom
 from ._rows import distinct
-from ._study import completed
+from ._study import FAILURE
 
 PHASE = "guard:phase"
 """Parameter of a guarded search's trials, ``"tied"`` or ``"free"``."""
@@ -176,24 +177,59 @@ class TrialLoss:
             if self.restarted:
                 trial.set_user_attr(FIRST, found)
             return found
-        visited = [self.tied_of(t) for t in completed(trial.study) if self._is_under(t, chosen)]
-        return self.followed.scanned_elsewhere(chosen, freedom, visited, earlier) or {}
+        visited = self._visited(trial, chosen)
+        return self.followed.scanned_elsewhere(chosen, freedom, visited, earlier)
 
     def _begun(self, trial: DifferentiableTrial, chosen: Mapping[str, Any]) -> int | None:
-        """Trajectories of this setting that began before this one; ``None`` if this trial goes on with one."""
+        """Trajectories of this setting that began before this one; ``None`` if this trial goes on with one.
+
+        What was cut off before its start was evaluated has not begun: a search that goes on looks where it would have. Starts
+        that other processes are looking for have.
+        """
         _ = trial.relative_params  # plans the trial
         trials = trial.study.get_trials(deepcopy=False)[: trial.number + 1]
         claim = Claim.of(trials.pop())
-        under = [t for t in trials if t.state.is_finished() and self._is_under(t, chosen)]
+        under = [t for t in trials if self._is_under(t, chosen)]
         if claim is None:
-            return None if under else 0
+            return sum(not t.state.is_finished() or _has_opened(t) for t in under)
         if claim.parent is not None or claim.source not in ("init", "enqueued"):
             return None
-        claims = [c for t in under if (c := Claim.of(t)) is not None]
-        return len([c for c in claims if c.parent is None])
+        return sum(map(_has_opened, under))
+
+    def _visited(
+        self, trial: DifferentiableTrial, chosen: Mapping[str, Any]
+    ) -> list[dict[str, float]]:
+        """Points under a setting that have a value, or that other processes look at; of vectors, those that are tied."""
+        names = {*self.followed.floats, *map(tied_name, self.followed.vectors.by_name)}
+        return [
+            self.tied_of(t)
+            for t in trial.study.get_trials(deepcopy=False)
+            if t.number != trial.number
+            and t.state in (TrialState.COMPLETE, TrialState.RUNNING)
+            and names <= t.params.keys()
+            and self._is_under(t, chosen)
+        ]
 
     def _is_under(self, trial: FrozenTrial, chosen: Mapping[str, Any]) -> bool:
         return all(trial.params.get(n) == v for n, v in chosen.items())
+
+
+def _has_opened(trial: FrozenTrial) -> bool:
+    """Whether a trial is the first of a trajectory, or is about to be, or has failed as such by its own fault."""
+    claim = Claim.of(trial)
+    if claim is None or claim.parent is not None:
+        return False
+    return trial.state != TrialState.FAIL or has_failed(trial)
+
+
+def has_failed(trial: FrozenTrial) -> bool:
+    """Whether a trial has failed by its own fault: it was not cut off."""
+    if FAILURE in trial.user_attrs:
+        return True
+    with suppress(StorageError):  # of which the ledger tells
+        outcome = Outcome.of(trial)
+        return outcome is not None and outcome.kind == "bad"
+    return False
 
 
 def is_tied(trial: FrozenTrial) -> bool:

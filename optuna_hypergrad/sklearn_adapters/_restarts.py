@@ -13,7 +13,7 @@ from torch import Tensor
 from ..studies import load_tensors
 from ._descent import ROUGH
 from ._guarded import held, is_the_end
-from ._objective import DESCENT, FIRST, TrialLoss
+from ._objective import DESCENT, FIRST, TrialLoss, has_failed
 from ._study import completed, finished
 
 Callback = Callable[[Study, FrozenTrial], None]
@@ -85,8 +85,8 @@ def _next(study: Study) -> int:
 
 def _has_ended(trials: Sequence[FrozenTrial], number: int) -> bool:
     of_it = [t for t in trials if t.params.get(DESCENT) == number]
-    failed = all(t.state != TrialState.COMPLETE for t in of_it)
-    return bool(of_it) and (failed or any(is_the_end(t) for t in of_it))
+    failed = all(t.state != TrialState.COMPLETE for t in of_it) and any(map(has_failed, of_it))
+    return failed or any(is_the_end(t) for t in of_it)
 
 
 def _stop_at_the_end(study: Study, trial: FrozenTrial) -> None:

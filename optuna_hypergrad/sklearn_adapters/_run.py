@@ -13,7 +13,7 @@ from sklearn.exceptions import FitFailedWarning
 
 from .._errors import ObjectiveError
 from ._rows import FailedTrialError
-from ._study import quiet, was_stopped
+from ._study import FAILURE, quiet, was_stopped
 from ._threads import one_thread
 
 Callback = Callable[[Study, FrozenTrial], None]
@@ -86,6 +86,7 @@ class Run:
             if self._raises:
                 raise
             self.failures.append(str(error))
+            trial.set_user_attr(FAILURE, str(error)[:500])
             what = f"Trial {trial.number} failed, {trial.params}: {error}"
             warnings.warn(what[:500], FitFailedWarning, stacklevel=2)
             raise FailedTrialError(str(error)) from error

@@ -20,6 +20,9 @@ from ._process_wide import ProcessWide
 FINGERPRINT = "hypergrad:search"
 """User attribute of a study: what its values are of, as a digest."""
 
+FAILURE = "failure"
+"""User attribute of a trial that has failed by its own fault: why."""
+
 _TRIALS = logging.getLogger(optuna.study.__name__)
 _VERBOSITY = ProcessWide(optuna.logging.get_verbosity, optuna.logging.set_verbosity)
 _OF_TRIALS = ProcessWide(lambda: _TRIALS.level, _TRIALS.setLevel)
