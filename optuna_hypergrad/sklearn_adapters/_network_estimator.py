@@ -235,7 +235,7 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         if not 0 < low <= self.decay_init <= high < np.inf:
             raise ValueError(
                 f"decay_range must be (low, high) with 0 < low <= decay_init <= high, got {self.decay_range!r:.80} and "
-                f"decay_init={self.decay_init!r:.40}."
+                f"decay_init={self.decay_init!r:.40}; give a decay_init inside the range."
             )
         return low, high
 

@@ -53,7 +53,8 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
         hyperparameters_: Arrays: decays by the name of their tensor (``"decay"`` where there is one), and ``sample_weights``
             ``(n_samples,)``, 1 for those held back; training multiplies them by those that ``fit`` is given.
         validation_loss_: The mean cross entropy, weighted as ``fit`` says, on the samples that judge, of a network trained from the beginning on those
-            that were not held back, with these hyperparameters: cold, where those of ``history_`` are warm.
+            that were not held back, with these hyperparameters: cold, where those of ``history_`` are warm. Those samples have chosen
+            when to end, and a few hyperparameters: for an estimate that nothing was fitted to, use others.
         validation_indices_: Of the samples that judge, in ``X``, or in ``X_val`` where that was given.
         history_: For each outer step, a dict with ``outer_value`` (of the samples that guide) and ``hypergradient_norm``.
         n_iter_, n_training_steps_: Outer steps, and steps of the training of ``module_``.

@@ -50,11 +50,11 @@ class TrustRegion(AbstractStepRule):
         noise: Error of the trapezoidal rule, relative to its terms, that makes an evaluation
             suspicious; ``inf`` takes every loss for smooth.
         patience: Evaluations without a better value that end the trajectory.
-        rtol: Where it is not 0, so many evaluations (of a noisy loss, too) without a value that is better by this share of
-            its size end the trajectory as well.
         gtol: Projected gradient, relative to the first one, that ends it.
         ftol: Predicted decrease, relative to the progress so far, that ends it when seen twice.
         min_radius: A smaller cube ends it.
+        rtol: Where it is not 0, so many evaluations (of a noisy loss, too) without a value that is better by this share of
+            its size end the trajectory as well.
     """
 
     name: ClassVar[str] = "trust_region"
@@ -65,10 +65,10 @@ class TrustRegion(AbstractStepRule):
     memory: float = 0.5
     noise: float = 0.5
     patience: int = 30
-    rtol: float = 0.0
     gtol: float = 1e-7
     ftol: float = 1e-9
     min_radius: float = 1e-6
+    rtol: float = 0.0
 
     def init(self, point: Params, lower: Bounds, upper: Bounds) -> StepState:
         return StepState({}, {"radius": self.radius})

@@ -84,7 +84,7 @@ class HypergradientSampler(RunningTrials, BaseSampler):
             point so far of any setting; ``"base"``: where the base sampler says; ``"init"``: at
             ``init=`` or the middle of the range. The very first one always starts there. Under a
             setting that has trajectories, the base sampler says; but for ``"given"``: at ``init=`` or the middle every time, for
-            objectives that look for a start themselves.
+            objectives that know where (trials that go on with a trajectory ignore ``init=``).
         slice_steps: Steps after which a trajectory is first compared with the others; then after twice
             as many, and so on.
         reduction: Only the best one in so many trajectories goes on at once; otherwise the base sampler
