@@ -71,6 +71,7 @@ class Row:
         grid: Points per continuous parameter in a grid search.
         scoring: ``None`` is the smoothed hinge.
         trials: Of samplers; ``gp`` of the Gaussian process, whose trials are slow.
+        own: Trials of ours, where numbers are searched.
         vector: Of weights, in the place of a number; parameters ``w0``, ``w1``, ... for those that know of numbers only.
     """
 
@@ -82,6 +83,7 @@ class Row:
     scoring: str | None = "neg_mean_squared_error"
     trials: int = 150
     gp: int = 60
+    own: int = 30
     vector: Vector | None = None
 
     @functools.cached_property
@@ -92,7 +94,7 @@ class Row:
     def own_trials(self) -> int:
         """Of ours: a setting of vectors is one of many."""
         if self.vector is None:
-            return 30
+            return self.own
         return 60 if len(self.all_numbers) < 500 else 200
 
     @property
@@ -313,16 +315,16 @@ ROWS = {
         "SVR friedman 200x10 (3)", lambda: _friedman(200), SVR(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1), "epsilon": _log(1e-3, 1e0)}, 7
     ),
     "ridge-scales": Row(
-        "Ridge, features of many scales 200x30 (1)", _of_many_scales, Ridge(), {"alpha": _log(1e-8, 1e8)}, 25
+        "Ridge, features of many scales 200x30 (1)", _of_many_scales, Ridge(), {"alpha": _log(1e-8, 1e8)}, 25, own=100
     ),
     "elastic-net-correlated": Row(
-        "ElasticNet, correlated 150x100 (2)", _correlated, ElasticNet(), {"alpha": ALPHA, "l1_ratio": L1}, 12
+        "ElasticNet, correlated 150x100 (2)", _correlated, ElasticNet(), {"alpha": ALPHA, "l1_ratio": L1}, 12, own=100
     ),
     "svc-moons": Row(
-        "SVC two moons 300x2 (2)", _moons, SVC(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1)}, 12, None
+        "SVC two moons 300x2 (2)", _moons, SVC(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1)}, 12, None, own=100
     ),
     "svr-sinc": Row(
-        "SVR sinc 250x2 (3)", _sinc, SVR(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1), "epsilon": _log(1e-3, 1e0)}, 7
+        "SVR sinc 250x2 (3)", _sinc, SVR(), {"C": _log(1e-2, 1e3), "gamma": _log(1e-5, 1e1), "epsilon": _log(1e-3, 1e0)}, 7, own=100
     ),
     "ridge-features": Row(
         "Ridge per feature diabetes (10)", lambda: _standard(load_diabetes), Ridge(), {}, 0, trials=300, vector=WEIGHTS
