@@ -196,50 +196,6 @@ def test_an_inner_objective_without_curvature_is_pushed_through(kind: Any) -> No
     assert torch.allclose(found.value["lr"], torch.full((5,), 2.0, dtype=F64))
 
 
-class Branching(torch.autograd.Function):
-    """``x^2``; its gradient's gradient looks at a value, which no batch has."""
-
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    def backward(ctx, slope):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        return Doubled.apply(x, slope)
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, slope):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, slope)
-        return 2 * x * slope
-
-    @staticmethod
-    def backward(ctx, y):  # type: ignore[no-untyped-def]
-        x, slope = ctx.saved_tensors
-        return (2 * y * slope, 2 * x * y) if float(y.sum()) > -1e9 else (None, None)
-
-
-def with_operation(function: Any) -> ohg.BilevelProblem:
-    return ohg.BilevelProblem(
-        lambda w, lam, _: (function(w["w"] - lam["x"]) * (1 + w["w"] ** 2)).sum(),
-        lambda w, lam, _: (w["w"] ** 3).sum(),
-    )
-
-
-def with_three(function: Any, estimator: Any, **settings: Any) -> ohg.HypergradientEstimate:
-    return ohg.hypergradient(
-        with_operation(function),
-        {"w": torch.tensor([0.1, 0.2, 0.3], dtype=F64)},
-        {"x": torch.ones(3, dtype=F64)},
-        estimator=estimator,
-        inner_solver=ohg.GradientDescent(0.1, 4),
-        **settings,
-    )
-
-
 class Square(torch.autograd.Function):
     """``x^2``, without a rule for ``torch.func.vmap``."""
 
@@ -263,6 +219,39 @@ class Product(torch.autograd.Function):
     def backward(ctx, slope):  # type: ignore[no-untyped-def]
         a, b = ctx.saved_tensors
         return Product.apply(slope, b), Product.apply(slope, a)
+
+
+class Branching(Square):
+    """``x^2``; its gradient's gradient looks at a value, which no batch has."""
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        return Looking.apply(2 * ctx.saved_tensors[0], slope)
+
+
+class Looking(Product):
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[no-untyped-def]
+        found = Product.backward(ctx, slope)
+        return found if float(slope.sum()) > -1e9 else (None, None)
+
+
+def with_operation(function: Any) -> ohg.BilevelProblem:
+    return ohg.BilevelProblem(
+        lambda w, lam, _: (function(w["w"] - lam["x"]) * (1 + w["w"] ** 2)).sum(),
+        lambda w, lam, _: (w["w"] ** 3).sum(),
+    )
+
+
+def with_three(function: Any, estimator: Any, **settings: Any) -> ohg.HypergradientEstimate:
+    return ohg.hypergradient(
+        with_operation(function),
+        {"w": torch.tensor([0.1, 0.2, 0.3], dtype=F64)},
+        {"x": torch.ones(3, dtype=F64)},
+        estimator=estimator,
+        inner_solver=ohg.GradientDescent(0.1, 4),
+        **settings,
+    )
 
 
 def counted_ways(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

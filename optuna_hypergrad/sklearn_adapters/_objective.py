@@ -189,11 +189,13 @@ class TrialLoss:
         _ = trial.relative_params  # plans the trial
         trials = trial.study.get_trials(deepcopy=False)[: trial.number + 1]
         claim = Claim.of(trials.pop())
+        if claim is not None and (
+            claim.parent is not None or claim.source not in ("init", "enqueued")
+        ):
+            return None
         under = [t for t in trials if self._is_under(t, chosen)]
         if claim is None:
             return sum(not t.state.is_finished() or _has_opened(t) for t in under)
-        if claim.parent is not None or claim.source not in ("init", "enqueued"):
-            return None
         return sum(map(_has_opened, under))
 
     def _visited(

@@ -47,9 +47,9 @@ class HypergradientSearchCV(StudySearch):
     ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a cross-validated *loss*: a trial is one
     evaluation of it with its gradient over all folds. A descent begins at the best of about four points that are spread over the
     space; where numbers alone are searched, one that creeps (six trials without a loss lower by .02 %) has ended, and the next
-    one (under the same choices) begins at the
-    best of eight more points for each number, away from all that were tried. Transformers before it are fitted once per fold and
-    setting. Everything else is left to the sampler's base sampler, in the same study; where that is at most eight combinations of choices (no numbers), and ``sampler`` is not given, the first
+    one (under the same choices) begins at the best of eight more points for each number, away from all that were tried.
+    Transformers before it are fitted once per fold and setting. Everything else is left to the sampler's base sampler, in the
+    same study; where that is at most eight combinations of choices (no numbers), and ``sampler`` is not given, the first
     trials are one under each of them. A parameter of a step for which something is chosen is left out where that lacks it. At the
     end the best ``n_rescored`` settings are fitted by scikit-learn and ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a
     common one. :attr:`followed_` says which of the two it was, and why.
@@ -92,7 +92,8 @@ class HypergradientSearchCV(StudySearch):
     Attributes:
         study_: The study. Its values are the followed losses (to be minimized; of vectors that are free, with their penalty,
             and the loss itself as user attribute ``followed_loss``) or mean scores (to be maximized), with the scores of the
-            folds as user attribute ``split_scores``; trials that failed have the reason as user attribute ``failure``. A guarded one has :attr:`nested_` as user attribute ``guard``.
+            folds as user attribute ``split_scores``; trials that failed have the reason as user attribute ``failure``. A
+            guarded one has :attr:`nested_` as user attribute ``guard``.
         followed_: What a trial's value is, and how the hyperparameters move. Losses are those of exact fits; scikit-learn's
             iterative ones stop earlier, so that their scores may differ in the last digits (lower ``tol``).
         nested_: Of a guarded search, what nested cross-validation has found: a :class:`NestedChoice`, whose ``loss`` is an

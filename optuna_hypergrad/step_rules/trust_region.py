@@ -53,7 +53,7 @@ class TrustRegion(AbstractStepRule):
         gtol: Projected gradient, relative to the first one, that ends it.
         ftol: Predicted decrease, relative to the progress so far, that ends it when seen twice.
         min_radius: A smaller cube ends it.
-        rtol: Where it is not 0, so many evaluations (of a noisy loss, too) without a value that is better by this share of
+        rtol: Where it is not 0, ``patience`` evaluations (of a noisy loss, too) without a value that is better by this share of
             its size end the trajectory as well.
     """
 
