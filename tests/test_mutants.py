@@ -946,6 +946,13 @@ MUTANTS = [
         "tests/test_sklearn_speed.py::test_starts_race_over_the_folds[5-10]",
     ),
     Mutant(
+        "begin where the loss is flat",
+        "sklearn_adapters/_descent.py",
+        "if best is None or not is_flat:",
+        "if best is None or is_flat:",
+        "tests/test_sklearn_multistart.py::test_a_scan_goes_on_where_the_loss_is_flat",
+    ),
+    Mutant(
         "look again near what was visited",
         "sklearn_adapters/_descent.py",
         "if g > near]",

@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from sklearn.datasets import make_moons
 from sklearn.exceptions import FitFailedWarning
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Lasso, Ridge
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -110,6 +110,44 @@ def losses_to(a: float, b: float, seen: list[dict[str, float]]) -> Any:
         return (1 + gap).expand(last - first)
 
     return losses
+
+
+def test_a_scan_goes_on_where_the_loss_is_flat() -> None:
+    seen: list[float] = []
+
+    def losses(values: dict[str, Tensor], first: int, last: int) -> Tensor:
+        seen.append(float(values["a"]))
+        gap = (values["a"].log() - math.log(300.0)) ** 2
+        return gap.clamp(max=1.5).expand(last - first)  # the same below 88
+
+    one = {"a": DOMAINS["a"]}
+    found = scan(losses, one, {}, 1)
+    assert 88 < found["a"] == min(seen, key=lambda a: abs(math.log(a / 300.0)))
+    assert 8 < len(set(seen)) <= 3 + 8
+
+
+def test_a_scan_of_what_is_flat_everywhere_ends() -> None:
+    seen: list[float] = []
+
+    def losses(values: dict[str, Tensor], first: int, last: int) -> Tensor:
+        seen.append(float(values["a"]))
+        return torch.ones(last - first)
+
+    scan(losses, {"a": DOMAINS["a"]}, {}, 5)
+    assert len(set(seen)) == 3 + 3 * 8
+
+
+@pytest.mark.parametrize("guard", ["nested", None])
+def test_vectors_of_a_sparse_model_start_where_it_has_features(guard: str | None) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(60, 5))
+    y = x @ rng.normal(size=5) + rng.normal(size=60)
+    pipeline = make_pipeline(StandardScaler(), FeatureWeights(), Lasso())
+    space = {"featureweights__weights": TensorDistribution("per_feature", 1e-2, 1e1)}
+    search = HypergradientSearchCV(pipeline, space, guard=guard, random_state=0).fit(x, y)
+    tied = make_pipeline(StandardScaler(), Lasso())
+    grid = {"lasso__alpha": [10.0, 1.0, 0.1]}
+    assert search.best_score_ > GridSearchCV(tied, grid).fit(x, y).best_score_
 
 
 def test_further_scans_look_elsewhere() -> None:

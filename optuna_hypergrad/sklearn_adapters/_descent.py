@@ -17,6 +17,12 @@ from ..step_rules import StepState, TrustRegion
 
 NUM_SCANNED = 4
 
+_MORE_WHERE_FLAT = 3
+"""Scans of further points, at most, where the loss does not change between points that are far apart."""
+
+_SAME = 1e-9
+"""Relative difference of losses that are the same but for rounding."""
+
 Loss = Callable[[Params], Tensor]
 Losses = Callable[[Params, int, int], Tensor]
 
@@ -34,6 +40,9 @@ def scan(
 
     They race: all of them are fitted to a fifth of the folds, the better half to another fifth, and so on, until one is left or
     every fold was used. Points this far apart differ by more than folds do, and a start need not be the best of them.
+
+    Where the best two have the same loss, it is flat between them, and has no slope to follow (of a sparse model without features,
+    or a kernel that is the identity): points as of :func:`scan_elsewhere` race with the best, up to three times.
 
     Reference: Jamieson & Talwalkar (2016), "Non-stochastic best arm identification and hyperparameter optimization" (successive
     halving); for the points, Roberts (2018), "The unreasonable effectiveness of quasirandom sequences" (its additive recurrence).
@@ -56,7 +65,11 @@ def scan(
     }
     if inside:
         candidates.append({**middle, **inside})
-    best = _race(losses, candidates, num_folds)
+    best, is_flat = _race(losses, candidates, num_folds)
+    for number in range(1, 1 + _MORE_WHERE_FLAT):
+        if best is None or not is_flat:
+            break
+        best, is_flat = _race(losses, [best, *_elsewhere(domains, number)], num_folds)
     return middle if best is None else best
 
 
@@ -80,14 +93,20 @@ def scan_elsewhere(
     Reference: Rinnooy Kan & Timmer (1987), "Stochastic global optimization methods" (starts of local searches that are not near
     to what is known).
     """
+    points = _elsewhere(domains, number)
+    sizes = [high - low for low, high in (d.internal_bounds() for d in domains.values())]
+    near = max(0.5 * (math.prod(sizes) / len(points)) ** (1 / len(sizes)), 1.0)
+    gaps = [min((_distance(domains, p, v) for v in visited), default=math.inf) for p in points]
+    far = [p for p, g in zip(points, gaps, strict=True) if g > near]
+    best, _ = _race(losses, far, num_folds)
+    return points[gaps.index(max(gaps))] if best is None else best
+
+
+def _elsewhere(domains: Mapping[str, Domain], number: int) -> list[dict[str, float]]:
+    """The points of a scan: 1, 2, ..."""
     each = min(8 * len(domains), 24)
     begin = NUM_SCANNED + (number - 1) * each
-    sizes = [high - low for low, high in (d.internal_bounds() for d in domains.values())]
-    near = max(0.5 * (math.prod(sizes) / each) ** (1 / len(sizes)), 1.0)
-    points = _spread(domains, range(begin, begin + each))
-    gaps = [min((_distance(domains, p, v) for v in visited), default=math.inf) for p in points]
-    best = _race(losses, [p for p, g in zip(points, gaps, strict=True) if g > near], num_folds)
-    return points[gaps.index(max(gaps))] if best is None else best
+    return _spread(domains, range(begin, begin + each))
 
 
 def _spread(domains: Mapping[str, Domain], indices: Iterable[int]) -> list[dict[str, float]]:
@@ -114,18 +133,23 @@ def _distance(
 
 def _race(
     losses: Losses, candidates: list[dict[str, float]], num_folds: int
-) -> dict[str, float] | None:
+) -> tuple[dict[str, float] | None, bool]:
+    """The best candidate, if there is one, and whether another one of the last round has the same loss."""
     # neighbors one after the other: fits begin where the last one has ended
     candidates.sort(key=lambda c: tuple(c.values()))
     totals = [0.0] * len(candidates)
     left, first, share = list(range(len(candidates))), 0, math.ceil(num_folds / 5)
+    ranked: list[int] = []
     while left and (first == 0 or (first < num_folds and len(left) > 1)):
         last = min(first + share, num_folds)
         for i in left:
             totals[i] += _total(losses, candidates[i], first, last)
         ranked = sorted((i for i in left if math.isfinite(totals[i])), key=lambda i: totals[i])
         left, first = sorted(ranked[: (len(left) + 1) // 2]), last
-    return candidates[min(left, key=lambda i: totals[i])] if left else None
+    if not ranked:
+        return None, False
+    lowest, *others = (totals[i] for i in ranked)
+    return candidates[ranked[0]], any(math.isclose(o, lowest, rel_tol=_SAME) for o in others)
 
 
 def _total(losses: Losses, candidate: Mapping[str, float], first: int, last: int) -> float:

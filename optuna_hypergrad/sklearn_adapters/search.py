@@ -46,7 +46,7 @@ class HypergradientSearchCV(StudySearch):
     ``LogisticRegression``, ``LinearSVC``, ``SVC``, ``SVR``; of exactly this class), its continuous hyperparameters (with a
     ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a cross-validated *loss*: a trial is one
     evaluation of it with its gradient over all folds. A descent begins at the best of about four points that are spread over the
-    space; where numbers alone are searched, one that creeps (six trials without a loss lower by .02 %) has ended, and the next
+    space (of more where the best of them have the same loss, as of a sparse model without features); where numbers alone are searched, one that creeps (six trials without a loss lower by .02 %) has ended, and the next
     one (under the same choices) begins at the best of eight more points for each number, away from all that were tried.
     Transformers before it are fitted once per fold and setting. Everything else is left to the sampler's base sampler, in the
     same study; where that is at most eight combinations of choices (no numbers), and ``sampler`` is not given, the first
