@@ -19,6 +19,7 @@ from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ri
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+from sklearn.svm import SVR
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
@@ -441,6 +442,35 @@ def test_a_search_can_be_asked_whether_its_gradients_are_right(monkeypatch):
         WEIGHTS,
         "sample_weight",
     }
+
+
+def test_a_check_takes_rounding_for_no_slope():
+    """Of a support vector machine that interpolates at as many points as it has coefficients, however much each may count."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6))
+    y = x @ rng.normal(size=6) + rng.normal(size=40)
+    space = {
+        "C": FloatDistribution(1e-2, 1e2, log=True),
+        "epsilon": FloatDistribution(1e-3, 1.0, log=True),
+        "sample_weight": TensorDistribution("per_sample", 0.01, 10.0),
+    }
+    search = HypergradientSearchCV(
+        SVR(kernel="linear"), space, scoring="neg_mean_squared_error", cv=3
+    )
+    report = search.check_hypergradient(x, y)
+    assert max(abs(r.estimate) for r in report.rows if r.hyperparameter != "epsilon") < 1e-9
+    assert report
+    assert report.conclusive
+
+
+def test_a_check_goes_on_where_the_score_is_not_defined():
+    x, _ = load_wine(return_X_y=True)
+    x, y = StandardScaler().fit_transform(x), np.arange(len(x)) % 3
+    split = np.arange(100), np.arange(100, len(x))[y[100:] > 0]  # tested without one of its classes
+    search = HypergradientSearchCV(LogisticRegression(**EXACT), scoring="neg_log_loss", cv=[split])
+    report = search.check_hypergradient(x, y)
+    assert report
+    assert "score of these folds is not defined: y_true and y_prob" in report.notes[0]
 
 
 def torch_detached(fold: Fold) -> Fold:

@@ -19,6 +19,10 @@ from ._following import Followed
 _SPREAD = 0.3
 """Of the entries of a vector around the tied solution, in the coordinate that is moved."""
 
+_NO_SLOPE = 1e-7
+"""Of the loss: what changes it by less than this, where a logarithm or a tenth of a range changes by one, has no effect on it but
+rounding. Errors are relative to at least that."""
+
 _MARGIN = 0.02
 """Share of a range without a logarithm, at either end, in which differences would have one side only."""
 
@@ -107,7 +111,8 @@ def checked(
         difference, doubt = directional_derivative(
             value, point, {name: way}, middle=middle, epsilon=2.0**-48, rtol=rtol
         )
-        rows.append(_row(name, difference, doubt, float((gradient * way).sum()), rtol))
+        least = _NO_SLOPE * abs(middle)
+        rows.append(_row(name, difference, doubt, float((gradient * way).sum()), rtol, least))
     setting = {n: float(freedom.domains[n].to_external(point[n])) for n in followed.floats}
     entries = {n: freedom.domains[n].to_external(point[n]) for n in freedom.vectors}
     setting |= followed.space.decode(chosen) | followed.vectors.decoded(entries)
@@ -117,8 +122,15 @@ def checked(
         said = f"Wrong for {wrong} of {len(rows)} hyperparameters; the adapter differentiates something else than it fits."
     note = f"{followed.loss.label} stands for the score, which is not compared."
     if followed.loss.is_score:
-        score = followed.score_of(estimator, setting, scoring)
-        note = f"The loss is {middle:.8g}; the score of scikit-learn's own fits is {score:.8g}."
+        note = f"The loss is {middle:.8g}; "
+        try:
+            score = followed.score_of(estimator, setting, scoring)
+        except (
+            ValueError
+        ) as error:  # such as of a log loss, where a fold is tested without one of the classes
+            note += f"scikit-learn's own score of these folds is not defined: {error}"
+        else:
+            note += f"the score of scikit-learn's own fits is {score:.8g}."
     notes = [note]
     if moved:
         share = f"{100 * _MARGIN:g} % of the range"
@@ -129,9 +141,9 @@ def checked(
 
 
 def _row(
-    name: str, difference: float, doubt: float, estimate: float, rtol: float
+    name: str, difference: float, doubt: float, estimate: float, rtol: float, least: float
 ) -> DirectionCheck:
-    scale = max(abs(difference), abs(estimate)) or 1.0
+    scale = max(abs(difference), abs(estimate), least) or 1.0
     off = abs(difference - estimate)
     verdict: Literal["right", "wrong", "unclear"] = "right"
     if not doubt <= scale:
