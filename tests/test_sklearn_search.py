@@ -18,7 +18,14 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
-from sklearn.metrics import get_scorer, log_loss, make_scorer, mean_squared_error, r2_score
+from sklearn.metrics import (
+    get_scorer,
+    log_loss,
+    make_scorer,
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+)
 from sklearn.model_selection import KFold, ShuffleSplit, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
@@ -91,6 +98,47 @@ CASES = [
         "neg_log_loss",
     ),
 ]  # fmt: skip
+
+
+def test_a_data_frame_may_have_columns_of_several_kinds() -> None:
+    pd = pytest.importorskip("pandas")
+    x, y = load_diabetes(return_X_y=True)
+    kinds = {"age": x[:, 0], "is_male": x[:, 1] > 0, "visits": np.arange(len(x)) % 4}
+    frame = pd.DataFrame(kinds)
+    assert np.asarray(frame).dtype == object
+    search = HypergradientSearchCV(Ridge(), n_trials=4, random_state=0)
+    found = search.fit(frame, y)
+    assert found.followed_ == "1 - R^2, by the hypergradients of alpha"
+    array = np.asarray(frame, dtype=np.float64)
+    assert found.best_params_ == clone(search).fit(array, y).best_params_
+    texts = clone(search).fit(frame.assign(visits=frame["visits"].astype(str)), y)
+    assert texts.followed_ == found.followed_  # as scikit-learn takes them
+    search.set_params(error_score="raise")
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        search.fit(frame.assign(visits="many"), y)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "expected"),
+    [
+        (get_scorer("neg_mean_squared_error"), "mean squared error, by"),
+        (make_scorer(mean_absolute_error, greater_is_better=False), "Huber loss, nearly"),
+        (
+            make_scorer(r2_score, multioutput="variance_weighted"),
+            "mean squared error, which stands",
+        ),
+        (
+            make_scorer(mean_squared_error),
+            "mean squared error, which stands",
+        ),  # the higher the better
+    ],
+)
+def test_a_scorer_is_known_as_its_name_is(scorer: Any, expected: str) -> None:
+    x, y = load_diabetes(return_X_y=True)
+    search = HypergradientSearchCV(Ridge(), scoring=scorer, n_trials=2, random_state=0).fit(x, y)
+    assert search.followed_.startswith(expected)
+    named = search.set_params(scoring={"a": scorer}, refit="a").fit(x, y)
+    assert named.followed_.startswith(expected)
 
 
 def test_every_adapter_is_tested():
@@ -438,7 +486,7 @@ def test_several_scores_and_scorers_of_ones_own():
         Ridge(), n_trials=5, scoring=scoring, refit="mse", random_state=0
     )
     search.fit(x, y)
-    assert search.followed_.startswith("mean squared error, which stands for the score")
+    assert search.followed_.startswith("mean squared error, by the hypergradients")
     assert search.best_score_ == pytest.approx(-search.study_.best_value)
     assert "mean_test_r2" in search.cv_results_
     tree = HypergradientSearchCV(

@@ -108,12 +108,20 @@ def _changes_nothing(steps: list[tuple[str, Any]], data: Any) -> bool:
 
 def _matrix(data: Any, owner: str) -> Any:
     if hasattr(data, "toarray"):
-        raise NoMatrixError("what the last step would get is sparse, and adapters take dense data")
-    if np.asarray(data).dtype.kind == "c":
+        raise NoMatrixError(
+            "what the last step would get is sparse, and adapters take dense data (an encoder makes them with sparse_output=False)"
+        )
+    given = np.asarray(data)
+    if given.dtype.kind == "c":
         raise ValueError("Complex data not supported: what the last step would get is complex.")
-    if np.asarray(data).dtype.kind not in "fiub":
+    if given.dtype.kind not in "fiubO":
         raise NoMatrixError("what the last step would get is not a matrix of real numbers")
-    array = np.asarray(data, dtype=np.float64)
+    try:  # numbers may be objects: of a data frame, where some columns are Booleans
+        array = given.astype(np.float64, copy=False)
+    except (TypeError, ValueError) as error:
+        raise NoMatrixError(
+            f"what the last step would get is not a matrix of real numbers: {error}"
+        ) from error
     if array.ndim != 2 or not array.size:
         raise NoMatrixError(
             f"what the last step would get, of shape {array.shape}, is not a matrix"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import get_scorer
 from torch import Tensor
 from torch.nn.functional import huber_loss, nll_loss
 
@@ -78,6 +79,25 @@ _REGRESSION = {
         "Huber loss, nearly the absolute error", False, _huber
     ),
 }
+
+
+_NAMED = (*(name for name in _REGRESSION if name is not None), "neg_log_loss")
+
+
+def by_name(scoring: Any) -> Any:
+    """The name of a scorer that is one of scikit-learn's own with a counterpart here; anything else as it is."""
+    told = _told_apart(scoring)
+    if told is None:
+        return scoring
+    return next((n for n in _NAMED if _told_apart(get_scorer(n)) == told), scoring)
+
+
+def _told_apart(scorer: Any) -> tuple[Any, ...] | None:
+    """What a scorer of ``make_scorer`` scores by."""
+    names = ("_score_func", "_sign", "_kwargs", "_response_method")
+    if not all(hasattr(scorer, n) for n in names):
+        return None
+    return tuple(getattr(scorer, n) for n in names)
 
 
 def reason_against_targets(y: np.ndarray) -> str | None:

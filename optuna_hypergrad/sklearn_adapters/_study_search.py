@@ -26,6 +26,7 @@ from ._descent import IMPATIENT
 from ._distributions import Space
 from ._folds import last_step
 from ._following import Followed, NotFollowedError
+from ._losses import by_name
 from ._rows import FrozenSplits, as_indices
 from ._study import fingerprint, finished, open_study, quiet
 from ._vectors import SAMPLE_WEIGHT, is_sample_weight
@@ -158,7 +159,7 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
         if given or scored.keys() - ({"sample_weight"} if weighted else set()):
             names = ", ".join(sorted({*given, *scored}))
             raise NotFollowedError(f"fit or the score are given {names}")
-        loss = adapter.followed_loss(self._scoring(metric))
+        loss = adapter.followed_loss(by_name(self._scoring(metric)))
         return Followed(
             *(adapter, self.estimator, space, loss, X, y, splits, weights, weighted),
             warm=warm and not self.resume,
