@@ -244,6 +244,8 @@ def test_modules_of_ones_own_in_pipelines() -> None:
         ({"decay_range": (2e-2, 1.0)}, ValueError, "low <= decay_init"),
         ({"decay_range": (0.0, 1.0)}, ValueError, "0 < low"),
         ({"hidden_layer_sizes": (0,)}, ValueError, "integers from 1 on"),
+        ({"hidden_layer_sizes": 0}, ValueError, r"'hidden_layer_sizes' .* in the range \[1, inf\)"),
+        ({"module": nn.Linear(3, 10)}, ValueError, r"inputs of shape \(2, 64\).* cannot be multiplied"),
         ({"decay": "per_unit"}, ValueError, "'decay' parameter"),
         ({"device": "cudaa"}, ValueError, "device='cudaa' cannot be used here"),
         ({"learning_rate_init": 1e200}, ohg.SolverError, "."),
@@ -253,6 +255,13 @@ def test_modules_of_ones_own_in_pipelines() -> None:
 def test_what_cannot_be_used_is_refused(settings: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         ohg.HypergradientClassifier(**{**QUICK, **settings}).fit(*some_digits(60))
+
+
+def test_one_hidden_layer_may_be_a_number() -> None:
+    x, y = some_digits(60)
+    one = ohg.HypergradientClassifier(**{**QUICK, "hidden_layer_sizes": 8}).fit(x, y)
+    same = ohg.HypergradientClassifier(**{**QUICK, "hidden_layer_sizes": (8,)}).fit(x, y)
+    np.testing.assert_array_equal(one.predict_proba(x), same.predict_proba(x))
 
 
 def test_one_class_is_refused() -> None:

@@ -30,7 +30,7 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
     _classes: ClassVar[bool]
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "module": [callable, HasMethods("named_parameters"), None],
-        "hidden_layer_sizes": ["array-like"],
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "activation": [StrOptions(set(ACTIVATIONS))],
         "decay": [StrOptions({"one", "per_layer", "per_tensor", "per_weight"})],
         "tune_sample_weights": ["boolean"],
@@ -162,7 +162,7 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
             targets = targets.to(dtype)
         module = build(
             self.module,
-            tuple(self.hidden_layer_sizes),
+            tuple(np.atleast_1d(self.hidden_layer_sizes).tolist()),
             self.activation,
             X.shape[1],
             self._num_outputs(),
@@ -262,8 +262,14 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
 
     def _check_outputs(self, network: Network, x: Tensor) -> None:
         rows = x[:2]
-        with torch.no_grad():
-            found = network.module(rows)
+        try:
+            with torch.no_grad():
+                found = network.module(rows)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"module fails for inputs of shape {tuple(rows.shape)}, two samples of X; a function "
+                f"(n_inputs, n_outputs) -> module can fit it to them. Torch says: {error!s:.200}"
+            ) from error
         wanted = (len(rows), self._num_outputs())
         if not isinstance(found, Tensor) or tuple(found.shape) != wanted:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -27,7 +27,7 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
     Args:
         module: A function ``(n_inputs, n_outputs) -> torch.nn.Module`` (initialized by ``random_state``), or a module, whose
             weights are where training starts; from inputs ``(n, n_inputs)`` to logits ``(n, n_classes)``. ``None``: a
-            perceptron with ``hidden_layer_sizes`` and ``activation`` ("relu", "tanh" or "gelu"). No batch normalization and
+            perceptron with ``hidden_layer_sizes`` (or one size) and ``activation`` ("relu", "tanh" or "gelu"). No batch normalization and
             no dropout.
         decay: What has a decay of its own: ``"one"`` (all weight matrices together), ``"per_layer"`` (each matrix),
             ``"per_tensor"`` (biases, too) or ``"per_weight"`` (each number).
