@@ -101,7 +101,8 @@ class HypergradientSearchCV(StudySearch):
             minimized. ``None`` if the search was cut before; an
             ``AttributeError`` that says so without vectors, or with ``guard=None``.
         cv_results_: As in ``GridSearchCV``, for what scikit-learn fitted: with ``trial_number``, and ``followed_loss``
-            (without a penalty) where there is one. A trial of which every fit failed has no row.
+            (without a penalty) where there is one. A trial of which every fit failed has no row, nor has one of an earlier fit
+            with which ``resume`` goes on, but for the best: those are in :attr:`study_`.
         n_fits_: Fits of a fold, by the adapter (to find a start, in trials, in nested folds) and by scikit-learn, without the
             refit.
         best_estimator_, best_params_, best_score_, best_index_, scorer_, n_splits_, refit_time_, multimetric_: As in
