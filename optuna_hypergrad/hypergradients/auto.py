@@ -11,7 +11,7 @@ import torch
 from .. import _tree
 from .._arguments import check_budget, check_count
 from .._errors import RequirementError
-from .._twice import goes_through_once_differentiable
+from .._twice import NO_ARGUMENT, goes_through_once_differentiable
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver
 from ..inner._base import AbstractBlackBox
@@ -225,7 +225,13 @@ def _missing_derivative(
     """What torch says of an inner objective that cannot be differentiated twice; ``None`` if it can."""
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        value = scalar(problem.inner_objective(w, lam, problem.inner_batch(0)), "inner_objective")
+        try:
+            value = problem.inner_objective(w, lam, problem.inner_batch(0))
+        except RuntimeError as error:
+            if NO_ARGUMENT not in str(error):
+                raise
+            return str(error).partition("\n")[0].partition(". ")[0][:120]
+        value = scalar(value, "inner_objective")
         if not value.requires_grad:
             return None  # the estimator says what is wrong
         try:
