@@ -102,7 +102,7 @@ def rough(w: Params, lam: Params, batch: Any) -> Tensor:
             MANY,
             {"memory_budget": 1e4},
             ohg.TwoPhase,
-            "1,000,000 inner steps of .* do not fit",
+            r"TwoPhase\(Unroll\(truncation=20000\), .*1,000,000 inner steps of .* do not fit",
         ),
         (
             ohg.BilevelProblem(rough, outer),

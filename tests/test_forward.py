@@ -511,3 +511,25 @@ def test_what_is_no_real_tensor_is_no_objective(
         ohg.hypergradient(
             problem, start(), hypers(), estimator=estimator, inner_solver=ohg.HeavyBall(0.1, 3)
         )
+
+
+@pytest.mark.parametrize(
+    "estimator", [ohg.ForwardMode(), ohg.ForwardGradient(2), ohg.Unroll(), ohg.Auto()]
+)
+def test_a_hyperparameter_without_entries_has_a_hypergradient_without_entries(
+    estimator: Any,
+) -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (w["w"] - 1).square().sum() + (lam["none"][:, None] * w["w"]).sum(),
+        lambda w, lam, _: w["w"].square().sum(),
+    )
+    found = ohg.hypergradient(
+        problem,
+        {"w": torch.zeros(3, dtype=F64)},
+        {"none": torch.zeros(0, dtype=F64)},
+        estimator=estimator,
+        inner_solver=ohg.HeavyBall(0.1, 5),
+    )
+    assert found.value["none"].shape == (0,)
+    assert found.value["none"].dtype == F64
+    assert float(found.outer_value) > 0

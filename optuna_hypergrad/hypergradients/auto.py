@@ -254,14 +254,19 @@ def _counted(number: int, noun: str) -> str:
 def _short(estimator: AbstractHypergradientEstimator) -> str:
     if isinstance(estimator, TwoPhase):
         return f"TwoPhase({_short(estimator.first)}, {_short(estimator.second)})"
-    settings = {
+    settings: tuple[str, ...] = {
         Unroll: ("truncation", "memory_budget"),
         ZerothOrder: ("num_directions", "mu"),
         ForwardGradient: ("num_directions",),
         ForwardMode: (),
         Implicit: (),
     }[type(estimator)]
+    if isinstance(estimator, Unroll) and estimator.recompute != "auto":
+        settings = ("truncation",)  # it keeps to no budget
+    values = {s: getattr(estimator, s) for s in settings}
     named = (
-        f"{s}={getattr(estimator, s):.4g}" for s in settings if getattr(estimator, s) is not None
+        f"{s}={v}" if isinstance(v, int) else f"{s}={v:.4g}"
+        for s, v in values.items()
+        if v is not None
     )
     return f"{type(estimator).__name__}({', '.join(named)})"
