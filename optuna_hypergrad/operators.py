@@ -158,7 +158,7 @@ class InnerGraph:
         self.layout = Flattener(inner_params)
         with torch.enable_grad():
             with saying_what_has_no_derivative("inner_objective"):
-                value = inner_objective(self.inner_params, self.outer_params, batch)
+                value = inner_objective(dict(self.inner_params), dict(self.outer_params), batch)
             value = scalar(value, "inner_objective")
             if not value.requires_grad:
                 raise ObjectiveError(
@@ -300,7 +300,7 @@ def mean_objective(objective: Objective) -> Objective:
     """The objective whose batch is several batches: its mean over them."""
 
     def mean(inner_params: Params, outer_params: Params, batches: Batch) -> Tensor:
-        values = [objective(inner_params, outer_params, batch) for batch in batches]
+        values = [objective(dict(inner_params), dict(outer_params), batch) for batch in batches]
         return torch.stack([scalar(v, "inner_objective") for v in values]).mean()
 
     return mean

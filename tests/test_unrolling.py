@@ -523,3 +523,59 @@ def test_a_last_pullback_gives_up_what_a_second_one_would_need() -> None:
     assert all(torch.equal(first[k], last[k]) for k in first)
     with pytest.raises(RuntimeError, match="given up what it would need"):
         solved.last_pullback(dict(ones))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.Unroll(recompute="never"),
+        ohg.Unroll(recompute="sqrt"),
+        ohg.Unroll(recompute="tree"),
+        ohg.Unroll(compile=True, recompute="never"),
+        ohg.ForwardMode(),
+        ohg.ForwardGradient(4),
+        ohg.Reversible(),
+        ohg.ZerothOrder(2),
+        ohg.Auto(),
+        ohg.Implicit(damping=1.0),
+        ohg.F2SA(100.0),
+        ohg.T1T2(),
+        ohg.SAMA(),
+    ],
+    ids=lambda e: f"{e.name}-{getattr(e, 'recompute', '')}-{getattr(e, 'compile', '')}",
+)
+def test_objectives_may_give_other_tensors_to_the_names_that_they_are_given(estimator: Any) -> None:
+    def rebinding(objective: Any) -> Any:
+        def rebound(w: Params, lam: Params, batch: Any) -> Tensor:
+            lam["log_decay"] = 2 * lam.pop("half_log_decay")
+            w["w1"] = w["w1"] + 0.5
+            return objective(w, lam, batch)
+
+        return rebound
+
+    def written_out(objective: Any) -> Any:
+        def plain(w: Params, lam: Params, batch: Any) -> Tensor:
+            lam = {**lam, "log_decay": 2 * lam["half_log_decay"]}
+            return objective({**w, "w1": w["w1"] + 0.5}, lam, batch)
+
+        return plain
+
+    lam = hypers()
+    lam["half_log_decay"] = lam.pop("log_decay") / 2
+    names, before = set(lam), {k: v.clone() for k, v in lam.items()}
+    found = [
+        ohg.hypergradient(
+            ohg.BilevelProblem(kind(inner), kind(outer), inner_batch=batch_of),
+            start(),
+            lam,
+            estimator=estimator,
+            inner_solver=ohg.HeavyBall(0.05, 3, momentum=0.5),
+            throw=False,
+        )
+        for kind in (rebinding, written_out)
+    ]
+    assert set(lam) == names
+    assert all(torch.equal(lam[k], v) for k, v in before.items())
+    assert torch.equal(found[0].outer_value, found[1].outer_value)
+    assert relative_error(found[0].value, found[1].value) < 1e-12
+    assert found[1].value["half_log_decay"].abs().sum() > 0

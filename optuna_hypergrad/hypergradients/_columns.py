@@ -157,7 +157,7 @@ def graph_bytes(
     def build() -> list[Tensor]:
         with torch.enable_grad():
             with saying_what_has_no_derivative("inner_objective"):
-                value = problem.inner_objective(w, lam, problem.inner_batch(index))
+                value = problem.inner_objective(dict(w), dict(lam), problem.inner_batch(index))
             value = scalar(value, "inner_objective")
             if not value.requires_grad:
                 return []

@@ -35,7 +35,7 @@ def outer_gradients(
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
         with saying_what_has_no_derivative("outer_objective"):
-            value = problem.outer_objective(w, lam, problem.outer_batch(step))
+            value = problem.outer_objective(dict(w), dict(lam), problem.outer_batch(step))
         value = scalar(value, "outer_objective")
         if not value.requires_grad:
             raise ObjectiveError(

@@ -280,7 +280,7 @@ class Rewinder:
 
         def build() -> Tensor:
             with torch.enable_grad():
-                return self._problem.inner_objective(w, self._lam, batch)
+                return self._problem.inner_objective(dict(w), dict(self._lam), batch)
 
         _, found = with_saved_storages(build, lambda value: [value])
         return found.keys() - storages(w.values()).keys()

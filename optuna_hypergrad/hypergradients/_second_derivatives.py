@@ -88,7 +88,7 @@ class SecondDerivatives:
         before, index = self._here
         with torch.enable_grad():
             value = self._problem.inner_objective(
-                _tree.leaves(before.inner_params), self._lam, self._problem.inner_batch(index)
+                _tree.leaves(before.inner_params), dict(self._lam), self._problem.inner_batch(index)
             )
         custom = ", ".join(own_functions(value))
         return RequirementError(

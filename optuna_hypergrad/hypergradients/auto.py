@@ -226,7 +226,7 @@ def _missing_derivative(
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
         try:
-            value = problem.inner_objective(w, lam, problem.inner_batch(0))
+            value = problem.inner_objective(dict(w), dict(lam), problem.inner_batch(0))
         except RuntimeError as error:
             if NO_ARGUMENT not in str(error):
                 raise

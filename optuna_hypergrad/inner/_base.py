@@ -363,7 +363,7 @@ def take_step(
 def objective_at(problem: BilevelProblem, outer_params: Params, index: int) -> InnerObjective:
     """The inner objective on the batch of step ``index``."""
     batch = problem.inner_batch(index)
-    return lambda at: problem.inner_objective(at, outer_params, batch)
+    return lambda at: problem.inner_objective(dict(at), dict(outer_params), batch)
 
 
 def verdict(
