@@ -533,3 +533,24 @@ def test_a_hyperparameter_without_entries_has_a_hypergradient_without_entries(
     assert found.value["none"].shape == (0,)
     assert found.value["none"].dtype == F64
     assert float(found.outer_value) > 0
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode(), ohg.ForwardGradient(2)])
+def test_an_objective_that_writes_to_its_arguments_is_refused_as_that(estimator: Any) -> None:
+    def writing(w: Params, lam: Params, batch: Any) -> Tensor:
+        with torch.no_grad():
+            w["w1"].clamp_(-0.3, 0.3)
+        return unrolling.inner(w, lam, batch)
+
+    problem = ohg.BilevelProblem(writing, unrolling.outer, inner_batch=unrolling.batch_of)
+    with pytest.raises(
+        ohg.RequirementError,
+        match=r"inner_objective writes to a tensor .*clamp\(\.\.\.\) in place of",
+    ):
+        ohg.hypergradient(
+            problem,
+            start(),
+            hypers(),
+            estimator=estimator,
+            inner_solver=ohg.GradientDescent(0.1, 3),
+        )
