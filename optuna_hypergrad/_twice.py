@@ -116,3 +116,27 @@ def saying_what_has_no_second_derivative() -> Iterator[None]:
             f"inner_objective must be differentiable twice, and one of its operations is not ({said:.200}). "
             f"{other_ways(said)}"
         ) from error
+
+
+NO_ARGUMENT = "is not differentiable with respect to argument"
+"""What torch says of an argument of an operation that has no derivative at all."""
+
+
+@contextmanager
+def saying_what_has_no_derivative(label: str) -> Iterator[None]:
+    """Turns what torch says of an argument of an operation that has no derivative into advice.
+
+    Args:
+        label: Of the objective.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        if NO_ARGUMENT not in said:
+            raise
+        raise RequirementError(
+            f"{label} uses a hyperparameter or inner parameter where torch has no derivative ({said:.200}). Write that part "
+            f"with operations that have one (class weights c: c[y] * cross_entropy(..., reduction='none'), over c[y].sum()), "
+            f"or use ZerothOrder, which differentiates nothing."
+        ) from error

@@ -102,7 +102,7 @@ def inner_bias(
     objective, batch = estimator._inner_problem(problem, solution.num_steps)
     graph = InnerGraph(objective, w, lam, batch)
     operator = estimator._operator(graph, batch)
-    _, gradient = gradient_of(lambda at: objective(at, lam, batch), w, False)
+    _, gradient = gradient_of(lambda at: objective(dict(at), dict(lam), batch), w, False)
     flat = graph.layout.flatten(list(gradient.values()), copy=True)
     newton = linear_solve(estimator.solver, operator, flat, throw=False)
     move = graph.layout.unflatten(newton.x)

@@ -292,7 +292,7 @@ def _one_by_one(function: Objective) -> Objective:
         parts = {k: v.unbind() for k, v in inner_params.items()}
         return torch.stack(
             [
-                function({k: v[i] for k, v in parts.items()}, outer_params, batch)
+                function({k: v[i] for k, v in parts.items()}, dict(outer_params), batch)
                 for i, batch in enumerate(batches)
             ]
         )

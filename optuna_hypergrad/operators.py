@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from . import _tree
 from ._errors import ObjectiveError
-from ._twice import check_differentiable_twice
+from ._twice import check_differentiable_twice, saying_what_has_no_derivative
 from ._typing import Batch, Objective, Params
 from .kept_graph import VjpsOfRows, vjp_through_kept_graph
 
@@ -157,9 +157,9 @@ class InnerGraph:
         self.outer_params = _tree.leaves(outer_params)
         self.layout = Flattener(inner_params)
         with torch.enable_grad():
-            value = scalar(
-                inner_objective(self.inner_params, self.outer_params, batch), "inner_objective"
-            )
+            with saying_what_has_no_derivative("inner_objective"):
+                value = inner_objective(dict(self.inner_params), dict(self.outer_params), batch)
+            value = scalar(value, "inner_objective")
             if not value.requires_grad:
                 raise ObjectiveError(
                     "inner_objective does not depend on inner_params through differentiable torch operations."
@@ -300,7 +300,7 @@ def mean_objective(objective: Objective) -> Objective:
     """The objective whose batch is several batches: its mean over them."""
 
     def mean(inner_params: Params, outer_params: Params, batches: Batch) -> Tensor:
-        values = [objective(inner_params, outer_params, batch) for batch in batches]
+        values = [objective(dict(inner_params), dict(outer_params), batch) for batch in batches]
         return torch.stack([scalar(v, "inner_objective") for v in values]).mean()
 
     return mean

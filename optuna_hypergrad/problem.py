@@ -45,9 +45,10 @@ class AbstractProblem(abc.ABC):
 class BilevelProblem(AbstractProblem):
     """``min over lam of f(w*(lam), lam)`` with ``w*(lam) = argmin over w of g(w, lam)``.
 
-    The objectives are functions: they are called as often as a method needs them, so what they change outside (running
-    statistics of batch normalization, for an outer objective in ``eval()`` mode) depends on the method. Keep such state out
-    of them.
+    The objectives are functions: each call is given dicts of its own, in which it may give other tensors to the names (the
+    tensors themselves it must not write to). They are called as often as a method needs them, so what they change outside
+    (running statistics of batch normalization, for an outer objective in ``eval()`` mode) depends on the method. Keep such
+    state out of them.
 
     Args:
         inner_objective: ``g(inner_params, outer_params, batch) -> scalar tensor``.

@@ -55,6 +55,12 @@ class Once(torch.autograd.Function):
         return gradient * (1 - x.tanh() ** 2)
 
 
+def without_derivative(w: Params, lam: Params, batch: Any) -> Tensor:
+    """Weights of classes, by which torch does not differentiate."""
+    weights = lam["log_decay"].exp() * torch.arange(1.0, 5.0, dtype=F64)
+    return torch.nn.functional.cross_entropy(w["w"], torch.arange(5) % 4, weight=weights)
+
+
 def rough(w: Params, lam: Params, batch: Any) -> Tensor:
     return (Once.apply(w["w"]) - 1).square().mean() + lam["log_decay"].exp() * w["w"].square().sum()
 
@@ -96,7 +102,7 @@ def rough(w: Params, lam: Params, batch: Any) -> Tensor:
             MANY,
             {"memory_budget": 1e4},
             ohg.TwoPhase,
-            "1,000,000 inner steps of .* do not fit",
+            r"TwoPhase\(Unroll\(truncation=20000\), .*1,000,000 inner steps of .* do not fit",
         ),
         (
             ohg.BilevelProblem(rough, outer),
@@ -105,6 +111,14 @@ def rough(w: Params, lam: Params, batch: Any) -> Tensor:
             {},
             ohg.ZerothOrder,
             "no second derivatives .*once_differentiable",
+        ),
+        (
+            ohg.BilevelProblem(without_derivative, outer),
+            STEPS,
+            FEW,
+            {},
+            ohg.ZerothOrder,
+            "no second derivatives .*argument 'weight'",
         ),
         (
             ohg.BlackBox(lambda lam: float(lam["log_decay"] ** 2)).problem(),

@@ -511,3 +511,46 @@ def test_what_is_no_real_tensor_is_no_objective(
         ohg.hypergradient(
             problem, start(), hypers(), estimator=estimator, inner_solver=ohg.HeavyBall(0.1, 3)
         )
+
+
+@pytest.mark.parametrize(
+    "estimator", [ohg.ForwardMode(), ohg.ForwardGradient(2), ohg.Unroll(), ohg.Auto()]
+)
+def test_a_hyperparameter_without_entries_has_a_hypergradient_without_entries(
+    estimator: Any,
+) -> None:
+    problem = ohg.BilevelProblem(
+        lambda w, lam, _: (w["w"] - 1).square().sum() + (lam["none"][:, None] * w["w"]).sum(),
+        lambda w, lam, _: w["w"].square().sum(),
+    )
+    found = ohg.hypergradient(
+        problem,
+        {"w": torch.zeros(3, dtype=F64)},
+        {"none": torch.zeros(0, dtype=F64)},
+        estimator=estimator,
+        inner_solver=ohg.HeavyBall(0.1, 5),
+    )
+    assert found.value["none"].shape == (0,)
+    assert found.value["none"].dtype == F64
+    assert float(found.outer_value) > 0
+
+
+@pytest.mark.parametrize("estimator", [ohg.ForwardMode(), ohg.ForwardGradient(2)])
+def test_an_objective_that_writes_to_its_arguments_is_refused_as_that(estimator: Any) -> None:
+    def writing(w: Params, lam: Params, batch: Any) -> Tensor:
+        with torch.no_grad():
+            w["w1"].clamp_(-0.3, 0.3)
+        return unrolling.inner(w, lam, batch)
+
+    problem = ohg.BilevelProblem(writing, unrolling.outer, inner_batch=unrolling.batch_of)
+    with pytest.raises(
+        ohg.RequirementError,
+        match=r"inner_objective writes to a tensor .*clamp\(\.\.\.\) in place of",
+    ):
+        ohg.hypergradient(
+            problem,
+            start(),
+            hypers(),
+            estimator=estimator,
+            inner_solver=ohg.GradientDescent(0.1, 3),
+        )

@@ -379,6 +379,13 @@ MUTANTS = [
         "tests/test_unrolling.py::test_a_last_pullback_is_the_same_and_leaves_the_initialization_out[0.1-9-sqrt]",
     ),
     Mutant(
+        "steps of an inner solve share the dict of outer parameters",
+        "inner/_base.py",
+        "problem.inner_objective(dict(at), dict(outer_params), batch)",
+        "problem.inner_objective(dict(at), outer_params, batch)",
+        "tests/test_unrolling.py::test_objectives_may_give_other_tensors_to_the_names_that_they_are_given[unroll-never-False]",
+    ),
+    Mutant(
         "leave the information buffer out of the way back in doubles",
         "hypergradients/_fixed_doubles.py",
         "add_times(v, buffer, n, out=v)",

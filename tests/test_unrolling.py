@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ from problems import F64, relative_error
 from torch import Tensor
 
 import optuna_hypergrad as ohg
+from optuna_hypergrad.hypergradients._memory import at_least
 from optuna_hypergrad.hypergradients._rewind import Plan, within
+from optuna_hypergrad.hypergradients.compiled_steps import states_within
 
 Params = dict[str, Tensor]
 SIZES = {"w1": (5, 7), "b1": (7,), "w2": (7, 3)}
@@ -240,9 +243,97 @@ def test_a_budget_is_kept_or_refused() -> None:
     tree = within(40)(1000, 10, 1)
     assert tree.slots is not None
     with pytest.raises(
-        ohg.RequirementError, match=r"cannot hold 1000 steps .* Raise memory_budget"
+        ohg.RequirementError, match=r"cannot hold 1000 steps .* Raise memory_budget to 30,"
     ):
         within(12)(1000, 10, 1)
+
+
+@pytest.mark.parametrize("plans", [within, states_within])
+@pytest.mark.parametrize("steps", [2, 7, 30, 1000])
+@pytest.mark.parametrize(("tape", "state"), [(12_345, 4_567), (1001, 999), (10, 1)])
+def test_the_budget_that_a_refusal_names_is_enough_and_hardly_more(
+    plans: Any, steps: int, tape: int, state: int
+) -> None:
+    with pytest.raises(ohg.RequirementError) as refused:
+        plans(state / 2)(steps, tape, state)
+    named = float(re.findall(r"Raise memory_budget to ([0-9.e+]+),", str(refused.value))[0])
+    plans(named)(steps, tape, state)
+    with pytest.raises(ohg.RequirementError):
+        plans(0.99 * named - 1)(steps, tape, state)
+
+
+@pytest.mark.parametrize("number", [1, 99.5, 123, 1234, 7496, 999_001, 123_456_789])
+def test_a_number_of_bytes_in_three_digits_is_not_below_it(number: float) -> None:
+    assert number <= float(at_least(number)) <= 1.01 * number
+
+
+def class_weights(w: Params, lam: Params, batch: Any) -> Tensor:
+    """A hyperparameter where torch has no derivative."""
+    x, _ = batch_of(0)
+    classes = torch.arange(8) % 3
+    return torch.nn.functional.cross_entropy(predict(w, x), classes, weight=lam["weights"].exp())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.Unroll(),
+        ohg.ForwardMode(),
+        ohg.ForwardGradient(2),
+        ohg.Reversible(),
+        ohg.Implicit(damping=1.0),
+    ],
+    ids=lambda e: e.name,
+)
+@pytest.mark.parametrize("which", ["inner_objective", "outer_objective"])
+def test_an_argument_without_a_derivative_is_named_with_a_way_out(
+    estimator: Any, which: str
+) -> None:
+    lam = {"weights": torch.zeros(3, dtype=F64), "log_decay": torch.tensor(-3.0, dtype=F64)}
+
+    def weighed(w: Params, lam: Params, batch: Any) -> Tensor:
+        x, y = batch_of(0)
+        decay = lam["log_decay"].exp() * sum(v.square().sum() for v in w.values())
+        return ((predict(w, x) - y) ** 2 * lam["weights"].exp()).mean() + decay
+
+    objectives = {"inner_objective": weighed, "outer_objective": outer, which: class_weights}
+    with pytest.raises(
+        ohg.RequirementError, match=rf"^{which} uses .*argument 'weight'.*c\[y\] \* .* ZerothOrder"
+    ):
+        ohg.hypergradient(
+            ohg.BilevelProblem(**objectives),
+            start(),
+            lam,
+            estimator=estimator,
+            inner_solver=ohg.HeavyBall(0.1, 3),
+        )
+
+
+def test_a_black_box_is_not_sent_to_implicit_differentiation() -> None:
+    with pytest.raises(
+        ohg.RequirementError, match=r"BlackBox cannot be unrolled: .* Use ZerothOrder with it"
+    ) as refused:
+        ohg.hypergradient(
+            PROBLEM, start(), hypers(), estimator=ohg.Unroll(), inner_solver=ohg.BlackBox(len)
+        )
+    assert "Implicit" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [None, "weights", [0.1, 0.1], {"w1": 0.1, "b1": None, "w2": 0.1}])
+@pytest.mark.parametrize("estimator", [ohg.Unroll(), ohg.ForwardMode(), ohg.Reversible()])
+@pytest.mark.parametrize("setting", ["step_size", "momentum", "weight_decay"])
+def test_a_schedule_that_gives_no_number_is_named(estimator: Any, setting: str, given: Any) -> None:
+    settings: dict[str, Any] = {"step_size": 0.1, setting: lambda lam, step: given}
+    with pytest.raises(
+        ohg.RequirementError, match=f"inner solver's {setting} is a function that gave .* at step 0"
+    ):
+        ohg.hypergradient(
+            PROBLEM,
+            start(),
+            hypers(),
+            estimator=estimator,
+            inner_solver=ohg.HeavyBall(max_steps=3, **settings),
+        )
 
 
 @pytest.mark.parametrize(
@@ -432,3 +523,59 @@ def test_a_last_pullback_gives_up_what_a_second_one_would_need() -> None:
     assert all(torch.equal(first[k], last[k]) for k in first)
     with pytest.raises(RuntimeError, match="given up what it would need"):
         solved.last_pullback(dict(ones))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ohg.Unroll(recompute="never"),
+        ohg.Unroll(recompute="sqrt"),
+        ohg.Unroll(recompute="tree"),
+        ohg.Unroll(compile=True, recompute="never"),
+        ohg.ForwardMode(),
+        ohg.ForwardGradient(4),
+        ohg.Reversible(),
+        ohg.ZerothOrder(2),
+        ohg.Auto(),
+        ohg.Implicit(damping=1.0),
+        ohg.F2SA(100.0),
+        ohg.T1T2(),
+        ohg.SAMA(),
+    ],
+    ids=lambda e: f"{e.name}-{getattr(e, 'recompute', '')}-{getattr(e, 'compile', '')}",
+)
+def test_objectives_may_give_other_tensors_to_the_names_that_they_are_given(estimator: Any) -> None:
+    def rebinding(objective: Any) -> Any:
+        def rebound(w: Params, lam: Params, batch: Any) -> Tensor:
+            lam["log_decay"] = 2 * lam.pop("half_log_decay")
+            w["w1"] = w["w1"] + 0.5
+            return objective(w, lam, batch)
+
+        return rebound
+
+    def written_out(objective: Any) -> Any:
+        def plain(w: Params, lam: Params, batch: Any) -> Tensor:
+            lam = {**lam, "log_decay": 2 * lam["half_log_decay"]}
+            return objective({**w, "w1": w["w1"] + 0.5}, lam, batch)
+
+        return plain
+
+    lam = hypers()
+    lam["half_log_decay"] = lam.pop("log_decay") / 2
+    names, before = set(lam), {k: v.clone() for k, v in lam.items()}
+    found = [
+        ohg.hypergradient(
+            ohg.BilevelProblem(kind(inner), kind(outer), inner_batch=batch_of),
+            start(),
+            lam,
+            estimator=estimator,
+            inner_solver=ohg.HeavyBall(0.05, 3, momentum=0.5),
+            throw=False,
+        )
+        for kind in (rebinding, written_out)
+    ]
+    assert set(lam) == names
+    assert all(torch.equal(lam[k], v) for k, v in before.items())
+    assert torch.equal(found[0].outer_value, found[1].outer_value)
+    assert relative_error(found[0].value, found[1].value) < 1e-12
+    assert found[1].value["half_log_decay"].abs().sum() > 0

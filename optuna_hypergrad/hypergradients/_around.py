@@ -74,7 +74,7 @@ def names_seen(
     lam = _tree.leaves(outer_params)
     with torch.enable_grad():
         batch = problem.inner_batch(index)
-        value = problem.inner_objective(_tree.detach(inner_params), lam, batch)
+        value = problem.inner_objective(_tree.detach(inner_params), dict(lam), batch)
         value = scalar(value, "inner_objective")
         if not value.requires_grad:
             return frozenset()

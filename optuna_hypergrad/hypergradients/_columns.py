@@ -10,12 +10,13 @@ from torch import Tensor
 from .. import _tree
 from .._arguments import check_budget, check_count
 from .._errors import RequirementError
+from .._twice import saying_what_has_no_derivative
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver, InnerSolution
 from ..inner._base import InnerState
 from ..operators import scalar
 from ..problem import BilevelProblem
-from ._memory import num_bytes, storages, with_saved_storages
+from ._memory import at_least, num_bytes, storages, with_saved_storages
 from ._rewind import NOT_REPEATED, Point, meets
 
 _UNLIMITED = 1e18
@@ -94,7 +95,7 @@ def room(
         raise RequirementError(
             f"{label}(memory_budget={budget:.3g}) bytes cannot hold one column of tangents ({column / 1e6:.3g} "
             f"MB) beside the graph of a step ({graph / 1e6:.3g} MB) and what one column takes while it moves "
-            f"({working / 1e6:.3g} MB). Raise memory_budget to {graph + moving + column + working:.3g}, give the "
+            f"({working / 1e6:.3g} MB). Raise memory_budget to {at_least(graph + moving + column + working)}, give the "
             f"inner objective smaller batches, or use Unroll."
         )
     return Room(int((left - width * working) // column), width)
@@ -155,9 +156,9 @@ def graph_bytes(
 
     def build() -> list[Tensor]:
         with torch.enable_grad():
-            value = scalar(
-                problem.inner_objective(w, lam, problem.inner_batch(index)), "inner_objective"
-            )
+            with saying_what_has_no_derivative("inner_objective"):
+                value = problem.inner_objective(dict(w), dict(lam), problem.inner_batch(index))
+            value = scalar(value, "inner_objective")
             if not value.requires_grad:
                 return []
             found = torch.autograd.grad(value, at, create_graph=True, allow_unused=True)

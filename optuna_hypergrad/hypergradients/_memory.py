@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -66,3 +67,9 @@ def _dense(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return []
+
+
+def at_least(number: float) -> str:
+    """In three digits, and not below it."""
+    unit = 10.0 ** (math.floor(math.log10(max(number, 1.0))) - 2)
+    return f"{math.ceil(number / unit) * unit:.3g}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _tree
 from .._errors import ObjectiveError, ZeroHypergradientError
 from .._results import SUCCESS, Result, Status
+from .._twice import saying_what_has_no_derivative
 from .._typing import Params
 from ..inner import InnerSolution
 from ..operators import scalar
@@ -33,9 +34,9 @@ def outer_gradients(
     """``f``, ``b = df/dw`` and the direct term ``df/dlam`` on outer batch ``step``."""
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        value = scalar(
-            problem.outer_objective(w, lam, problem.outer_batch(step)), "outer_objective"
-        )
+        with saying_what_has_no_derivative("outer_objective"):
+            value = problem.outer_objective(dict(w), dict(lam), problem.outer_batch(step))
+        value = scalar(value, "outer_objective")
         if not value.requires_grad:
             raise ObjectiveError(
                 "outer_objective depends neither on inner_params nor on outer_params through "

@@ -23,7 +23,7 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState, take_step
 from ..problem import BilevelProblem
 from ._estimate import Cotangents
-from ._memory import num_bytes, storages, with_saved_storages
+from ._memory import at_least, num_bytes, storages, with_saved_storages
 from ._shelf import Shelf, room_for
 
 
@@ -107,19 +107,23 @@ def within(budget: float) -> Planner:
     """
 
     def choose(num_steps: int, tape: int, state: int) -> Plan:
-        if num_steps * tape <= budget:
-            return Plan(num_steps)
         one_level = square_root(num_steps, tape, state)
-        if math.ceil(num_steps / one_level.tapes) * state + one_level.tapes * tape <= budget:
-            return one_level
+        states = math.ceil(num_steps / one_level.tapes)
+        plans = [
+            (num_steps * tape, Plan(num_steps)),
+            (states * state + one_level.tapes * tape, one_level),
+        ]
         for levels in range(2, 12):
             slots = max(2, math.ceil(num_steps ** (1 / levels)))
-            if levels * slots * state + tape <= budget:
-                return Plan(1, slots)
+            plans.append((levels * slots * state + tape, Plan(1, slots)))
+        for needed, plan in plans:
+            if needed <= budget:
+                return plan
         raise RequirementError(
             f"Unroll(memory_budget={budget:.3g}) bytes cannot hold {num_steps} steps of which one takes "
-            f"{tape / 1e6:.3g} MB and a state {state / 1e6:.3g} MB, in any way. Raise memory_budget, "
-            f"truncate, or use an estimator whose memory does not depend on the number of steps."
+            f"{tape / 1e6:.3g} MB and a state {state / 1e6:.3g} MB, in any way. Raise memory_budget to "
+            f"{at_least(min(n for n, _ in plans))}, truncate, or use an estimator whose memory does not depend on the "
+            f"number of steps."
         )
 
     return choose
@@ -276,7 +280,7 @@ class Rewinder:
 
         def build() -> Tensor:
             with torch.enable_grad():
-                return self._problem.inner_objective(w, self._lam, batch)
+                return self._problem.inner_objective(dict(w), dict(self._lam), batch)
 
         _, found = with_saved_storages(build, lambda value: [value])
         return found.keys() - storages(w.values()).keys()

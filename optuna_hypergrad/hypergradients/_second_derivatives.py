@@ -85,10 +85,15 @@ class SecondDerivatives:
             raise self.refusal("once_differentiable")
 
     def refusal(self, error: RuntimeError | str) -> RequirementError:
+        if "modified by an inplace operation" in str(error):
+            return RequirementError(
+                f"{self._label} differentiates each inner step, and inner_objective writes to a tensor that its derivatives "
+                f"need ({_first_line(error)}). Make a new tensor instead: w['a'].clamp(...) in place of w['a'].clamp_(...)."
+            )
         before, index = self._here
         with torch.enable_grad():
             value = self._problem.inner_objective(
-                _tree.leaves(before.inner_params), self._lam, self._problem.inner_batch(index)
+                _tree.leaves(before.inner_params), dict(self._lam), self._problem.inner_batch(index)
             )
         custom = ", ".join(own_functions(value))
         return RequirementError(

@@ -289,7 +289,7 @@ def derivatives(
     layout = Flattener(inner_params)
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        objective = problem.inner_objective(w, lam, problem.inner_batch(inner_index))
+        objective = problem.inner_objective(dict(w), dict(lam), problem.inner_batch(inner_index))
         value = scalar(objective, "inner_objective")
         if not value.requires_grad:
             raise RequirementError(

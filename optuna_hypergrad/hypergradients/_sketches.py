@@ -201,7 +201,7 @@ def sketched_products(
 
     def value(*moving: Tensor) -> Tensor:
         at = {**w, **dict(zip(names, moving, strict=True))}
-        return scalar(inner_objective(at, lam, batch), "inner_objective")
+        return scalar(inner_objective(dict(at), dict(lam), batch), "inner_objective")
 
     points, tangents = tuple(w[k] for k in names), tuple(tangent[k] for k in names)
     with torch.enable_grad(), saying_what_has_no_second_derivative():

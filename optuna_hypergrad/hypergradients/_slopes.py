@@ -47,7 +47,7 @@ def _slopes(
 ) -> Slopes:
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        value = scalar(objective(w, lam, batch), label)
+        value = scalar(objective(dict(w), dict(lam), batch), label)
         if not value.requires_grad:
             raise ObjectiveError(
                 f"{label} depends neither on inner_params nor on outer_params through differentiable torch operations; "

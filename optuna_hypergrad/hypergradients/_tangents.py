@@ -207,7 +207,9 @@ class Pushforward:
         at = (*w.values(), *self._lam.values())
         with torch.enable_grad():
             value = scalar(
-                self._problem.inner_objective(w, self._lam, self._problem.inner_batch(index)),
+                self._problem.inner_objective(
+                    dict(w), dict(self._lam), self._problem.inner_batch(index)
+                ),
                 "inner_objective",
             )
             if not value.requires_grad:

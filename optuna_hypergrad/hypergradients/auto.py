@@ -11,7 +11,7 @@ import torch
 from .. import _tree
 from .._arguments import check_budget, check_count
 from .._errors import RequirementError
-from .._twice import goes_through_once_differentiable
+from .._twice import NO_ARGUMENT, goes_through_once_differentiable
 from .._typing import Params
 from ..inner import AbstractInnerSolver, AbstractStepSolver
 from ..inner._base import AbstractBlackBox
@@ -225,7 +225,13 @@ def _missing_derivative(
     """What torch says of an inner objective that cannot be differentiated twice; ``None`` if it can."""
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
-        value = scalar(problem.inner_objective(w, lam, problem.inner_batch(0)), "inner_objective")
+        try:
+            value = problem.inner_objective(dict(w), dict(lam), problem.inner_batch(0))
+        except RuntimeError as error:
+            if NO_ARGUMENT not in str(error):
+                raise
+            return str(error).partition("\n")[0].partition(". ")[0][:120]
+        value = scalar(value, "inner_objective")
         if not value.requires_grad:
             return None  # the estimator says what is wrong
         try:
@@ -248,14 +254,19 @@ def _counted(number: int, noun: str) -> str:
 def _short(estimator: AbstractHypergradientEstimator) -> str:
     if isinstance(estimator, TwoPhase):
         return f"TwoPhase({_short(estimator.first)}, {_short(estimator.second)})"
-    settings = {
+    settings: tuple[str, ...] = {
         Unroll: ("truncation", "memory_budget"),
         ZerothOrder: ("num_directions", "mu"),
         ForwardGradient: ("num_directions",),
         ForwardMode: (),
         Implicit: (),
     }[type(estimator)]
+    if isinstance(estimator, Unroll) and estimator.recompute != "auto":
+        settings = ("truncation",)  # it keeps to no budget
+    values = {s: getattr(estimator, s) for s in settings}
     named = (
-        f"{s}={getattr(estimator, s):.4g}" for s in settings if getattr(estimator, s) is not None
+        f"{s}={v}" if isinstance(v, int) else f"{s}={v:.4g}"
+        for s, v in values.items()
+        if v is not None
     )
     return f"{type(estimator).__name__}({', '.join(named)})"

@@ -374,7 +374,8 @@ def _outer(
     w, lam = _tree.leaves(inner_params), _tree.leaves(outer_params)
     with torch.enable_grad():
         value = scalar(
-            problem.outer_objective(w, lam, problem.outer_batch(step)), "outer_objective"
+            problem.outer_objective(dict(w), dict(lam), problem.outer_batch(step)),
+            "outer_objective",
         )
         cotangent, direct = sketched_gradient(value, w, lam, sketches)
     return value.detach(), cotangent, direct

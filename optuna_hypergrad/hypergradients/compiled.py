@@ -229,7 +229,8 @@ def paths_of(
 def _remember(label: str, paths: _Paths, key: tuple[Hashable, ...], graph: InnerGraph) -> None:
     with torch.enable_grad():
         check_traced(
-            label, graph.inner_objective(graph.inner_params, graph.outer_params, graph.batch)
+            label,
+            graph.inner_objective(dict(graph.inner_params), dict(graph.outer_params), graph.batch),
         )
     cross = graph.cross_vjp(
         graph.layout.flatten([torch.ones_like(w) for w in graph.inner_params.values()])

@@ -24,7 +24,7 @@ from ..inner import AbstractStepSolver
 from ..inner._base import InnerState
 from ._estimate import Cotangents
 from ._halves import can_be_cut, compiled_in_halves, graphs_kept, no_word_on_what_is_no_leaf
-from ._memory import num_bytes
+from ._memory import at_least, num_bytes
 from ._rewind import Cotangent, Plan, Planner, Point, Rewinder, Tape, pull_through
 from .compiled import check_compilable, compiled_whole, in_one_graph, paths_of
 
@@ -127,18 +127,20 @@ def states_within(budget: float) -> Planner:
     """
 
     def choose(num_steps: int, tape: int, state: int) -> Plan:
+        plans = []
         for stride in range(1, math.isqrt(num_steps) + 2):
             kept = math.ceil(num_steps / stride) + (stride if stride > 1 else 0)
-            if kept * state <= budget:
-                return Plan(stride)
+            plans.append((kept * state, Plan(stride)))
         for levels in range(2, 12):
             slots = max(2, math.ceil(num_steps ** (1 / levels)))
-            if (levels * slots + 1) * state <= budget:
-                return Plan(1, slots)
+            plans.append(((levels * slots + 1) * state, Plan(1, slots)))
+        for needed, plan in plans:
+            if needed <= budget:
+                return plan
         raise RequirementError(
             f"Unroll(memory_budget={budget:.3g}) bytes cannot hold {num_steps} steps of which one state takes "
-            f"{state / 1e6:.3g} MB, in any way. Raise memory_budget, truncate, or use an estimator whose memory does not "
-            f"depend on the number of steps."
+            f"{state / 1e6:.3g} MB, in any way. Raise memory_budget to {at_least(min(n for n, _ in plans))}, truncate, or "
+            f"use an estimator whose memory does not depend on the number of steps."
         )
 
     return choose

@@ -82,8 +82,8 @@ class F2SA(AbstractPenalty):
             """``argmin g + share f``, from ``before``."""
 
             def objective(w: Params, lam: Params, batch: Batch):  # type: ignore[no-untyped-def]
-                g = problem.inner_objective(w, lam, batch)
-                return g + share * problem.outer_objective(w, lam, outer_batch)
+                g = problem.inner_objective(dict(w), dict(lam), batch)
+                return g + share * problem.outer_objective(dict(w), dict(lam), outer_batch)
 
             found = inner_solve(
                 BilevelProblem(objective, problem.outer_objective, problem.inner_batch),

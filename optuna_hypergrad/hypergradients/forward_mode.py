@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .. import _tree
 from .._typing import Params
@@ -97,7 +96,7 @@ class ForwardMode(AbstractPullbackEstimator):
         solution, first = run(plan[0] if whole else [])
 
         def pullback(cotangent: Params) -> Pulled:
-            found: list[Tensor] = []
+            found = [torch.zeros(0, dtype=torch.float64, device="cpu")]
             for blocks in plan:
                 again, pushed = (solution, first) if whole else run(blocks)
                 check_repeated("ForwardMode", again, solution, inner_params)

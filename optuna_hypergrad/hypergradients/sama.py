@@ -213,7 +213,7 @@ def _partial(problem: BilevelProblem, w: Params, outer_params: Params, index: in
     lam = _tree.leaves(outer_params)
     with torch.enable_grad():
         value = scalar(
-            problem.inner_objective(_tree.detach(w), lam, problem.inner_batch(index)),
+            problem.inner_objective(_tree.detach(w), dict(lam), problem.inner_batch(index)),
             "inner_objective",
         )
         if not value.requires_grad:

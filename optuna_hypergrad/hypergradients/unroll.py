@@ -14,7 +14,7 @@ from .. import _tree
 from .._arguments import check_budget, check_count
 from .._errors import RequirementError
 from .._typing import Params
-from ..inner import AbstractInnerSolver, AbstractStepSolver, inner_solve
+from ..inner import AbstractBlackBox, AbstractInnerSolver, AbstractStepSolver, inner_solve
 from ..inner._base import InnerState, StepFunction, take_step, verdict
 from ..problem import BilevelProblem
 from ._base import AbstractPullbackEstimator
@@ -87,6 +87,11 @@ class Unroll(AbstractPullbackEstimator):
             raise RequirementError(
                 "Unroll differentiates the steps of an inner solver, and none was given; pass inner_solver=, or "
                 "use Implicit at a solution found elsewhere."
+            )
+        if isinstance(inner_solver, AbstractBlackBox):
+            raise RequirementError(
+                f"{type(inner_solver).__name__} cannot be unrolled: nothing is known about its steps. Use ZerothOrder with it, "
+                f"or a step solver (GradientDescent, HeavyBall, Adam) with Unroll."
             )
         if not isinstance(inner_solver, AbstractStepSolver):
             raise RequirementError(

@@ -175,7 +175,7 @@ class ZerothOrder(AbstractDirectionalEstimator):
         for label, objective, batch_of, index in (outer, *between, outer):
             w, lam = _tree.clone(inner_params), _tree.clone(outer_params)
             with torch.enable_grad():
-                now = float(scalar(objective(w, lam, batch_of(index)), label).detach())
+                now = float(scalar(objective(dict(w), dict(lam), batch_of(index)), label).detach())
             first = known.setdefault(label, now)
             if abs(first - now) > 1e-2 * self.mu * max(abs(first), abs(now)):
                 raise RequirementError(
@@ -209,7 +209,9 @@ class ZerothOrder(AbstractDirectionalEstimator):
 
 def _value(problem: BilevelProblem, found: InnerSolution, lam: Params, step: int) -> Tensor:
     with torch.enable_grad():  # it may take derivatives of its own
-        value = problem.outer_objective(found.inner_params, lam, problem.outer_batch(step))
+        value = problem.outer_objective(
+            dict(found.inner_params), dict(lam), problem.outer_batch(step)
+        )
         return scalar(value, "outer_objective").detach()
 
 

@@ -16,6 +16,7 @@ from .. import _tree
 from .._arguments import check_count, is_number
 from .._errors import RequirementError
 from .._results import SUCCESS, Result, Status
+from .._twice import saying_what_has_no_derivative
 from .._typing import Params
 from ..operators import scalar
 from ..problem import BilevelProblem
@@ -250,7 +251,8 @@ def gradient_of(
     """``g`` and ``dg/dw`` at ``inner_params``; as a function of ``w`` and ``lam`` if ``create_graph``."""
     with torch.enable_grad():
         at = inner_params if create_graph else _tree.leaves(inner_params)
-        value = scalar(objective(at), "inner_objective")
+        with saying_what_has_no_derivative("inner_objective"):
+            value = scalar(objective(at), "inner_objective")
         if not value.requires_grad:
             raise RequirementError(
                 "inner_objective does not depend on inner_params through differentiable torch operations."
@@ -361,7 +363,7 @@ def take_step(
 def objective_at(problem: BilevelProblem, outer_params: Params, index: int) -> InnerObjective:
     """The inner objective on the batch of step ``index``."""
     batch = problem.inner_batch(index)
-    return lambda at: problem.inner_objective(at, outer_params, batch)
+    return lambda at: problem.inner_objective(dict(at), dict(outer_params), batch)
 
 
 def verdict(

@@ -29,6 +29,12 @@ def resolve(setting: Setting, outer_params: Params, index: int, label: str) -> V
     """
     if callable(setting):
         value = setting(outer_params, index)
+        if not all(is_number(v) or isinstance(v, Tensor) for v in _parts(value)):
+            raise RequirementError(
+                f"The inner solver's {label} is a function that gave {value!r:.80} at step {index}; it must give one "
+                f"number (a number or a 0-d tensor, such as outer_params['lr']), or a dict with a factor for each inner "
+                f"parameter."
+            )
         if isinstance(value, Tensor) and value.dim() > 0:
             raise RequirementError(
                 f"The inner solver's {label} is a function that gave a tensor of shape {tuple(value.shape)} at step "
@@ -58,6 +64,10 @@ def resolve(setting: Setting, outer_params: Params, index: int, label: str) -> V
             f"counted on: use cold starts)."
         )
     return found[index]
+
+
+def _parts(value: object) -> list[object]:
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def times(tree: Params, factor: Value) -> Params:
