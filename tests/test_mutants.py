@@ -1169,6 +1169,13 @@ MUTANTS = [
         "",
         "tests/test_compiled_tangents.py::test_steps_that_are_alike_are_looked_at_once",
     ),
+    Mutant(
+        "tune a network from a weak decay alone",
+        "sklearn_adapters/_network_training.py",
+        "starts = {decay, min(_STRONGER * decay, bounds[1])} if schedule.patience else {decay}",
+        "starts = {decay}",
+        "tests/test_sklearn_networks.py::test_where_samples_are_few_a_strong_decay_is_tried_too",
+    ),
 ]
 
 

@@ -199,7 +199,7 @@ class AbstractNetwork(BaseEstimator, abc.ABC):  # type: ignore[misc]
         )
         tuned = tune(
             network,
-            (train, part(guide), part(judge)),
+            (train, part(guide), part(judge), part(held)),
             self.decay_init,
             (low, high),
             self.tune_sample_weights,

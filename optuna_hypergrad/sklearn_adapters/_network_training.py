@@ -23,6 +23,9 @@ from ._network_problem import Data, Network
 _CHECKED_EVERY = 5
 """Outer steps between looks at the validation loss."""
 
+_STRONGER = 100.0
+"""Times the first decay is another one to begin with: where samples are few, a weak one fits them before it has grown."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -52,7 +55,7 @@ class Tuned:
     """What tuning ended with, or has come to.
 
     Attributes:
-        w: The weights now.
+        w: The weights now, and the ``best`` ones.
         lam: Hyperparameters of the least loss on the samples that judge.
         least: That loss.
         num_training_steps: Steps of training up to there.
@@ -61,6 +64,7 @@ class Tuned:
 
     w: Params
     lam: Params
+    best: Params = field(default_factory=dict)
     least: float = math.inf
     num_training_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -69,19 +73,20 @@ class Tuned:
 
 def tune(
     network: Network,
-    parts: tuple[Data, Data, Data],
+    parts: tuple[Data, Data, Data, Data],
     decay: float,
     bounds: tuple[float, float],
     sample_weights: bool,
     schedule: Schedule,
     seed: int,
 ) -> Tuned:
-    """One decay first, then everything from there, if there is more.
+    """One decay first, from two starts where there is an end to each, then everything from the better one, if there is more.
 
     Args:
         network: With all that is tuned at the end.
-        parts: To train on, to take hypergradients of, and to judge the hyperparameters by.
-        decay: Of all weights, to begin with.
+        parts: To train on, to take hypergradients of, to judge the hyperparameters by, and all that is held back, which guides
+            and judges one decay.
+        decay: Of all weights, to begin with; the other start is a hundred times as much.
         bounds: Of decays.
         sample_weights: Whether those of training samples are tuned.
         schedule: How long.
@@ -90,13 +95,22 @@ def tune(
     Raises:
         SolverError: if training diverges.
     """
+    train, guide, judge, held = parts
     tied = replace(network, decay="one")
-    state = Tuned(network.weights(), tied.start(decay, None))
-    _descend(tied, parts, bounds, schedule, seed, state)
+    starts = {decay, min(_STRONGER * decay, bounds[1])} if schedule.patience else {decay}
+    ends = []
+    for start in sorted(starts):
+        ends.append(Tuned(network.weights(), tied.start(start, None)))
+        _descend(tied, (train, held, held), bounds, schedule, seed, ends[-1])
+    state = min(ends, key=lambda end: end.least)
+    if state.best:
+        with torch.no_grad():
+            state.least = float(tied.validation_loss(state.best, state.lam, judge))
+        state.w, state.trained = state.best, state.num_training_steps
     if network.decay != "one" or sample_weights:
         found = float(state.lam["decay"])
-        state.lam = network.start(found, len(parts[0][0]) if sample_weights else None)
-        _descend(network, parts, bounds, schedule, seed, state)
+        state.lam = network.start(found, len(train[0]) if sample_weights else None)
+        _descend(network, (train, guide, judge), bounds, schedule, seed, state)
     if not math.isfinite(state.least):
         message = "Training a network gave a loss that is not finite: lower learning_rate_init, or scale the data."
         raise SolverError(message, Result(Status.NONFINITE, message))
@@ -140,7 +154,7 @@ def _descend(
         with torch.no_grad():
             loss = float(network.validation_loss(state.w, lam, judge))
         if loss < state.least:
-            state.least, state.lam, since = loss, lam, 0
+            state.least, state.lam, state.best, since = loss, lam, state.w, 0
             state.num_training_steps = state.trained
         if schedule.patience is not None and since >= schedule.patience:
             break

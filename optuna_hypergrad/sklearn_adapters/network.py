@@ -32,7 +32,8 @@ class HypergradientClassifier(ClassifierMixin, AbstractNetwork):  # type: ignore
         decay: What has a decay of its own: ``"one"`` (all weight matrices together), ``"per_layer"`` (each matrix),
             ``"per_tensor"`` (biases, too) or ``"per_weight"`` (each number).
         tune_sample_weights: A weight in [0, 1] for each training sample, tuned as well: for wrong labels and outliers.
-        decay_init, decay_range: Where decays start, all the same, and their bounds.
+        decay_init, decay_range: Where decays start, all the same, and their bounds. With ``early_stopping`` one decay is tuned
+            from there and from a hundred times as much, and what is held back chooses.
         validation_fraction: Of the samples, what is held back; of each class alike.
         max_iter: Outer steps at most, one of Adam each (``outer_learning_rate``, in the logarithms of decays): so many with
             one decay, and, where there are more hyperparameters, so many with all.
