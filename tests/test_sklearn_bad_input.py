@@ -58,7 +58,9 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
     "a fold of one class": (LogisticRegression(), {"cv": KFold(5)}, one_class(), "only one class"),
     "unequal lengths": (Ridge(), {}, (X, Y[:-1]), "inconsistent numbers of samples"),
     "an unknown score": (Ridge(), {"scoring": "r3"}, (X, Y), "scoring"),
-    "two scores": (Ridge(), {"scoring": ["r2", "neg_max_error"], "refit": False}, (X, Y), "refit="),
+    "two scores": (Ridge(), {"scoring": ["r2", "neg_max_error"]}, (X, Y), "the parameter refit must be set"),
+    "a refit that is none of two scores": (
+        Ridge(), {"scoring": ["r2", "neg_max_error"], "refit": "mse"}, (X, Y), "the parameter refit must be set"),
     "a vector of what is none": (
         Ridge(), {"param_distributions": {"fit_intercept": TensorDistribution("per_feature", 0.1, 1)}}, (X, Y), "is a vector"),
 }  # fmt: skip

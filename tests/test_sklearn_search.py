@@ -369,7 +369,7 @@ def test_scikit_learns_checks(search):
         ({"param_distributions": {"alpha": []}}, ValueError, "'alpha'.* is empty"),
         ({"param_distributions": {"alpha": 3.0}}, TypeError, "must be a distribution"),
         ({"estimator": DecisionTreeRegressor()}, ValueError, "usual ranges of .*LogisticRegression, Ridge"),
-        ({"scoring": ["r2", "neg_max_error"], "refit": False}, ValueError, "name the one to search for"),
+        ({"scoring": ["r2", "neg_max_error"]}, ValueError, "the parameter refit must be set"),
         ({"resume": True}, ValueError, "needs storage= and study_name="),
         (
             {"resume": True, "storage": optuna.storages.InMemoryStorage(), "study_name": "a",
@@ -498,8 +498,36 @@ def test_several_scores_and_scorers_of_ones_own():
         random_state=0,
     ).fit(x, y)
     assert tree.best_score_ == pytest.approx(tree.study_.best_value)
-    with pytest.raises(ValueError, match="several scores"):
-        tree.set_params(refit=lambda results: 0).fit(x, y)
+
+
+def test_several_scores_none_of_which_refit_names():
+    """As in ``GridSearchCV``: a function chooses the row, ``False`` refits none; the first score is searched for."""
+    x, y = small(load_diabetes)
+    scoring = ["neg_mean_squared_error", "r2"]
+    search = HypergradientSearchCV(Ridge(), n_trials=5, scoring=scoring, random_state=0)
+    named = clone(search).set_params(refit=scoring[0]).fit(x, y)
+    chosen = clone(search).set_params(refit=lambda results: len(results["params"]) - 1).fit(x, y)
+    neither = clone(search).set_params(refit=False).fit(x, y)
+    for other in (chosen, neither):
+        assert other.followed_ == named.followed_
+        assert other.study_.best_value == named.study_.best_value
+        assert other.multimetric_
+        assert (other.cv_results_["mean_test_r2"] == named.cv_results_["mean_test_r2"]).all()
+    assert chosen.best_index_ == len(chosen.cv_results_["params"]) - 1
+    assert chosen.best_estimator_.alpha == chosen.cv_results_["params"][-1]["alpha"]
+    assert not hasattr(neither, "best_estimator_")
+    with pytest.raises(ValueError, match="the parameter refit must be set"):
+        search.fit(x, y)
+    tree = HypergradientSearchCV(
+        DecisionTreeRegressor(),
+        {"max_depth": IntDistribution(1, 3)},
+        n_trials=3,
+        scoring=lambda e, a, b: {"two": e.score(a, b), "one": 0.0},
+        refit=lambda results: int(np.argmin(results["rank_test_two"])),
+        random_state=0,
+    ).fit(x, y)
+    best = tree.cv_results_["mean_test_two"][tree.best_index_]
+    assert best == pytest.approx(tree.study_.best_value)
 
 
 def test_pipelines_in_pipelines_are_followed_with_all_their_transformers():

@@ -91,7 +91,7 @@ class Rows:
 
         Raises:
             FailedTrialError: if every fit failed.
-            ValueError: if there are several scores, and none of them counts.
+            ValueError: if there are several scores, and none of them has the name of the one that counts.
         """
         numbers = [t.number for t in trials]
         more: dict[str, Any] = {"trial_number": numbers}
@@ -109,18 +109,14 @@ class Rows:
 
     def _resolved(self) -> str:
         """The name of the score that counts: what a callable returns is known now only."""
-        found = sorted(k[10:] for k in self._results if k.startswith("mean_test_"))
+        found = [k[10:] for k in self._results if k.startswith("mean_test_")]
         if self._metric in found:
             return self._metric
-        if found == ["score"] or (self._metric == "score" and len(found) == 1):
+        if found == ["score"] or self._metric == "score":  # refit names none
             return found[0]
-        if self._metric == "score":
-            raise ValueError(
-                f"scoring gives several scores ({found}); name the one to search for by refit=."
-            )
         raise ValueError(
             "For multi-metric scoring, the parameter refit must be set to a scorer key or a callable to refit an "
-            f"estimator, and refit={self._metric!r} is none of {found}."
+            f"estimator, and refit={self._metric!r} is none of {sorted(found)}."
         )
 
     def _add(self, settings: list[dict[str, Any]], more: dict[str, Any]) -> None:

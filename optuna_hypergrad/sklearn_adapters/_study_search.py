@@ -94,13 +94,13 @@ class StudySearch(BaseSearchCV):  # type: ignore[misc]
         return {prefix + name: usual for name, usual in adapter.usual.items()}
 
     def _metric(self) -> str:
-        """The score that is searched for, as ``cv_results_`` names it."""
+        """The score that is searched for, as ``cv_results_`` names it: of several the first, if ``refit`` names none."""
         if isinstance(self.refit, str):
             return self.refit
-        if isinstance(self.scoring, (list, tuple, dict, set)):
-            raise ValueError(
-                f"scoring names several scores; name the one to search for by refit=, not {self.refit!r:.80}."
-            )
+        if isinstance(self.scoring, (set, frozenset)):
+            return str(min(self.scoring))
+        if isinstance(self.scoring, (list, tuple, dict)):
+            return str(next(iter(self.scoring)))
         return "score"
 
     def _scoring(self, metric: str) -> Any:

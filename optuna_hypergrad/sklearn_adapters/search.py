@@ -70,7 +70,8 @@ class HypergradientSearchCV(StudySearch):
         param_distributions: By parameter name, one of ``optuna.distributions``, a :class:`TensorDistribution`, or a list of
             choices (of any kind). ``"auto"``: the usual ranges of the last step's differentiable hyperparameters.
         scoring, n_jobs, refit, cv, verbose, pre_dispatch, error_score, return_train_score: As in ``GridSearchCV``;
-            ``n_jobs`` is of scikit-learn's fits. With several scores, ``refit`` names the one that is searched for.
+            ``n_jobs`` is of scikit-learn's fits. With several scores, ``refit`` names the one that is searched for; where it is a
+            function or ``False``, that is the first.
             ``verbose`` lets Optuna tell of each trial, too.
         n_trials: Settings to try, in all; with ``resume``, those of earlier fits count (of those that other processes run meanwhile,
             only what was over when this one began).
@@ -110,7 +111,7 @@ class HypergradientSearchCV(StudySearch):
 
     Raises:
         ValueError: from ``fit``, before any fit of the estimator, for an unknown parameter name, a range or a shape that does not
-            fit, an empty search space, vectors where there is no hypergradient, or several scores without one to search for;
+            fit, an empty search space, vectors where there is no hypergradient, or a ``refit`` that is none of several scores;
             afterwards if every trial failed.
         TypeError: for what is no distribution.
 
