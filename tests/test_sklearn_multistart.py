@@ -126,6 +126,12 @@ def test_a_scan_goes_on_where_the_loss_is_flat() -> None:
     assert 8 < len(set(seen)) <= 3 + 8
 
 
+def test_a_point_that_is_given_twice_is_not_flat() -> None:
+    seen: list[dict[str, float]] = []
+    scan(losses_to(1.0, 1.0, seen), DOMAINS, {n: d.midpoint() for n, d in DOMAINS.items()}, 1)
+    assert len(seen) == 5
+
+
 def test_a_scan_of_what_is_flat_everywhere_ends() -> None:
     seen: list[float] = []
 

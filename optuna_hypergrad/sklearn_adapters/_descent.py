@@ -134,7 +134,7 @@ def _distance(
 def _race(
     losses: Losses, candidates: list[dict[str, float]], num_folds: int
 ) -> tuple[dict[str, float] | None, bool]:
-    """The best candidate, if there is one, and whether another one of the last round has the same loss."""
+    """The best candidate, if there is one, and whether another point of the last round has the same loss."""
     # neighbors one after the other: fits begin where the last one has ended
     candidates.sort(key=lambda c: tuple(c.values()))
     totals = [0.0] * len(candidates)
@@ -148,8 +148,17 @@ def _race(
         left, first = sorted(ranked[: (len(left) + 1) // 2]), last
     if not ranked:
         return None, False
-    lowest, *others = (totals[i] for i in ranked)
-    return candidates[ranked[0]], any(math.isclose(o, lowest, rel_tol=_SAME) for o in others)
+    best, *others = ranked
+    is_flat = any(
+        math.isclose(totals[i], totals[best], rel_tol=_SAME)
+        and not _is_the_same(candidates[i], candidates[best])
+        for i in others
+    )
+    return candidates[best], is_flat
+
+
+def _is_the_same(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return all(math.isclose(v, other[n], rel_tol=_SAME) for n, v in one.items())
 
 
 def _total(losses: Losses, candidate: Mapping[str, float], first: int, last: int) -> float:
