@@ -228,8 +228,9 @@ def draw(found: dict[str, Any], options: argparse.Namespace, path: Path) -> None
             at = figures["evaluations"] / (STEPS * row.directions), figures["megabytes"]
             mine = row.peer.label.startswith("ours")
             axis.scatter(*at, color="tab:blue" if mine else "tab:gray", zorder=2)
-            label = row.peer.label.removeprefix("ours, ")
-            crowd = sum(abs(x - at[0]) < 0.4 and 0.8 < y / at[1] < 1.25 for x, y in placed)
+            label = row.peer.label.removeprefix("ours, ").replace(f", {DIRECTIONS} directions", "")
+            label = label.replace("ForwardGradient", "(FG)^2U")
+            crowd = sum(abs(x - at[0]) < 0.9 and 0.85 < y / at[1] < 1.18 for x, y in placed)
             placed.append(at)
             axis.annotate(label, at, (5, 4 - 9 * crowd), textcoords="offset points", fontsize=7)
         axis.set_yscale("log")
