@@ -51,7 +51,7 @@ class ForwardGradient(AbstractDirectionalEstimator):
             further runs of the inner problem.
         compile: Compile the inner gradient and its tangents with ``torch.compile``, once for each inner objective, width
             and shapes of tensors (a minute or two on a CPU): a direction then costs about half as much, a
-            third as much where tensors are small. Define the inner objective once, not anew in every trial. Needs a solver whose step is
+            third as much where tensors are small. Define the inner objective once, not anew in every trial, and make numbers in a batch tensors. Needs a solver whose step is
             one gradient at ``w`` and algebra, and an inner objective without a ``torch.autograd.Function`` of its own.
         control_variate: A cheap estimator of the same thing (truncated unrolling, ``Implicit(Identity())``), biased
             or not: the directions then only correct it. The estimate stays unbiased, and its variance is that of

@@ -43,8 +43,8 @@ class Unroll(AbstractPullbackEstimator):
             lies between, that fits into ``memory_budget``.
         memory_budget: Bytes for states and graphs, beside a few vectors of the size of ``w`` and ``lam``.
         compile: Compile the inner steps and their way back with ``torch.compile``, once for each inner objective, shapes of
-            its batches, and solver (seconds to tens of seconds; define the objective once, not anew in every trial, and tune
-            the solver's settings as hyperparameters, by name). With ``"never"``, and with ``"auto"`` where it fits into
+            its batches, and solver (seconds to tens of seconds; define the objective once, not anew in every trial, tune
+            the solver's settings as hyperparameters, by name, and make numbers in a batch tensors). With ``"never"``, and with ``"auto"`` where it fits into
             ``memory_budget``, each step keeps the results of its matrix products and convolutions for its way back, under
             half of what a graph keeps: 2.0 to 2.5 gradient evaluations a step in all. Otherwise (and with a version of torch that
             cannot be told what to keep) states only are kept: before every step, or before every ``k``-th with
