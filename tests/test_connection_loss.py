@@ -50,9 +50,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is said of connections; leases say more, those of an earlier test's database, too, which is gone."""
     said: list[str] = []
-    logger = logging.getLogger("optuna.hypergradients")
-    monkeypatch.setattr(logger, "warning", lambda text, *a, **k: said.append(str(text)))
+
+    def hear(text: object, *arguments: Any, **settings: Any) -> None:
+        if not str(text).startswith("A lease could not be renewed"):
+            said.append(str(text))
+
+    monkeypatch.setattr(logging.getLogger("optuna.hypergradients"), "warning", hear)
     return said
 
 
