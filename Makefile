@@ -12,7 +12,7 @@ demo: $(READY)
 
 # First, beside nothing else: the tests whose leases run out in seconds.
 LEASES := $(addprefix tests/test_,cli.py heartbeat.py kills.py leases.py races.py workers.py)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST) $(LEASES)

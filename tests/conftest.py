@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,19 @@ PROXIES = {"grpc": "sqlite", "grpc-postgresql": "postgresql"}
 """Optuna's gRPC proxy by what is behind it."""
 
 PASSWORD = "pa:ss w@rd/%3F'\"#"
+LONG = ("mutants", "readme", "hostile_rows", "damaged_blobs", "faults_growth", "quickstart", "examples", "connection_loss",
+        "compiled_steps", "dashboard", "faults_kth_write")  # fmt: skip
+"""Files of few tests that take long. They begin first: at the end, one worker would be left alone with them."""
+
 _running: dict[tuple[str, bool], Server] = {}
 _opened: list[RDBStorage | GrpcStorageProxy] = []
 _proxies: list[GrpcServer] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    sizes = Counter(item.path for item in items)
+    long = {f"test_{name}" for name in LONG}
+    items.sort(key=lambda item: (item.path.stem not in long, -sizes[item.path], item.path))
 
 
 def server(kind: str, *, secured: bool = False) -> Server:
