@@ -45,11 +45,12 @@ class HypergradientSearchCV(StudySearch):
     Where the last step is an estimator that an adapter knows (``Ridge``, ``KernelRidge``, ``Lasso``, ``ElasticNet``,
     ``LogisticRegression``, ``LinearSVC``, ``SVC``, ``SVR``; of exactly this class), its continuous hyperparameters (with a
     ``FloatDistribution`` without a step, above 0; dense data) move by the hypergradient of a cross-validated *loss*: a trial is one
-    evaluation of it with its gradient over all folds. A descent begins at the best of about four points that are spread over the
-    space (of more where the best of them have the same loss, as of a sparse model without features); where numbers alone are searched, one that creeps (six trials without a loss lower by .02 %) has ended, and the next
-    one (under the same choices) begins at the best of eight more points for each number, away from all that were tried.
-    Transformers before it are fitted once per fold and setting. Everything else is left to the sampler's base sampler, in the
-    same study; where that is at most eight combinations of choices (no numbers), and ``sampler`` is not given, the first
+    evaluation of it with its gradient over all folds. A descent begins at the best of about four points that are spread over
+    the space (of more where the best of them have the same loss, as of a sparse model without features); where numbers alone
+    are searched, one that creeps (six trials without a loss lower by .02 %) has ended, and the next one (under the same
+    choices) begins at the best of eight more points for each number, away from all that were tried. Transformers before it are
+    fitted once per fold and setting. Everything else is left to the sampler's base sampler, in the same study; where that is at
+    most eight combinations of choices (no numbers), and ``sampler`` is not given, the first
     trials are one under each of them. A parameter of a step for which something is chosen is left out where that lacks it. At the
     end the best ``n_rescored`` settings are fitted by scikit-learn and ranked by the true score. Otherwise a trial is the mean score of scikit-learn's own fits, and the study a
     common one. :attr:`followed_` says which of the two it was, and why.
